@@ -1,0 +1,55 @@
+# Everything a checkout can do. Each target makes its own .venv first; nothing else has to be set up.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check lint types contracts budgets test storm docs clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | expand -t 12
+
+$(VENV)/python.stamp:
+	@test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or newer"; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/a/newer/python3"; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# The package alone: what `make demo` needs.
+$(VENV)/core.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+# The package with everything the tests need.
+$(VENV)/test.stamp: $(VENV)/core.stamp
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+install: $(VENV)/test.stamp  ## .venv with the package and everything the tests need
+
+demo: $(VENV)/core.stamp  ## the whole life of a small model, at most 6 minutes
+	$(BIN)/llmtrainer demo
+
+lint: $(VENV)/test.stamp  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/test.stamp  ## mypy
+	$(BIN)/mypy
+
+contracts: $(VENV)/test.stamp  ## which part may import which
+	$(BIN)/lint-imports
+
+budgets: $(VENV)/test.stamp  ## length of files and functions; no torch on the ground floor
+	$(BIN)/python tools/size.py
+
+check: lint types contracts budgets  ## lint, types, contracts, budgets
+
+test: check  ## check, then the whole suite
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,315 @@
+"""The whole life of a small model, on text that every machine with Python has: its own standard library."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import zstandard
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from llmtrainer.base.config import Config, load
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.result import Result
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration, Every
+from llmtrainer.data.open import documents, find
+from llmtrainer.training.console import amount, bar, say, short, span
+from llmtrainer.training.prepare import prepared, receipt, trained_tokenizer
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.run import open_trainer, train
+from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
+
+Stage = Literal["tokenizer", "prepare", "train", "evaluate", "compress", "sample", "plot"]
+STAGES: tuple[Stage, ...] = ("tokenizer", "prepare", "train", "evaluate", "compress", "sample", "plot")
+
+WARM_STEPS, TIMED_STEPS = 3, 9
+"""Steps before and during the measurement of speed: the first ones load kernels and fill caches."""
+SPARE = 0.93
+"""Share of the time that is planned for: the rest is for saving, evaluating and a machine that slows down."""
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda text: gzip.compress(text, 9, mtime=0),
+    "xz": lambda text: lzma.compress(text, preset=9),
+    "zstd": lambda text: zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text),
+}
+"""`gzip -9`, `xz -9` and `zstd -19`, each on a whole file."""
+
+
+class Demo(Config):
+    """Learn a vocabulary, prepare text, train, evaluate and write: `llmtrainer demo`, at most six minutes."""
+
+    run: str = "runs/demo"
+    """The run directory. Run again, the demo goes on where it was; a finished one shows its figures again."""
+
+    stages: tuple[Stage, ...] = STAGES
+    """Which parts of the demo to run, in their own order. What a part needs from an earlier one is made if it is
+    not there, except the model: `train` comes before `evaluate` and `sample`."""
+
+    data: str = "stdlib:train"
+    """The text to learn from."""
+
+    held_out: str = "stdlib:held_out"
+    """Text that the model never sees: what it is measured on, and the compressors beside it."""
+
+    vocabulary: int = Field(default=4096, ge=269)
+    """Number of different pieces that text is cut into."""
+
+    seconds: float = Field(default=200.0, gt=0.0)
+    """Most seconds to spend on training. The speed is measured first, then the number of steps is fixed."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Train exactly so many steps instead of measuring; two machines then do the same work."""
+
+    prompt: str = 'def read_lines(path):\n    """'
+    """How the function begins that the model is to write."""
+
+    new_tokens: int = Field(default=120, ge=1)
+    """Length of what it writes, in tokens."""
+
+    cache: str = ".llmtrainer/cache"
+    """Where the vocabulary and the tokens are kept, by content."""
+
+    seed: int = Field(default=0, ge=0)
+    """Everything random is a function of this number and the step."""
+
+
+@dataclass
+class Told(Result):
+    """What the demo found out, stage by stage; what was not run is None."""
+
+    run: str
+    bits_per_byte: dict[str, float | None]
+    """Of the held-out text, by `model`, `gzip`, `xz` and `zstd`: lower is better."""
+    seconds: float
+    """Of the whole demo."""
+    corpus: dict[str, int] = field(default_factory=dict)
+    vocabulary: dict[str, float] = field(default_factory=dict)
+    training: dict[str, float | None] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    sample: dict[str, str] | None = None
+    plot: str | None = None
+
+    def text(self) -> str:
+        """The figures, with a line on what each of them means."""
+        parts = [_figures(self), _comparison(self), _written(self), _where_to_go(self)]
+        return "\n\n".join(part for part in parts if part)
+
+
+def demo(settings: Demo) -> Told:
+    """Run the stages in their order, each with its title, and sum up."""
+    started = time.perf_counter()
+    told = Told(settings.run, dict.fromkeys(("model", *COMPRESSORS)), 0.0)
+    acts: dict[Stage, tuple[str, Callable[[Demo, Told], None]]] = {
+        "tokenizer": ("learn a vocabulary: which pieces of text deserve a number of their own", _tokenizer),
+        "prepare": ("turn the text into those numbers, once", _prepare),
+        "train": ("train: guess the next piece, over and over, and learn from every miss", _train),
+        "evaluate": ("measure the model on files it has never seen", _evaluate),
+        "compress": ("measure three compressors on the same files", _compress),
+        "sample": ("let the model write", _sample),
+        "plot": ("draw the curves", _plot),
+    }
+    chosen = [stage for stage in STAGES if stage in settings.stages]
+    for number, stage in enumerate(chosen, start=1):
+        title, act = acts[stage]
+        say(f"\n{number} of {len(chosen)}: {title}")
+        act(settings, told)
+    told.seconds = time.perf_counter() - started
+    return told
+
+
+def _tokenizer(settings: Demo, told: Told) -> None:
+    files = find(settings.data)
+    told.corpus |= {"files": len(files), "bytes": sum(file.bytes for file in files)}
+    folder = trained_tokenizer(settings.data, settings.vocabulary, Path(settings.cache))
+    told.vocabulary |= receipt(folder)
+
+
+def _prepare(settings: Demo, told: Told) -> None:
+    folder = trained_tokenizer(settings.data, settings.vocabulary, Path(settings.cache))
+    figures = receipt(prepared(settings.data, folder, Path(settings.cache)))
+    told.corpus |= {"documents": int(figures["documents"]), "tokens": int(figures["tokens"])}
+
+
+def _train(settings: Demo, told: Told) -> None:
+    started = time.perf_counter()
+    result = train(_recipe(settings, _steps(settings)))
+    told.training |= {
+        "steps": result.step, "tokens": result.tokens, "loss": result.loss,
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    if result.stopped:
+        raise UserError(
+            f"the demo was stopped at step {result.step:,}",
+            where=settings.run,
+            why="the model is not finished; everything up to this step is saved",
+            fix="the same command goes on from there",
+        )
+
+
+def _steps(settings: Demo) -> int:
+    """How many steps the run has: as it began, or as given, or as many as fit the time on this machine."""
+    if settings.steps is not None:
+        return settings.steps
+    begun = RunDir(Path(settings.run)).recipe
+    if begun.is_file():
+        return int(load(Recipe, str(begun)).duration.value)
+    with tempfile.TemporaryDirectory(prefix="llmtrainer-demo-") as place:
+        trial = _recipe(settings, 10_000).model_copy(update={"run": place})
+        with open_trainer(trial) as trainer:
+            laps = [info.seconds["total"] for info, _ in zip(trainer.steps(), range(WARM_STEPS + TIMED_STEPS))]
+    lap = statistics.median(laps[WARM_STEPS:])
+    steps = max(int(SPARE * settings.seconds / lap), 1)
+    say(f"one step takes {lap * 1000:,.0f} ms here, so {steps:,} steps fit {span(settings.seconds)}")
+    return steps
+
+
+def _recipe(settings: Demo, steps: int) -> Recipe:
+    """The run as `recipe.yaml` will hold it; `llmtrainer train runs/demo/recipe.yaml` is the same run."""
+    tenth = max(steps // 10, 1)
+    return Recipe.model_validate({
+        "run": settings.run,
+        "model": {
+            "kind": "llama", "hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 768,
+            "context_length": 256, "tied_head": True,
+        },
+        "tokenizer": {"vocabulary": settings.vocabulary},
+        "data": {
+            "train": {"path": settings.data}, "sequence_length": 256, "tokens_per_batch": 4096,
+            "tokens_per_step": 4096, "held_out": 0.01,
+        },
+        "optim": {
+            "rule": {"kind": "muon"},
+            "schedule": {"kind": "cosine", "peak": 3e-3, "warmup": f"{min(tenth, 50)} steps", "final_ratio": 0.02},
+        },
+        "engine": {"kind": "single", "compile": _has_compiler()},
+        "duration": Duration(steps, "steps"),
+        "evaluate": {
+            "every": Every(Duration(tenth, "steps")), "held_out_rows": 64, "prompts": (settings.prompt,),
+        },
+        "save": {"every": Every(Duration(max(steps // 4, 1), "steps")), "keep_newest": 2, "keep_best": 0},
+        "seed": settings.seed,
+        "cache": settings.cache,
+    })  # fmt: skip
+
+
+def _has_compiler() -> bool:
+    found = any(map(shutil.which, ("c++", "g++", "clang++")))
+    if not found:
+        say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
+    return found
+
+
+def _evaluate(settings: Demo, told: Told) -> None:
+    figures = evaluate(Evaluation(model=settings.run, data=settings.held_out)).json()
+    told.evaluation |= {name: figures[name] for name in ("loss", "tokens", "bits_per_byte")}
+    told.bits_per_byte["model"] = figures["bits_per_byte"]
+
+
+def _compress(settings: Demo, told: Told) -> None:
+    texts = [document.text.encode() for document in documents(find(settings.held_out))]
+    told.corpus |= {"held_out_files": len(texts), "held_out_bytes": sum(map(len, texts))}
+    told.bits_per_byte |= bits_per_byte_of(texts)
+
+
+def bits_per_byte_of(texts: list[bytes]) -> dict[str, float]:
+    """Compressed bits per byte of text, by compressor; every text is compressed alone, and the sizes are summed."""
+    total = sum(map(len, texts))
+    packed = dict.fromkeys(COMPRESSORS, 0)
+    with bar("compress", total, "bytes") as advance:
+        for text in texts:
+            for name, compress in COMPRESSORS.items():
+                packed[name] += len(compress(text))
+            advance(len(text))
+    return {name: 8 * size / max(total, 1) for name, size in packed.items()}
+
+
+def _sample(settings: Demo, told: Told) -> None:
+    wish = Generation(
+        model=settings.run, prompt=settings.prompt, max_new_tokens=settings.new_tokens, temperature=0.7,
+        top_p=0.95, seed=settings.seed,
+    )  # fmt: skip
+    (completion,) = generate(wish).json()["completions"]
+    told.sample = {"prompt": completion["prompt"], "text": completion["text"]}
+    samples = RunDir(Path(settings.run)).samples
+    samples.mkdir(parents=True, exist_ok=True)
+    (samples / "function.txt").write_text(completion["prompt"] + completion["text"] + "\n", encoding="utf-8")
+
+
+def _plot(settings: Demo, told: Told) -> None:
+    told.plot = plot(Plot(runs=(settings.run,))).json()["path"]
+
+
+def _figures(told: Told) -> str:
+    corpus, training = told.corpus, told.training
+    rows: list[tuple[str, str, str]] = []
+    if "bytes" in corpus:
+        size = f"{corpus['files']:,} files, {amount(corpus['bytes'], 'bytes')}"
+        rows.append(("text", size, "Python source and docstrings found on this machine"))
+    if told.vocabulary:
+        pieces, length = told.vocabulary["vocabulary"], told.vocabulary["bytes_per_token"]
+        rows.append(("vocabulary", f"{pieces:,.0f} pieces", f"a piece (token) is {length:.2f} bytes of text on average"))
+    if training:
+        spent = f"{training['steps']:,.0f} steps in {span(training['seconds'] or 0.0)}"
+        rows.append(("training", spent, f"{short(training['tokens'] or 0.0)} tokens read"))
+    if told.evaluation:
+        blind = math.log(told.vocabulary.get("vocabulary", 1.0))
+        note = f"surprise per token; guessing blindly costs {blind:.2f}" if blind else "surprise per token"
+        rows.append(("loss", f"{told.evaluation['loss']:.3f} nats", note + ", all on files the model has never seen"))
+    if "held_out_bytes" in corpus:
+        size = f"{corpus['held_out_files']:,} files, {amount(corpus['held_out_bytes'], 'bytes')}"
+        rows.append(("held-out text", size, "not trained on: the figures below are about these files"))
+    rows.append(("whole demo", span(told.seconds), ""))
+    return _table(rows)
+
+
+def _comparison(told: Told) -> str:
+    known = {name: bits for name, bits in told.bits_per_byte.items() if bits is not None}
+    if not known:
+        return ""
+    names = {"model": "this model", "gzip": "gzip -9", "xz": "xz -9", "zstd": "zstd -19"}
+    unit = 40 / max(known.values())
+    rows = [(names[name], f"{bits:.3f}", "#" * round(bits * unit)) for name, bits in known.items()]
+    return (
+        "Bits per byte of the held-out text, less is better. Whoever predicts text well can also store it in\n"
+        "few bits, so a compressor is a fair rival:\n" + _table(rows)
+    )
+
+
+def _written(told: Told) -> str:
+    if told.sample is None:
+        return ""
+    lines = (told.sample["prompt"] + told.sample["text"]).splitlines()
+    return "A function, as the model goes on from its first line:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _where_to_go(told: Told) -> str:
+    rows = [("everything is in", told.run, "recipe.yaml, events.jsonl, checkpoints, samples, plots")]
+    if told.plot:
+        rows.append(("the curves", told.plot, ""))
+    rows.append(("let it write", f"llmtrainer generate {told.run} 'import '", ""))
+    rows.append(("train on your text", "llmtrainer train recipes/tiny/pretrain.yaml data.train.path=FOLDER", ""))
+    return _table(rows)
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """Rows of name, figure and remark as aligned plain text."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    screen = Console(file=io.StringIO(), width=200, color_system=None, highlight=False, markup=False)
+    with screen.capture() as text:
+        screen.print(table)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())

@@ -1,0 +1,223 @@
+"""Configuration: YAML and dotted overrides become one frozen pydantic model; a kind is a file name."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.part import Config, Kind, forget_reads, leaves, part_at, unread
+from llmtrainer.base.refusal import refusal, unknown_key, value_at
+from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, read_flow, read_yaml_file
+
+__all__ = [
+    "Config", "Kind", "dump", "forget_reads", "leaves", "load", "load_with_origins", "schema", "sorted_words",
+    "unread",
+]
+
+Some = TypeVar("Some", bound=Config)
+
+
+def load(
+    config_type: type[Some],
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    words: Sequence[str] = (),
+) -> Some:
+    """The config that a YAML file, then bare words, then `key=value` overrides describe; what comes later wins.
+
+    Raises UserError with the dotted name, its origin, what exists and the nearest name.
+    """
+    return load_with_origins(config_type, file, overrides, words)[0]
+
+
+def load_with_origins(
+    config_type: type[Some],
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    words: Sequence[str] = (),
+) -> tuple[Some, dict[str, str]]:
+    """As `load`, with the origin of every value by dotted name: `default`, `recipe.yaml:7` or `command line`."""
+    data, origins = read_yaml_file(Path(file)) if file is not None else ({}, {})
+    for name, value in _by_word(config_type, words).items():
+        _put(data, origins, (name,), value, {name: COMMAND_LINE})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"`{override}` is no override", where=COMMAND_LINE, fix=f"write `{override}=value`")
+        _override(config_type, data, origins, _spelled(config_type, key, data), text)
+    try:
+        config = config_type.model_validate(data)
+    except ValidationError as error:
+        raise refusal(error, config_type, data, origins) from None
+    forget_reads(config)
+    return config, {name: _origin(name, data, origins) for name, _ in leaves(config)}
+
+
+def sorted_words(
+    config_type: type[Config], arguments: Sequence[str]
+) -> tuple[Path | None, list[str], list[str]]:
+    """A command line as (file, overrides, bare words).
+
+    A first word that ends in .yaml or .yml is the file. A word is an override only if what stands before its
+    first `=` is a key; `--key value` and `--key=value` always are. What follows `--` is bare.
+    """
+    rest, file, overrides, words = list(arguments), None, list[str](), list[str]()
+    bare: list[str] = []
+    if "--" in rest:
+        rest, bare = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+    if rest and rest[0].endswith((".yaml", ".yml")) and not config_type.file_is_word:
+        file = Path(rest.pop(0))
+    data = _as_far_as_known(config_type, file, rest)
+    while rest:
+        word = rest.pop(0)
+        key, equals, _ = word.partition("=")
+        if word.startswith("--"):
+            overrides.append(word[2:] if equals else f"{word[2:]}={_value_of(config_type, word, rest, data)}")
+        elif equals and _is_key(config_type, key, data):
+            overrides.append(word)
+        else:
+            words.append(word)
+    return file, overrides, words + bare
+
+
+def dump(config: Config) -> str:
+    """YAML that loads back equal. Every value is written, defaults and None included."""
+    from ruamel.yaml import YAML
+
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False   # type: ignore[assignment]   # ruamel leaves it untyped
+    yaml.width = 2**20      # no folding: a folded text is hard to search for
+    yaml.allow_unicode = True
+    yaml.dump(config.plain(), stream)
+    return stream.getvalue()
+
+
+def schema(config_type: type[Config]) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the YAML file: help texts included, one alternative per kind of a folder."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **config_type.model_json_schema()}
+
+
+def _by_word(config_type: type[Config], words: Sequence[str]) -> dict[str, Any]:
+    """Bare words by the names of the fields they fill."""
+    rest, found = list(words), dict[str, Any]()
+    for name in config_type.words:
+        annotation = config_type.model_fields[name].annotation
+        if rest and item_type(annotation, "0") is not None:
+            found[name], rest = [Text(word) for word in rest], []
+        elif rest:
+            word = rest.pop(0)
+            # A prompt that reads `null` is that word; for a number the annotation still decides.
+            found[name] = word if is_text(annotation) else Text(word)
+    if rest:
+        raise _no_such_word(config_type, rest[0])
+    return found
+
+
+def _no_such_word(config_type: type[Config], word: str) -> UserError:
+    names = config_type.words
+    why = f"the words here are: {', '.join(names)}" if names else "no bare words are taken here"
+    key, equals, _ = word.partition("=")
+    if equals and key.replace(".", "_").isidentifier():
+        return unknown_key(config_type, key.split("."), {}, COMMAND_LINE)
+    return UserError(f"`{word}` is one word too many", where=COMMAND_LINE, why=why)
+
+
+def _override(
+    config_type: type[Config], data: dict[str, Any], origins: dict[str, str], key: str, text: str
+) -> None:
+    path = tuple(key.split("."))
+    annotation = part_at(config_type, path, data)
+    value: Any = Text(text)
+    given = {key: COMMAND_LINE}
+    if text.startswith(("[", "{")) and not is_text(annotation):
+        value, given = read_flow(text, key, COMMAND_LINE)
+    for length in range(1, len(path)):
+        # `tokenizer: runs/tok` and `tokenizer.path=x` speak of the same part.
+        above, part = value_at(data, path[:length]), part_at(config_type, path[:length], data)
+        if isinstance(above, str) and isinstance(part, type) and issubclass(part, Config) and part.shorthand:
+            origin = origins[".".join(path[:length])]
+            short = (*path[:length], part.shorthand)
+            _put(data, origins, path[:length], {}, {})
+            _put(data, origins, short, above, {".".join(short): origin})
+    _put(data, origins, path, value, given)
+
+
+def _put(
+    data: dict[str, Any], origins: dict[str, str], path: tuple[str, ...], value: Any, given: dict[str, str]
+) -> None:
+    """Set one value, and forget where what it replaces came from."""
+    dotted = ".".join(path)
+    for name in [name for name in origins if name == dotted or name.startswith(dotted + ".")]:
+        del origins[name]
+    origins.update(given)
+    holder: Any = data
+    for place, key in enumerate(path[:-1]):
+        below = value_at(holder, (key,))
+        if below is None or below == "null":
+            below = {}
+            holder[key] = below
+        if not isinstance(below, dict | list):
+            above = ".".join(path[: place + 1])
+            raise UserError(f"`{dotted}` cannot be set", where=COMMAND_LINE, why=f"`{above}` is `{below}`")
+        holder = below
+    if isinstance(holder, dict):
+        holder[path[-1]] = value
+    elif path[-1].isdecimal() and int(path[-1]) < len(holder):
+        holder[int(path[-1])] = value
+    else:
+        raise UserError(
+            f"`{dotted}` cannot be set", where=COMMAND_LINE, why=f"the list has {len(holder):,} items, counted from 0"
+        )
+
+
+def _origin(name: str, data: Any, origins: dict[str, str]) -> str:
+    """Where a leaf was given: under its own name, in pieces inside it, or as the bare text of its part."""
+    if name in origins:
+        return origins[name]
+    path = name.split(".")
+    if isinstance(value_at(data, path[:-1]), str) and path[-1] != "kind":
+        return origins[".".join(path[:-1])]
+    return next((origin for key, origin in origins.items() if key.startswith(name + ".")), "default")
+
+
+def _spelled(config_type: type[Config], key: str, data: Any) -> str:
+    """The key, with underscores for dashes unless it is known with dashes, as a name in a mapping may be."""
+    known = part_at(config_type, key.split("."), data) is not None
+    return key if known else key.replace("-", "_")
+
+
+def _is_key(config_type: type[Config], key: str, data: Any) -> bool:
+    """Whether `key` is known, or lies inside a known part: `optim.shedule.peak` is a key misspelled, no word."""
+    path = _spelled(config_type, key, data).split(".")
+    head = part_at(config_type, path[:1], data)
+    return head is not None and (len(path) == 1 or isinstance(head, type) and issubclass(head, Config))
+
+
+def _as_far_as_known(config_type: type[Config], file: Path | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """The file with every `kind` of the command line in it: what decides which keys exist."""
+    data, origins = read_yaml_file(file) if file is not None else ({}, {})
+    for place, word in enumerate(arguments):
+        key, equals, text = word.lstrip("-").partition("=")
+        text = text if equals else "".join(arguments[place + 1 : place + 2])
+        if key.endswith(".kind") and (equals or word.startswith("--")):
+            _override(config_type, data, origins, _spelled(config_type, key, data), text)
+    return data
+
+
+def _value_of(config_type: type[Config], option: str, rest: list[str], data: Any) -> str:
+    """The value of `--key value`; a switch may stand alone."""
+    key = _spelled(config_type, option[2:], data)
+    annotation = part_at(config_type, key.split("."), data)
+    if annotation is None:
+        raise unknown_key(config_type, key.split("."), data, COMMAND_LINE)
+    if rest and not rest[0].startswith("--"):
+        return rest.pop(0)
+    if annotation is bool:
+        return "true"
+    raise UserError(f"`{option}` has no value", where=COMMAND_LINE, fix=f"`{option} VALUE` or `{key}=VALUE`")

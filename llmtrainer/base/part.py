@@ -1,0 +1,244 @@
+"""The parts a configuration is made of: Config, Kind, and how to walk over what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    ValidatorFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.kinds import find_kind, kinds_in, name_of
+from llmtrainer.base.text import item_type, members, typed
+
+
+class Config(BaseModel):
+    """A frozen, strict description. Text under a field is that field's only documentation.
+
+    Reading a field is recorded, so that a setting which nobody read can be refused instead of ignored.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    words: ClassVar[tuple[str, ...]] = ()
+    """Fields that a command line may give as bare words, in order; a tuple at the end takes all that are left."""
+    shorthand: ClassVar[str | None] = None
+    """The field that a bare text fills where this part is wanted: `tokenizer: runs/tok`."""
+    file_is_word: ClassVar[bool] = False
+    """Whether a first word `x.yaml` is the first of `words` and not this config's own file, as it is for a verb
+    about a recipe."""
+
+    _reads: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        if isinstance(value, str) and cls.shorthand is not None:
+            value = {cls.shorthand: value}
+        if not isinstance(value, dict):
+            return value
+        fields = cls.model_fields
+        # str(): a key from YAML is a Text, and pydantic is to see plain ones.
+        return {
+            str(key): typed(fields[key].annotation, item) if key in fields else item for key, item in value.items()
+        }
+
+    @model_serializer(mode="plain")
+    def plain(self) -> dict[str, Any]:
+        """What YAML and JSON can say, `kind` included; loads back equal. Not counted as reading."""
+        return {name: _plain(value) for name, value in self.__dict__.items()}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name[0] != "_" and name in type(self).__pydantic_fields__:
+            private = object.__getattribute__(self, "__pydantic_private__")
+            if private is not None:     # None while pydantic still builds the instance
+                private["_reads"].add(name)
+        return super().__getattribute__(name)
+
+    # pydantic would compare the private `_reads` too: of two equal recipes, the one in use would differ.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), *map(_hashable, self.__dict__.values())))
+
+
+class Kind(Config):
+    """A component chosen by `kind`: a file name in `folder`, or a dotted path to a module or class."""
+
+    folder: ClassVar[str]
+    """The package that holds the kinds. The class that sets it is the base of its kinds, and none itself."""
+    default_kind: ClassVar[str | None] = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _choose(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Self:
+        if isinstance(value, str) and cls.shorthand is not None:
+            value = {cls.shorthand: value}
+        if not isinstance(value, dict):
+            return handler(value)
+        chosen, rest = cls.chosen(value), {key: item for key, item in value.items() if key != "kind"}
+        return handler(rest) if chosen is cls else chosen.model_validate(rest)
+
+    @classmethod
+    def chosen(cls, data: Mapping[str, Any]) -> type[Self]:
+        """The class that `data` describes: by its `kind`, else by the default of the folder."""
+        is_base = "folder" in cls.__dict__
+        kind = data.get("kind") or (cls.default_kind if is_base else None)
+        if kind is not None:
+            return find_kind(cls, cls.folder, str(kind))
+        if is_base:
+            known = kinds_in(cls.folder)
+            raise UserError(
+                f"`kind` is missing, which {cls.__name__} is meant",
+                why=f"{cls.folder} has: {', '.join(known) or 'none'}",
+                fix=f"kind: {known[0]}" if known else None,
+            )
+        return cls
+
+    @property
+    def kind(self) -> str:
+        """What a recipe writes to get this class."""
+        return name_of(type(self), self.folder)
+
+    @model_serializer(mode="plain")
+    def plain(self) -> dict[str, Any]:
+        """As of every Config, with `kind` in front."""
+        return {"kind": self.kind, **{name: _plain(value) for name, value in self.__dict__.items()}}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if "folder" in cls.__dict__:
+            found = (find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder))
+            return {"description": cls.__doc__, "oneOf": [handler(item.__pydantic_core_schema__) for item in found]}
+        reference = handler(core)
+        whole = handler.resolve_ref_schema(reference)
+        whole["properties"] = {"kind": {"const": name_of(cls, cls.folder)}, **whole.get("properties", {})}
+        if name_of(cls, cls.folder) != cls.default_kind:
+            whole["required"] = ["kind", *whole.get("required", ())]
+        return reference
+
+
+def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value by dotted name, in the order of the fields, `kind` first. Tuples and mappings of parts are
+    entered (a tuple counts from 0), any other is one value. Not counted as reading."""
+    if isinstance(config, Kind):
+        yield prefix + "kind", config.kind
+    for name, value in config.__dict__.items():
+        parts = list(_parts(value))
+        if not parts:
+            yield prefix + name, value
+        for key, part in parts:
+            yield from leaves(part, f"{prefix}{name}{key}.")
+
+
+def unread(config: Config, prefix: str = "") -> list[str]:
+    """Dotted names of the fields that were set, not left to their default, and never read since `forget_reads`."""
+    reads = _private(config)["_reads"]
+    found: list[str] = []
+    for name, value in config.__dict__.items():
+        if name in config.model_fields_set:
+            below = [dotted for key, part in _parts(value) for dotted in unread(part, f"{prefix}{name}{key}.")]
+            found += below or ([] if name in reads else [prefix + name])
+    return found
+
+
+def forget_reads(config: Config) -> None:
+    """From here on, count anew what is read."""
+    _private(config)["_reads"].clear()
+    for value in config.__dict__.values():
+        for _, part in _parts(value):
+            forget_reads(part)
+
+
+def part_at(annotation: Any, path: Sequence[str], data: Any) -> Any:
+    """What `annotation` holds at `path`: a Config class if one stands there, else the annotation there, else None.
+    `data`, as far as it is given, chooses the kinds on the way."""
+    chosen = _config_in(annotation, data)
+    if not path:
+        return chosen or annotation
+    key, below = path[0], None
+    if chosen is None:
+        below = item_type(annotation, key)
+    elif key in chosen.model_fields:
+        below = chosen.model_fields[key].annotation
+    elif key == "kind" and issubclass(chosen, Kind):
+        below = str
+    if below is None:
+        return None
+    return part_at(below, path[1:], _child(data, key))
+
+
+def known_keys(annotation: Any, data: Any) -> list[str]:
+    """The keys of a part, `kind` included; empty if `annotation` is of no part."""
+    chosen = part_at(annotation, (), data)
+    if not (isinstance(chosen, type) and issubclass(chosen, Config)):
+        return []
+    return [*(["kind"] if issubclass(chosen, Kind) else []), *chosen.model_fields]
+
+
+def _config_in(annotation: Any, data: Any) -> type[Config] | None:
+    """The Config class among the alternatives of an annotation, of the kind that `data` chooses."""
+    for item in members(annotation):
+        if isinstance(item, type) and issubclass(item, Config):
+            try:
+                return item.chosen(data if isinstance(data, dict) else {}) if issubclass(item, Kind) else item
+            except UserError:
+                return item     # the wrong kind is told by the loader, once
+    return None
+
+
+def _child(data: Any, key: str) -> Any:
+    if isinstance(data, dict):
+        return data.get(key)
+    return data[int(key)] if isinstance(data, list) and key.isdecimal() and int(key) < len(data) else None
+
+
+def _private(config: Config) -> dict[str, Any]:
+    private = config.__pydantic_private__
+    assert private is not None
+    return private
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Config]]:
+    """The parts a field holds, each with what its dotted name has after the field's."""
+    if isinstance(value, Config):
+        yield "", value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, item in items:
+        for below, part in _parts(item):
+            yield f".{key}{below}", part
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Config():
+            return value.plain()
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case frozenset():
+            return sorted(map(_plain, value))
+        case dict():
+            return {_plain(key): _plain(item) for key, item in value.items()}
+        case _:
+            return str(value)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return frozenset((key, _hashable(item)) for key, item in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,85 @@
+"""The rows of one forward pass, and what the policy made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llmtrainer.core.objective import Term
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows B of T tokens. A row holds one document or several, then padding.
+
+    What a position may see follows from `document_BT` and `sequence_BT` alone; there is no attention mask.
+    """
+
+    tokens_BT: Tensor
+    """Ids the model reads, int64."""
+    targets_BT: Tensor
+    """The id that follows each token in its document, int64. Already shifted: nobody shifts again."""
+    weights_BT: Tensor
+    """How much each target counts, float32: 0 prompt, border or padding, 1 normal, above 1 critical."""
+    document_BT: Tensor
+    """Which document of its row a token belongs to, int32, ascending from 0; -1 is padding."""
+    position_BT: Tensor
+    """Place of a token in its document, int32; restarts at 0 with every document."""
+    sequence_BT: Tensor
+    """Which trained sequence (0..S-1 over the whole batch) a token belongs to, int32. -1: shared by several
+    sequences of its document, or padding."""
+    place_B: Tensor
+    """Place of each row in its optimizer step, int64: what dropout masks are a function of, so that they do
+    not depend on micro-batches or ranks."""
+    dropout_key: int = 0
+    """Derived from (seed, step) by the trainer."""
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    """What somebody knows before the forward pass, by name: `ref_logp_BT`, `advantage_BT`."""
+
+    @property
+    def input_tokens(self) -> int:
+        """Real tokens read, padding not counted."""
+        return int((self.document_BT >= 0).sum())
+
+    @property
+    def sequences(self) -> int:
+        """S, the number of trained sequences."""
+        return int(self.sequence_BT.max()) + 1 if self.sequence_BT.numel() else 0
+
+    def to(self, device: torch.device | str) -> Self:
+        moved: dict[str, Any] = {
+            item.name: getattr(self, item.name).to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(getattr(self, item.name), Tensor)
+        }
+        return replace(self, **moved, signals={name: value.to(device) for name, value in self.signals.items()})
+
+    def sum_by_sequence(self, value_BT: Tensor) -> Tensor:
+        """Weighted sum of a per-token value over each trained sequence: [S]."""
+        owned_BT = self.sequence_BT >= 0
+        total_S = value_BT.new_zeros(self.sequences)
+        weighted_N = (value_BT * self.weights_BT.to(value_BT.dtype))[owned_BT]
+        return total_S.index_add(0, self.sequence_BT[owned_BT].long(), weighted_N)
+
+    def mean_by_sequence(self, value_BT: Tensor) -> Tensor:
+        """Weighted mean of a per-token value over each trained sequence: [S]; 0 where no token counts."""
+        weight_S = self.sum_by_sequence(torch.ones_like(value_BT))
+        return self.sum_by_sequence(value_BT) / weight_S.clamp(min=torch.finfo(value_BT.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the policy computed because the objective wanted it."""
+
+    logp_BT: Tensor | None = None
+    """Log-probability of each target, float32 or wider; exactly 0 where the target's weight is 0."""
+    entropy_BT: Tensor | None = None
+    """Entropy of the next-token distribution in nats; 0 where the target's weight is 0."""
+    log_partition_BT: Tensor | None = None
+    """Logarithm of the softmax's denominator, for z-loss; 0 where the target's weight is 0."""
+    aux: tuple[Term, ...] = ()
+    """The model's own Terms."""

@@ -1,0 +1,172 @@
+"""The seams: what each part may expect of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmtrainer.base.config import Kind
+from llmtrainer.core.batch import Batch, Outputs
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Text never becomes a control id, whatever it says."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, control ids included, before padding."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """The control id that closes a document."""
+        ...
+
+    @property
+    def pad(self) -> int: ...
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Control tokens by name, for example {"<|endoftext|>": 4001}."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides which ids a text becomes."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_control: bool = False) -> str: ...
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One text per id; joined they are the decoded text. A token that is part of a character shows "" until
+        the character's last token; a control token shows its name."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens already read, per row."""
+
+    lengths_B: Tensor
+
+
+class Policy(Protocol):
+    """The one trainable module."""
+
+    def __call__(self, batch: Batch, wants: tuple[str, ...]) -> Outputs: ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Itself, as torch sees it."""
+        ...
+
+
+class Source(Protocol):
+    """Step -> this rank's micro-batches, the same number on every rank. On disk it has no position to save."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the data: a resumed run on other data is refused."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float: ...
+
+    def batches(self, step: int) -> list[Batch]: ...
+
+
+class Engine(Protocol):
+    """Where and how a step happens. Knows no objective and no data."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def rescales(self) -> bool:
+        """Whether `step` itself handles a gradient that overflowed (float16)."""
+        ...
+
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def micro(self, last: bool) -> AbstractContextManager[None]: ...
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Global gradient norm before clipping, after un-scaling; the gradients are clipped in place."""
+        ...
+
+    def step(self, learning_rate: float) -> bool:
+        """Update the weights and clear the gradients. False if the step was skipped (fp16 overflow)."""
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradients without an update."""
+        ...
+
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer and engine state as named tensors, by parameter name. No pickle."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Family(Kind):
+    """A model family: its fields are the shape of the model."""
+
+    folder: ClassVar[str] = "llmtrainer.models.families"
+    default_kind: ClassVar[str] = "llama"
+
+    start_from: str | None = None
+    """A run directory, a checkpoint or a Hugging Face folder to take weights and shape from."""
+
+    freeze: tuple[str, ...] = ()
+    """Patterns on parameter names that stay as they are: `model.embed_tokens.*`, `model.layers.0.*`."""
+
+    def build(self, vocabulary: int, compute: torch.dtype = torch.float32) -> nn.Module:
+        """A policy without values yet: `initialise(seed)` or loading fills it.
+
+        `vocabulary` is the number of embedding rows. Weights are float32, or float64 if `compute` is; the
+        forward pass runs in `compute`.
+        """
+        raise NotImplementedError
+
+
+class Rule(Kind):
+    """An update rule: its fields are its hyperparameters; the rate arrives with every step."""
+
+    folder: ClassVar[str] = "llmtrainer.optim.rules"
+    default_kind: ClassVar[str] = "adamw"
+    elementwise: ClassVar[bool] = True
+    """Whether an element's update depends on that element alone; engines that shard elements refuse the others."""
+
+    def build(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
+        raise NotImplementedError
+
+
+class EngineConfig(Kind):
+    """Which engine, and its settings."""
+
+    folder: ClassVar[str] = "llmtrainer.parallel.engines"
+    default_kind: ClassVar[str] = "single"
+
+    def start(self, precision: str) -> Engine:
+        raise NotImplementedError

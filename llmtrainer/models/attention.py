@@ -1,0 +1,311 @@
+"""Grouped-query attention over documents packed in rows, by several paths that agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from llmtrainer.core.batch import Batch
+from llmtrainer.models.layers import Linear, RMSNorm, rotate
+
+BLOCK = 128
+"""Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
+
+RotaryTable = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys each query of a batch may see; made once for all layers.
+
+    A key must not be later, must be of the same document, within the sliding window by position, and either
+    shared by all sequences of its document (-1: a prompt with several answers) or of the query's own.
+    Padding is a document of its own.
+    """
+
+    document_BT: Tensor
+    sequence_BT: Tensor
+    position_BT: Tensor
+    window: int | None = None
+    """A query sees at most this many positions, its own included."""
+
+    @classmethod
+    def of(cls, batch: Batch, window: int | None) -> Visible:
+        return cls(batch.document_BT, batch.sequence_BT, batch.position_BT, window)
+
+    @cached_property
+    def mask_BTT(self) -> Tensor:
+        """bool [B, query, key]."""
+        T = self.document_BT.shape[1]
+        seen = self.document_BT[:, :, None] == self.document_BT[:, None, :]
+        seen &= torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
+        query_BT1, key_B1T = self.sequence_BT[:, :, None], self.sequence_BT[:, None, :]
+        seen &= (key_B1T == -1) | (key_B1T == query_BT1)
+        if self.window is not None:
+            seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < self.window
+        return seen
+
+    @cached_property
+    def branching(self) -> bool:
+        """Whether some document holds several sequences, so that what a query sees is no unbroken range."""
+        same = self.document_BT[:, 1:] == self.document_BT[:, :-1]
+        return bool((same & (self.sequence_BT[:, 1:] != self.sequence_BT[:, :-1])).any())
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether causality alone decides for every real token: one document a row, no window that bites."""
+        short = self.window is None or self.document_BT.shape[1] <= self.window
+        return short and not self.branching and bool((self.document_BT <= 0).all())
+
+    @cached_property
+    def first_BT(self) -> Tensor:
+        """The earliest key a query may see, never falling along a row.
+
+        Padding goes on with the document before it: nothing reads what it sees, and plain rows need no mask.
+        """
+        T = self.document_BT.shape[1]
+        place_T = torch.arange(T, device=self.document_BT.device)
+        starts_BT = torch.zeros_like(self.document_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = (self.document_BT[:, 1:] != self.document_BT[:, :-1]) & (self.document_BT[:, 1:] >= 0)
+        first_BT = (starts_BT * place_T).cummax(dim=1).values
+        if self.window is not None and not self.branching:
+            first_BT = torch.maximum(first_BT, place_T - (self.window - 1))
+        return first_BT
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The queries in blocks, each with the one range of keys that its rows need."""
+        T = self.document_BT.shape[1]
+        return tuple(self._block(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
+
+    def _block(self, start: int, stop: int) -> Block:
+        earliest = int(self.first_BT[:, start].min())
+        if self.branching:
+            hidden = ~self.mask_BTT[:, start:stop, earliest:stop]
+            return Block(start, stop, earliest, stop, hidden[:, None, None])
+        if int(self.first_BT[:, stop - 1].max()) <= earliest:
+            return Block(start, stop, earliest, stop, None)
+        place_k = torch.arange(earliest, stop, device=self.document_BT.device)
+        hidden = place_k < self.first_BT[:, start:stop, None]
+        hidden |= place_k > place_k[start - earliest :, None]
+        return Block(start, stop, earliest, stop, hidden[:, None, None])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries start..stop against keys earliest..latest, ends not included."""
+
+    start: int
+    stop: int
+    earliest: int
+    latest: int
+    hidden_B11QK: Tensor | None
+    """What may not be seen, bool. None: the last key stands at the last query, and only what is later is
+    hidden."""
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.earliest, self.latest)
+
+
+def cached_blocks(read_B: Tensor, T: int, window: int | None, capacity: int) -> tuple[Block, ...]:
+    """T new tokens of each row, of which `read_B` were read before, against all keys up to them."""
+    shortest, longest = int(read_B.min()), int(read_B.max())
+    blocks = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        latest = min(longest + stop, capacity)
+        # Padding past the capacity is taken to stand at its last place: every query must see some key.
+        earliest = 0 if window is None else max(0, min(shortest + start, capacity - 1) - window + 1)
+        hidden = None
+        if shortest != longest or window is not None or latest != longest + stop:
+            key_k = torch.arange(earliest, latest, device=read_B.device)
+            query_BQ1 = (read_B[:, None] + torch.arange(start, stop, device=read_B.device))[:, :, None]
+            query_BQ1 = query_BQ1.clamp(max=capacity - 1)
+            hidden = key_k > query_BQ1
+            if window is not None:
+                hidden |= key_k <= query_BQ1 - window
+            hidden = hidden[:, None, None]
+        blocks.append(Block(start, stop, earliest, latest, hidden))
+    return tuple(blocks)
+
+
+def attend_cached(q_BTHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """New queries against cached keys and values; no gradient."""
+    B, K = k_BKSC.shape[:2]
+    k_ZSC, v_ZSC = k_BKSC.flatten(0, 1), v_BKSC.flatten(0, 1)
+    out_BTHC = torch.empty_like(q_BTHC)
+    for block in blocks:
+        p_ZQK = _probabilities(_queries(q_BTHC, block, K), k_ZSC, block, B)
+        _write_queries(out_BTHC, torch.bmm(p_ZQK, v_ZSC[:, block.keys]), block, K)
+    return out_BTHC
+
+
+def attend_reference(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible) -> Tensor:
+    """The definition, at full cost: every score, then the mask, then softmax in float32 or wider."""
+    groups = q_BTHC.shape[2] // k_BTKC.shape[2]
+    wide = torch.promote_types(q_BTHC.dtype, torch.float32)
+    keys, values = (x.repeat_interleave(groups, dim=2).to(wide) for x in (k_BTKC, v_BTKC))
+    scores = torch.einsum("bqhc,bkhc->bhqk", q_BTHC.to(wide), keys) / math.sqrt(q_BTHC.shape[-1])
+    scores = scores.masked_fill(~visible.mask_BTT[:, None], -math.inf)
+    return torch.einsum("bhqk,bkhc->bqhc", scores.softmax(-1), values).to(q_BTHC.dtype)
+
+
+def attend_sdpa(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible) -> Tensor:
+    """torch's fused kernels: by far the fastest on CUDA, by far the slowest on a CPU."""
+    out_BHTC = scaled_dot_product_attention(
+        q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2),
+        attn_mask=None if visible.plain else visible.mask_BTT[:, None],
+        is_causal=visible.plain,
+        enable_gqa=q_BTHC.shape[2] != k_BTKC.shape[2],
+    )
+    return out_BHTC.transpose(1, 2)
+
+
+def attend_blocks(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible) -> Tensor:
+    """Blocks of queries, each by plain products against the one range of keys that it needs."""
+    return _Blocks.apply(q_BTHC, k_BTKC, v_BTKC, visible.blocks)
+
+
+PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Visible], Tensor]] = {
+    "blocks": attend_blocks, "sdpa": attend_sdpa, "reference": attend_reference,
+}
+"""The same function of (q_BTHC, k_BTKC, v_BTKC, visible) -> out_BTHC, by name."""
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+        B, T, H, C = q_BTHC.shape
+        K = k_BTKC.shape[2]
+        k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
+        out_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
+        keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
+        ctx.probabilities = []
+        for block in blocks:
+            p_ZQK = _probabilities(_queries(q_BTHC, block, K), k_ZTC, block, B)
+            out_ZQC = torch.bmm(p_ZQK, v_ZTC[:, block.keys])
+            _write_queries(out_BTHC, out_ZQC, block, K)
+            ctx.probabilities.append(p_ZQK if keep else None)
+        ctx.save_for_backward(q_BTHC, k_ZTC, v_ZTC)
+        ctx.blocks = blocks
+        return out_BTHC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BTHC, k_ZTC, v_ZTC = ctx.saved_tensors
+        B, T, _, C = q_BTHC.shape
+        K = k_ZTC.shape[0] // B
+        dq_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
+        # Every block adds to the keys before it; in bfloat16 these sums would lose digits with the row's length.
+        wide = torch.promote_types(q_BTHC.dtype, torch.float32)
+        dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
+        for block, kept in zip(ctx.blocks, ctx.probabilities, strict=True):
+            keys = block.keys
+            q_ZQC, g_ZQC = _queries(q_BTHC, block, K), _by_query(grad_BTHC, block, K)
+            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B) if kept is None else kept
+            dv_ZTC[:, keys] += torch.bmm(p_ZQK.transpose(1, 2), g_ZQC)
+            dp_ZQK = torch.bmm(g_ZQC, v_ZTC[:, keys].transpose(1, 2))
+            ds_ZQK = torch._softmax_backward_data(dp_ZQK, p_ZQK, -1, p_ZQK.dtype)
+            # q already carries the scale, so its gradient needs it and the keys' does not.
+            _write_queries(dq_BTHC, torch.bmm(ds_ZQK, k_ZTC[:, keys]).mul_(C**-0.5), block, K)
+            dk_ZTC[:, keys] += torch.bmm(ds_ZQK.transpose(1, 2), q_ZQC)
+        dk_BTKC, dv_BTKC = (
+            x.view(B, K, T, C).transpose(1, 2).to(q_BTHC.dtype) for x in (dk_ZTC, dv_ZTC)
+        )
+        return dq_BTHC, dk_BTKC, dv_BTKC, None
+
+
+_KEPT_BYTES = 64 * 2**20
+"""Probabilities of one layer up to this size wait for backward; larger ones are computed again."""
+
+
+def _by_head(x_BTKC: Tensor) -> Tensor:
+    """[Z = B*K, T, C]: one matrix for each row and key head."""
+    return x_BTKC.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _by_query(x_BTHC: Tensor, block: Block, K: int) -> Tensor:
+    """[Z = B*K, Q = G*n, C]: the n queries of a block of all G heads that share a key head."""
+    B, _, H, C = x_BTHC.shape
+    n = block.stop - block.start
+    part = x_BTHC[:, block.start : block.stop].view(B, n, K, H // K, C)
+    return part.permute(0, 2, 3, 1, 4).reshape(B * K, H // K * n, C)
+
+
+def _queries(q_BTHC: Tensor, block: Block, K: int) -> Tensor:
+    return _by_query(q_BTHC, block, K) * q_BTHC.shape[-1] ** -0.5
+
+
+def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> None:
+    B, _, H, C = out_BTHC.shape
+    n = block.stop - block.start
+    part = out_BTHC[:, block.start : block.stop].view(B, n, K, H // K, C)
+    part.copy_(x_ZQC.view(B, K, H // K, n, C).permute(0, 3, 1, 2, 4))
+
+
+def _probabilities(q_ZQC: Tensor, k_ZTC: Tensor, block: Block, B: int) -> Tensor:
+    """softmax over the visible keys of a block: [Z, Q, keys]; reduced in float32 inside torch's kernel."""
+    scores_ZQK = torch.bmm(q_ZQC, k_ZTC[:, block.keys].transpose(1, 2))
+    n = block.stop - block.start
+    by_row = scores_ZQK.view(B, -1, scores_ZQK.shape[1] // n, n, scores_ZQK.shape[2])
+    if block.hidden_B11QK is None:
+        # Only the square on the diagonal holds later keys.
+        later = torch.ones(n, n, dtype=torch.bool, device=q_ZQC.device).triu(1)
+        by_row[..., -n:].masked_fill_(later, -math.inf)
+    else:
+        by_row.masked_fill_(block.hidden_B11QK, -math.inf)
+    return scores_ZQK.softmax(-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, H query heads on K key heads (arXiv:2305.13245)."""
+
+    def __init__(self, shape: AttentionShape, *, master: torch.dtype) -> None:
+        super().__init__()
+        self.shape = shape
+        D, H, K, C = shape.hidden_size, shape.heads, shape.kv_heads, shape.head_size
+        self.q_proj = Linear(D, H * C, bias=shape.bias, master=master)
+        self.k_proj = Linear(D, K * C, bias=shape.bias, master=master)
+        self.v_proj = Linear(D, K * C, bias=shape.bias, master=master)
+        self.o_proj = Linear(H * C, D, bias=shape.output_bias, master=master)
+        normed = shape.query_key_norm
+        self.q_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
+        self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
+
+    def forward(self, x_BTD: Tensor, rotary: RotaryTable, visible: Visible, path: str) -> Tensor:
+        q_BTHC, k_BTKC, v_BTKC = self.project(x_BTD, rotary)
+        return self.o_proj(PATHS[path](q_BTHC, k_BTKC, v_BTKC, visible).flatten(2))
+
+    def project(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two normalised (if asked) and rotated."""
+        B, T, _ = x_BTD.shape
+        q_BTHC = self.q_proj(x_BTD).view(B, T, self.shape.heads, self.shape.head_size)
+        k_BTKC = self.k_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
+        v_BTKC = self.v_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
+        return rotate(q_BTHC, rotary), rotate(k_BTKC, rotary), v_BTKC
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What an attention layer needs to know of its family."""
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    bias: bool
+    output_bias: bool
+    query_key_norm: bool
+    norm_epsilon: float

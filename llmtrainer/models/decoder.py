@@ -1,0 +1,157 @@
+"""The stack of a decoder: tokens in, what the objective wants out; and reading token by token with a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmtrainer.core import vocab_head
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.randomness import derive, dropout
+from llmtrainer.models.attention import Attention, AttentionShape, RotaryTable, Visible
+from llmtrainer.models.cache import Cache
+from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm, Rotary
+
+if TYPE_CHECKING:
+    from llmtrainer.models.families.llama import Llama
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, family: Llama, *, master: torch.dtype) -> None:
+        super().__init__()
+        D, epsilon = family.hidden_size, family.norm_epsilon
+        self.input_layernorm = RMSNorm(D, epsilon, master=master)
+        self.self_attn = Attention(shape_of(family), master=master)
+        self.post_attention_layernorm = RMSNorm(D, epsilon, master=master)
+        self.mlp = GatedMLP(D, family.mlp_size, bias=family.mlp_bias, master=master)
+
+
+class Stack(nn.Module):
+    """Embedding, blocks and the last norm, under the names the field has given them."""
+
+    def __init__(self, family: Llama, vocabulary: int, *, master: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(vocabulary, family.hidden_size, master=master)
+        self.layers = nn.ModuleList(Block(family, master=master) for _ in range(family.layers))
+        self.norm = RMSNorm(family.hidden_size, family.norm_epsilon, master=master)
+
+    def blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
+
+class Decoder(nn.Module):
+    """A dense decoder. Its parameters are masters: float32, or float64 where it computes in float64."""
+
+    def __init__(self, family: Llama, vocabulary: int, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        master = torch.float64 if compute == torch.float64 else torch.float32
+        self.family = family
+        self.vocabulary = vocabulary
+        """Rows of the embedding and of the head, padding rows included."""
+        self.context_length = family.context_length
+        self.compute = compute
+        self.path: str | None = None
+        """Attention path by name; None: the fastest for the device."""
+        self.chunk: int | None = None
+        """Positions whose logits exist at one time; None: chosen by memory."""
+        self.model = Stack(family, vocabulary, master=master)
+        self.lm_head = (
+            None if family.tied_head else Linear(family.hidden_size, vocabulary, bias=False, master=master)
+        )
+        self._window, self._dropout = family.sliding_window, family.dropout
+        self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
+        self._rotary = Rotary(family.rotary_size, family.rope_theta)
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding's where the head is tied."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def initialise(self, seed: int) -> None:
+        """Fill the weights as a function of (seed, parameter name).
+
+        Matrices are normal with `init_std`; those that write into the residual stream with init_std / sqrt(2 L),
+        so that its variance does not grow with depth. Norms are 1, biases 0.
+        """
+        narrow = self.family.init_std / math.sqrt(2 * self.family.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            with torch.no_grad():
+                if parameter.ndim == 1:
+                    parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                    continue
+                std = narrow if name.endswith(("o_proj.weight", "down_proj.weight")) else self.family.init_std
+                random = torch.Generator().manual_seed(derive(seed, "initialise", name))
+                # Drawn in float32 on the CPU: every device and compute type starts from the same weights.
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=random))
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        chosen_N = vocab_head.weighted_positions(batch)
+        # The last norm and the head see the positions that count, and no other.
+        hidden_ND = vocab_head.gather(self.residual(batch), chosen_N)
+        hidden_ND = self.model.norm(hidden_ND, self.compute)
+        return vocab_head.score_gathered(hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """What the head reads: [B, T, D] in the compute type."""
+        return self.model.norm(self.residual(batch), self.compute)
+
+    def residual(self, batch: Batch) -> Tensor:
+        """The residual stream after the last block: [B, T, D]."""
+        visible = Visible.of(batch, self._window)
+        path = self.path or ("blocks" if batch.tokens_BT.device.type == "cpu" else "sdpa")
+        rotary = self.rotary(batch.position_BT, batch.tokens_BT.shape[1])
+        rate = self._dropout if self.training else 0.0
+
+        def drop(x_BTD: Tensor, site: int) -> Tensor:
+            return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
+
+        x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
+        for index, block in enumerate(self.model.blocks()):
+            attended = block.self_attn(block.input_layernorm(x_BTD, self.compute), rotary, visible, path)
+            x_BTD = x_BTD + drop(attended, 2 * index + 1)
+            mixed = block.mlp(block.post_attention_layernorm(x_BTD, self.compute))
+            x_BTD = x_BTD + drop(mixed, 2 * index + 2)
+        return x_BTD
+
+    def cache(self, rows: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens in each of `rows` rows, none read yet.
+
+        Holds the weights as they are now in the compute type: after a training step, make a new cache.
+        """
+        return Cache(self, rows, capacity)
+
+    @torch.no_grad()
+    def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:
+        """Append the first `lengths_B` of each row's new tokens to that row, and return float32 (or wider)
+        logits [B, V] of what follows its last one. A row of length 0 stays as it is; its logits mean nothing."""
+        return cache.read(tokens_BT, lengths_B)
+
+    def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
+        """Rotary factors of positions below `longest`, float32 or wider."""
+        return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
+
+
+def shape_of(family: Llama) -> AttentionShape:
+    return AttentionShape(
+        hidden_size=family.hidden_size,
+        heads=family.heads,
+        kv_heads=family.kv_heads or family.heads,
+        head_size=family.channels,
+        bias=family.attention_bias,
+        output_bias=family.output_bias,
+        query_key_norm=family.query_key_norm,
+        norm_epsilon=family.norm_epsilon,
+    )

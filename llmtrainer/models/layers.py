@@ -1,0 +1,109 @@
+"""The parts of a decoder that look at one position at a time, and the rotary table."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def intermediate_size(hidden_size: int, multiple: int = 256) -> int:
+    """Width of a gated MLP with the weights of a plain one of 4 D: 8/3 D, rounded up (arXiv:2302.13971)."""
+    return multiple * math.ceil(8 * hidden_size / (3 * multiple))
+
+
+class Linear(nn.Module):
+    """y = x W^T + b in the type of x. The weights stay masters, float32 or wider, and are cast on the way."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, master: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=master))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=master)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows [V, D] looked up by id."""
+
+    def __init__(self, vocabulary: int, hidden_size: int, *, master: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, hidden_size, dtype=master))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 or wider (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float, *, master: torch.dtype) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(size, dtype=master))
+
+    def forward(self, x: Tensor, out_type: torch.dtype | None = None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+        return normed.to(out_type or x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, size: int, *, bias: bool, master: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, size, bias=bias, master=master)
+        self.up_proj = Linear(hidden_size, size, bias=bias, master=master)
+        self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Rotary:
+    """Cosines and sines of position times frequency; frequency i of R/2 is theta^(-2i/R) (arXiv:2104.09864).
+
+    Angles are float64, so that far positions keep their digits. The table grows when a longer row arrives; it
+    is a function of its arguments and no part of the model's state.
+    """
+
+    def __init__(self, size: int, theta: float) -> None:
+        assert size % 2 == 0
+        self.size = size
+        """R, how many channels of a head are rotated."""
+        self.theta = theta
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, position_BT: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, T, 1, R/2] of positions below `longest`."""
+        table = self._table
+        if (
+            table is None
+            or table[0].shape[0] < longest
+            or table[0].dtype != dtype
+            or table[0].device != position_BT.device
+        ):
+            rows = 64 * math.ceil(longest / 64)
+            angles = torch.outer(
+                torch.arange(rows, dtype=torch.float64, device="cpu"), self.frequencies()
+            ).to(position_BT.device)
+            table = self._table = (angles.cos().to(dtype), angles.sin().to(dtype))
+        return table[0][position_BT][:, :, None], table[1][position_BT][:, :, None]
+
+    def frequencies(self) -> Tensor:
+        """Radians per position, float64 [R/2]."""
+        exponents = torch.arange(0, self.size, 2, dtype=torch.float64, device="cpu") / self.size
+        return self.theta**-exponents
+
+
+def rotate(x_BTHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel i against channel i + R/2 by the position's angle; channels from R on stay."""
+    cos, sin = rotary
+    half = cos.shape[-1]
+    first, second, rest = x_BTHC.split([half, half, x_BTHC.shape[-1] - 2 * half], dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([*(part.to(x_BTHC.dtype) for part in turned), rest], dim=-1)

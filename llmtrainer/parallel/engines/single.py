@@ -1,0 +1,203 @@
+"""One process, one device."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.protocols import EngineConfig, Rule
+from llmtrainer.parallel.loss_scale import LossScale
+from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
+
+UPDATES = "engine.updates"
+
+
+class Single(EngineConfig):
+    """One process on one device: a CPU, one CUDA card, or Apple's MPS."""
+
+    device: str = "auto"
+    """auto takes cuda where there is one, else mps, else cpu; or cpu, cuda, cuda:1, mps."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: faster after a pause at the first step, other last digits."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
+
+    def start(self, precision: str) -> SingleEngine:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        device = find_device(self.device, precision)
+        if self.compile:
+            require_compiler(device)
+        if precision in ("float32", "float64"):
+            torch.set_float32_matmul_precision("highest")    # float32 means float32, not TF32
+        return SingleEngine(device, precision, compile=self.compile)
+
+
+class SingleEngine:
+    """Forward, backward, clip and update where nobody else takes part. Gradients and masters stay float32 or
+    wider; what is computed narrower is the model's business, except for float16's loss scale."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device, precision: str, *, compile: bool = False) -> None:
+        self.device = device
+        self._compile = compile
+        self._loss_scale = LossScale() if precision == "float16" else None
+        self._updates = 0
+        self._norm: Tensor | None = None
+        """Norm of the gradients as they stand; None as long as a backward may still add to them."""
+
+    @property
+    def rescales(self) -> bool:
+        return self._loss_scale is not None
+
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Move the policy to the device and build the optimizer over `groups` (see optim/groups.py)."""
+        policy.to(self.device)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        assert {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64}), "no masters"
+        for parameter in parameters:
+            assert parameter.device.type == self.device.type, "a parameter of a group is not the policy's"
+        self._rule = rule
+        self._parameters: list[nn.Parameter] = parameters
+        self._forward: Callable[..., Outputs] = torch.compile(policy) if self._compile else policy
+        self._optimizer: Optimizer = rule.build(groups)
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        return self._forward(batch.to(self.device), wants)
+
+    def backward(self, loss: Tensor) -> None:
+        self._norm = None
+        (loss if self._loss_scale is None else loss * self._loss_scale.scale).backward()
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Global L2 norm before clipping, float64 and scalar; the gradients are clipped in place.
+
+        A norm that is not finite is returned as it is and clips nothing: scaling by it would spread a single bad
+        gradient over all parameters.
+        """
+        assert self._norm is None, "these gradients are already clipped"
+        assert max_norm is None or max_norm > 0.0, max_norm
+        gradients = self._gradients()
+        if self._loss_scale is not None and gradients:
+            torch._foreach_mul_(gradients, 1.0 / self._loss_scale.scale)
+        norm = self._norm = global_norm(gradients, self.device)
+        if max_norm is not None and gradients:
+            factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        return norm
+
+    def step(self, learning_rate: float) -> bool:
+        """Update with `learning_rate` times each group's own multiplier, and clear the gradients.
+
+        False, with weights and optimizer untouched, if float16 gradients overflowed; the loss scale is halved.
+        """
+        assert self._norm is not None, "clip comes first, with max_norm=None if nothing is to be clipped"
+        if self._loss_scale is not None:
+            if not bool(self._norm.isfinite()):
+                self.discard()
+                self._loss_scale.overflowed()
+                return False
+            self._loss_scale.updated()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_multiplier"]
+        self._optimizer.step()
+        self._updates += 1
+        self.discard()
+        return True
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._norm = None
+
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        return {name: float(number) for name, number in numbers.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step changes
+        them, so whoever writes them in the background copies them first."""
+        state = {UPDATES: torch.tensor(self._updates, dtype=torch.int64)}
+        if self._loss_scale is not None:
+            state |= self._loss_scale.state()
+        return state | (read_state(self._optimizer) if self._updates else {})
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave. Raises UserError, with nothing changed, if it is not all of it."""
+        expected = {UPDATES} | (set() if self._loss_scale is None else set(self._loss_scale.state()))
+        given = {name for name in state if not name.startswith(PREFIX)}
+        if given != expected:
+            raise UserError(
+                "the checkpoint's engine state is not this engine's",
+                where=f"missing: {sorted(expected - given)}, left over: {sorted(given - expected)}",
+                why="float16 keeps a loss scale, other precisions keep none",
+                fix="continue with the precision and the engine that the checkpoint was made with",
+            )
+        updates = int(state[UPDATES])
+        if updates or len(state) > len(expected):
+            write_state(self._optimizer, self._rule, state)
+        else:
+            self._optimizer.state.clear()
+        self._updates = updates
+        if self._loss_scale is not None:
+            self._loss_scale.load_state(state)
+
+    def close(self) -> None:
+        """Nothing is held beyond the objects themselves."""
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+
+def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """L2 norm over all gradients, a float64 scalar: squares of large float32 gradients do not overflow."""
+    wide = torch.float32 if device.type == "mps" else torch.float64    # MPS has no float64
+    if not gradients:
+        return torch.zeros((), dtype=wide, device=device)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=wide)))
+
+
+def find_device(name: str, precision: str) -> torch.device:
+    """The device `name` means on this machine. Raises UserError if it is not there or cannot compute so."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"there is no device `{name}` here", where="engine.device", why=str(error).splitlines()[0],
+            fix="engine.device=auto",
+        ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(
+            f"nothing is computed on device `{name}`", where="engine.device", fix="engine.device=auto",
+        )
+    if device.type == "mps" and precision == "float64":
+        raise UserError(
+            "MPS has no float64", where="precision, engine.device", fix="engine.device=cpu, or precision=float32"
+        )
+    return device
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse to compile for a CPU without a C++ compiler, which torch.compile needs there."""
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError(
+            "torch.compile needs a C++ compiler, and there is none on the path", where="engine.compile",
+            why="on a CPU, torch.compile writes C++", fix="install g++ or clang++, or engine.compile=false",
+        )

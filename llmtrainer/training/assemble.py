@@ -1,0 +1,279 @@
+"""A Recipe becomes a Trainer, in numbered steps: the only place that sees a whole Recipe and live objects."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrainer.base.config import dump, unread
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.events import EventLog
+from llmtrainer.base.process import StopRequests
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration, Progress
+from llmtrainer.core.protocols import Engine, Tokenizer
+from llmtrainer.core.randomness import derive
+from llmtrainer.data.open import documents, find
+from llmtrainer.data.packed import Store
+from llmtrainer.data.source import DiskSource
+from llmtrainer.generation.loop import complete
+from llmtrainer.generation.sampling import Sampling
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.weights import freeze, load_policy
+from llmtrainer.optim.groups import group
+from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
+from llmtrainer.training import checkpoint
+from llmtrainer.training.evaluation import Evaluations, write_samples
+from llmtrainer.training.parts import Parts
+from llmtrainer.training.prepare import prepared, trained_tokenizer
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.resume import Resumption, find_resumption, require_same
+from llmtrainer.training.saving import Saver
+from llmtrainer.training.throughput import flops_per_token, peak_flops
+from llmtrainer.training.trainer import Trainer
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A trainer at the step it continues from, and what the run says about itself."""
+
+    trainer: Trainer
+    resumption: Resumption | None
+    facts: dict[str, Any]
+    """Code version, precision, fingerprints: part of every checkpoint's manifest."""
+
+
+def assemble(recipe: Recipe, view: Callable[[dict[str, Any]], None], stop: StopRequests) -> Assembled:
+    """Everything a run needs. Call under the run's lock."""
+    run = RunDir(Path(recipe.run))
+    log = EventLog(run.events)
+
+    def warn(text: str) -> None:
+        log.append("warning", text=text)
+        view({"kind": "warning", "text": text})
+
+    # 1. The engine decides the device, and the device what is fast.
+    precision = resolve_precision(recipe)
+    engine = recipe.engine.start(precision)
+    # 2. Vocabulary, text, rows.
+    tokenizer_folder, tokenizer = tokenizer_of(recipe)
+    store, source = source_of(recipe, tokenizer_folder, tokenizer, engine)
+    facts = facts_of(recipe, precision, source, tokenizer)
+    # 3. Where the run continues, before anything large is allocated.
+    resumption = find_resumption(run, recipe, warn)
+    if resumption is not None:
+        require_same(resumption, recipe, {name: facts[name] for name in MUST_MATCH})
+        checkpoint.set_aside_newer(run, resumption.folder)
+    # 4. The model, its optimizer, and their state.
+    policy = policy_of(recipe, tokenizer, DTYPES[precision], resumption.folder if resumption else None)
+    policy.to(engine.device)
+    engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    if resumption is not None:
+        resumption.load(policy, engine)
+    # 5. How long, and at which rate.
+    length = schedule_length(recipe, resumption, warn)
+    recipe.optim.schedule.require_fit(length)
+    # 6. What is watched and kept.
+    saver = Saver(
+        run, recipe.save, dump(recipe), tokenizer_folder, {**facts, "schedule_length": str(length)}, policy, engine,
+        parent_of(recipe, resumption), resumption.scores if resumption else {},
+    )  # fmt: skip
+    saver.tidy()
+    saver.require_space()
+    parts = Parts(
+        seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
+        schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
+        clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
+        log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
+        evaluate=evaluations_of(recipe, run, store, policy, tokenizer, engine).run, saver=saver,
+        first_step=lambda: require_read(recipe), view=view,
+        flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
+        peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
+    )  # fmt: skip
+    progress = resumption.progress if resumption else Progress()
+    return Assembled(Trainer(parts, progress, resumption.figures if resumption else {}), resumption, facts)
+
+
+MUST_MATCH = ("data_fingerprint", "tokenizer_fingerprint", "precision")
+"""Facts that a continued run shares with the run that began."""
+
+
+def facts_of(recipe: Recipe, precision: str, source: DiskSource, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the manifest of every checkpoint says about how it came to be."""
+    return {
+        "recipe_sha256": hashlib.sha256(dump(recipe).encode()).hexdigest(),
+        "data_fingerprint": source.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "precision": precision,
+        "code": f"llmtrainer {version('llmtrainer')}, torch {torch.__version__}",
+    }
+
+
+def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callable[[str], None]) -> Duration:
+    """What the schedule is stretched over: as given, else as the run began, else the duration."""
+    given = recipe.optim.schedule.length
+    if given is not None or resumption is None:
+        return given or recipe.duration
+    kept = resumption.schedule_length
+    if kept != recipe.duration:
+        warn(f"the learning rate keeps its schedule of {kept}; optim.schedule.length='{recipe.duration}' stretches it")
+    return kept
+
+
+def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
+    """The checkpoint that the first checkpoint of this process descends from."""
+    if resumption is not None:
+        return resumption.folder.name
+    return recipe.model.start_from
+
+
+def evaluations_of(
+    recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine
+) -> Evaluations:
+    """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
+    settings, data = recipe.evaluate, recipe.data
+
+    def read(path: str) -> Iterator[str]:
+        return (document.text for document in documents(find(path), fields=data.train.fields))
+
+    def sample(progress: Progress) -> None:
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=0.0)
+        prompts = [tokenizer.encode(prompt) for prompt in settings.prompts]
+        completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
+        told = [
+            {"prompt": prompt, "text": tokenizer.decode(item.tokens), "tokens": len(item.tokens), "finish": item.finish}
+            for prompt, item in zip(settings.prompts, completions, strict=True)
+        ]
+        write_samples(run, progress, told)
+
+    held_out = rows_of(recipe, store, engine, part="held_out") if data.held_out else None
+    return Evaluations(
+        policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read, held_out=held_out,
+        held_out_rows=settings.held_out_rows, sample=sample if settings.prompts else None,
+    )  # fmt: skip
+
+
+def resolve_precision(recipe: Recipe) -> str:
+    """The type of the computation; `auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bfloat16" if multiplies_bfloat16(recipe.engine.device) else "float32"
+
+
+def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
+    """The recipe's vocabulary; trained on the training text, once, if the recipe gives a size."""
+    choice = recipe.tokenizer
+    if choice.path is not None:
+        folder = Path(choice.path)
+    else:
+        assert choice.vocabulary is not None
+        folder = trained_tokenizer(
+            recipe.data.train.path, choice.vocabulary, Path(recipe.cache), fields=recipe.data.train.fields,
+            allow_truncated=recipe.data.allow_truncated,
+        )  # fmt: skip
+    return folder, load_tokenizer(folder)
+
+
+def source_of(recipe: Recipe, folder: Path, tokenizer: Tokenizer, engine: Engine) -> tuple[Store, DiskSource]:
+    """The token store, prepared first if the recipe names raw text, and the rows of every step."""
+    corpus, data = recipe.data.train, recipe.data
+    if (Path(corpus.path) / "manifest.json").is_file():
+        store = Store(Path(corpus.path))
+    else:
+        store = Store(
+            prepared(
+                corpus.path, folder, Path(recipe.cache), fields=corpus.fields, workers=corpus.workers,
+                allow_truncated=data.allow_truncated,
+            )  # fmt: skip
+        )
+    if store.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            "the token store was written with another vocabulary",
+            where=corpus.path,
+            why=f"its ids mean other text: tokenizer fingerprint {store.tokenizer_fingerprint[:12]} there, "
+            f"{tokenizer.fingerprint[:12]} in {folder}",
+            fix=f"llmtrainer prepare TEXT {corpus.path} tokenizer={folder}",
+        )
+    return store, rows_of(recipe, store, engine, part="train")
+
+
+def rows_of(recipe: Recipe, store: Store, engine: Engine, part: str) -> DiskSource:
+    """The train or held-out part of a store as steps of rows."""
+    data = recipe.data
+    return DiskSource(
+        store, sequence_length=data.sequence_length, rows_per_step=data.rows_per_step,
+        tokens_per_batch=data.tokens_per_batch, seed=recipe.seed, documents=data.documents, policy=data.policy,
+        held_out=data.held_out, part=part, shuffle=data.shuffle and part == "train",
+        rank=engine.rank, world_size=engine.world_size,
+    )  # fmt: skip
+
+
+def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:
+    """The model with its first values: drawn from the seed, or those of `start_from`.
+
+    A continued run takes the shape from its own checkpoint, so `start_from` may be gone by then.
+    """
+    rows = padded_vocabulary(tokenizer.vocabulary)
+    if recipe.model.start_from is None:
+        policy = recipe.model.build(rows, compute)
+        assert isinstance(policy, Decoder)
+        if recipe.data.sequence_length > policy.context_length:
+            raise UserError(
+                f"data.sequence_length is {recipe.data.sequence_length:,}, beyond the model's context of "
+                f"{policy.context_length:,}",
+                fix=f"model.context_length={recipe.data.sequence_length}",
+            )
+        if continued is None:
+            policy.initialise(derive(recipe.seed, "initialise"))
+    else:
+        _require_no_shape(recipe)
+        policy = load_policy(continued or model_folder(Path(recipe.model.start_from)), compute)
+        if policy.vocabulary < tokenizer.vocabulary:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocabulary:,} ids and the model {policy.vocabulary:,} embedding rows",
+                where=f"model.start_from {recipe.model.start_from}",
+                fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
+            )
+    freeze(policy, recipe.model.freeze)
+    return policy
+
+
+def model_folder(path: Path) -> Path:
+    """A run directory stands for its newest checkpoint; any other folder for itself."""
+    run = RunDir(path)
+    return run.newest_checkpoint() if run.checkpoints.is_dir() else path
+
+
+def require_read(recipe: Recipe) -> None:
+    """Refuse a recipe that sets a field which nothing has read: an option that is ignored is a lie (S41)."""
+    if ignored := unread(recipe):
+        raise UserError(
+            f"`{ignored[0]}` was set and nothing read it",
+            why="this combination of parts has no use for it, so it would be ignored silently"
+            + (f"; so would {', '.join(ignored[1:])}" if ignored[1:] else ""),
+            fix=f"remove {', '.join(ignored)} from the recipe",
+        )
+
+
+def _require_no_shape(recipe: Recipe) -> None:
+    named = sorted(recipe.model.model_fields_set - {"start_from", "freeze"})
+    if named:
+        raise UserError(
+            f"`model.{named[0]}` is given beside `model.start_from`",
+            where=f"model.start_from {recipe.model.start_from}",
+            why="the shape comes from that folder; naming it again would be a second truth",
+            fix=f"remove {', '.join(f'model.{name}' for name in named)}",
+        )

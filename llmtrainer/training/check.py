@@ -1,0 +1,159 @@
+"""A dry run: everything a recipe will need, tried once in a folder of its own before hours depend on it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrainer.base.errors import DONE, MENDABLE, UserError
+from llmtrainer.base.process import StopRequests
+from llmtrainer.base.result import Result
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration, Every
+from llmtrainer.training import checkpoint
+from llmtrainer.training.assemble import assemble, resolve_precision, source_of, tokenizer_of
+from llmtrainer.training.recipe import Evaluate, Recipe
+from llmtrainer.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Checked(Result):
+    """Everything that was tried, in order; what comes after a failure is not tried."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return DONE if all(check.ok for check in self.checks) else MENDABLE
+
+    def text(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = []
+        for check in self.checks:
+            first, *more = check.detail.splitlines() or [""]
+            lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {first}")
+            lines.extend(" " * (width + 8) + line for line in more)
+        return "\n".join(lines)
+
+
+def check(recipe: Recipe) -> Checked:
+    """Data, plan, three steps, a checkpoint, an evaluation, and a resume that must be bit-equal.
+
+    Nothing is written to the run directory; prepared data goes to the cache, where train will find it.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmtrainer-check-") as folder:
+        dry = _DryRun(recipe, Path(folder))
+        done: list[Check] = []
+        for name, attempt in dry.attempts():
+            try:
+                done.append(Check(name, True, attempt()))
+            except UserError as error:
+                done.append(Check(name, False, str(error)))
+                break
+        return Checked(tuple(done))
+
+
+class _DryRun:
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._recipe = recipe
+        self._folder = folder
+
+    def attempts(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        yield "data", self._data
+        yield "plan", self._plan
+        yield "steps", self._steps
+        yield "save", self._save
+        yield "evaluate", self._evaluate
+        yield "resume", self._resume
+
+    def _data(self) -> str:
+        engine = self._recipe.engine.start(resolve_precision(self._recipe))
+        tokenizer_folder, tokenizer = tokenizer_of(self._recipe)
+        store, self._source = source_of(self._recipe, tokenizer_folder, tokenizer, engine)
+        return f"{store.documents:,} documents, {store.tokens:,} tokens of a vocabulary of {tokenizer.vocabulary:,}"
+
+    def _plan(self) -> str:
+        data, batches = self._recipe.data, self._source.batches(0)
+        duration = self._recipe.duration
+        steps = duration.value * self._source.steps_per_epoch if duration.unit == "epochs" else duration.value
+        length = f"{duration}" + (f", {math.ceil(steps):,} steps" if duration.unit == "epochs" else "")
+        return (
+            f"{data.rows_per_step:,} rows of {data.sequence_length:,} tokens a step in {len(batches):,} micro-batches; "
+            f"{self._source.steps_per_epoch:,.1f} steps an epoch; {length}"
+        )
+
+    def _steps(self) -> str:
+        with _trainer(self._changed("straight", "3 steps")) as trainer:
+            losses = [info.loss for info in trainer.steps()]
+        told = ", ".join(f"{loss:.4f}" for loss in losses)
+        return f"loss {told}; every field of the recipe was read; every trainable tensor moved"
+
+    def _save(self) -> str:
+        folder = RunDir(self._folder / "straight").newest_checkpoint()
+        problem = checkpoint.verify(folder)
+        if problem is not None:
+            raise UserError(f"the checkpoint just written does not verify: {problem}", where=str(folder))
+        size = sum(file["bytes"] for file in checkpoint.read_manifest(folder)["files"].values())
+        return f"{size / 2**20:,.1f} MiB a checkpoint, every hash verified"
+
+    def _evaluate(self) -> str:
+        settings = self._recipe.evaluate
+        rows = min(settings.held_out_rows, 4 * self._recipe.data.rows_per_step)
+        short = settings.model_copy(update={"held_out_rows": rows})
+        with _trainer(self._changed("straight", "3 steps", short)) as trainer:
+            figures = trainer.evaluate()
+        return ", ".join(f"{name} {value:.4f}" for name, value in figures.items()) or "nothing to evaluate"
+
+    def _resume(self) -> str:
+        for duration in ("2 steps", "3 steps"):
+            with _trainer(self._changed("resumed", duration)) as trainer:
+                for _ in trainer.steps():
+                    pass
+        names = ("straight", "resumed")
+        files = [checkpoint.read_manifest(RunDir(self._folder / name).checkpoint(3))["files"] for name in names]
+        tensors = [name for name in files[0] if name.endswith(".safetensors")]
+        unequal = [name for name in tensors if files[0][name]["sha256"] != files[1][name]["sha256"]]
+        if unequal:
+            raise UserError(
+                f"a resumed run differs from an uninterrupted one in {', '.join(unequal)}",
+                why="a kernel on this machine does not give the same bits twice",
+                fix="engine.threads=1, or engine.compile=false",
+            )
+        return "2 steps, stop, 1 step: bit-equal to 3 steps in weights and optimizer"
+
+    def _changed(self, name: str, duration: str, evaluate: Evaluate | None = None) -> Recipe:
+        """The recipe for a few steps in a folder of its own, at the learning rates of the real run."""
+        schedule = self._recipe.optim.schedule
+        length = schedule.length or self._recipe.duration
+        changes: dict[str, Any] = {
+            "run": str(self._folder / name),
+            "resume": "auto",
+            "duration": Duration.parse(duration),
+            "evaluate": evaluate or Evaluate(),
+            "save": self._recipe.save.model_copy(update={"every": Every.parse("never")}),
+            "optim": self._recipe.optim.model_copy(update={"schedule": schedule.model_copy(update={"length": length})}),
+        }
+        return self._recipe.model_copy(update=changes)
+
+
+@contextmanager
+def _trainer(recipe: Recipe) -> Iterator[Trainer]:
+    run = RunDir(Path(recipe.run))
+    with run.locked():
+        trainer = assemble(recipe, lambda event: None, StopRequests(run.control)).trainer
+        yield trainer
+        trainer.parts.saver.wait()

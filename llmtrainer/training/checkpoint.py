@@ -1,0 +1,178 @@
+"""Checkpoints that exist whole or do not exist: written aside, verified by hash, renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.rundir import RunDir, step_of, sync_folder
+
+Files = Mapping[str, Callable[[Path], None]]
+"""File name -> what writes it to a path."""
+
+
+def write(folder: Path, files: Files, facts: Mapping[str, object]) -> None:
+    """Write a checkpoint that either exists whole or does not exist.
+
+    A folder is a checkpoint if and only if it has its final name. A crash at any line below leaves at most a
+    hidden `.partial` folder, which the next start of the run deletes. A full disk is a UserError, and the older
+    checkpoints stay as they are.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        _write_partial(partial, files, facts)
+        partial.rename(folder)  # atomic within one file system
+        sync_folder(folder.parent)  # without this the rename itself can be lost with the power
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        raise UserError(
+            f"the disk is full: checkpoint {folder.name} could not be written",
+            where=str(folder.parent),
+            why=f"{free / 2**20:,.0f} MiB are free; the older checkpoints are untouched and the run can go on from them",
+            fix="free some space and run the same command again, or keep fewer: save.keep_newest=1 save.keep_best=0",
+        ) from error
+
+
+def _write_partial(partial: Path, files: Files, facts: Mapping[str, object]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    listed = {}
+    for name, save in files.items():
+        save(partial / name)
+        _sync_file(partial / name)
+        listed[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
+    manifest = partial / "manifest.json"
+    manifest.write_text(json.dumps({**facts, "files": listed}, indent=2) + "\n")
+    _sync_file(manifest)
+    sync_folder(partial)
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is there with its size and hash."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = manifest["files"]
+        missing_facts = {"step", "progress", "recipe_sha256", "data_fingerprint"} - manifest.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json cannot be read"
+    if missing_facts:
+        return f"manifest.json lacks {', '.join(sorted(missing_facts))}"
+    for name, told in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != told["bytes"] or sha256(path) != told["sha256"]:
+            return f"{name} is not the file that was written"
+    return None
+
+
+def newest_verified(run: RunDir, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose every file has its hash; None if the run has no checkpoint at all.
+
+    Falls back to an older one and says so. If there are checkpoints and none verifies, that is a UserError: a
+    run never starts from scratch over the ruins of its own work.
+    """
+    broken: list[str] = []
+    for folder in run.step_folders():
+        problem = verify(folder)
+        if problem is None:
+            if broken:
+                warn(f"continuing from {folder.name}, because {'; '.join(broken)}")
+            return folder
+        broken.append(f"{folder.name}: {problem}")
+    if broken:
+        raise UserError(
+            "no checkpoint of this run is whole",
+            where=str(run.checkpoints),
+            why="; ".join(broken),
+            fix="restore the files, or start anew in another directory: run=runs/other",
+        )
+    return None
+
+
+def set_aside_newer(run: RunDir, chosen: Path) -> None:
+    """Rename what is newer than the checkpoint a run continues from, so that those names are free again."""
+    for folder in run.step_folders():
+        if step_of(folder) > step_of(chosen):
+            number = 0
+            while (aside := folder.with_name(f"{folder.name}.aside{number or ''}")).exists():
+                number += 1
+            folder.rename(aside)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def require_space(run: RunDir, bytes_each: int, kept: int) -> None:
+    """Refuse a run whose checkpoints cannot fit: better before the first step than at the first save."""
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    present = sum(file.stat().st_size for folder in run.whole_checkpoints() for file in folder.iterdir())
+    needed, free = max(bytes_each * (kept + 1) - present, bytes_each), shutil.disk_usage(run.checkpoints).free
+    if needed > free:
+        raise UserError(
+            f"the checkpoints of this run need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free",
+            where=str(run.checkpoints),
+            why=f"{kept} are kept and one more is being written, {bytes_each / 2**20:,.0f} MiB each",
+            fix="keep fewer: save.keep_newest=1 save.keep_best=0, or choose another disk: run=/other/disk/run",
+        )
+
+
+class Writer:
+    """Writes checkpoints one at a time on a thread of its own, from tensors that nobody changes any more."""
+
+    def __init__(self, background: bool) -> None:
+        self._background = background
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Begin to write; waits for the one before, and raises what went wrong with it."""
+        self.wait()
+        if self._background:
+            # Not a daemon: the interpreter must not end in the middle of a checkpoint.
+            self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
+            self._thread.start()
+        else:
+            work()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk. Raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    def poll(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as problem:  # carried to the training thread, which raises it
+            self._problem = problem
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,82 @@
+"""Everything a recipe measures on the way: the held-out split, suites, and samples of the model's writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Progress
+from llmtrainer.core.batch import Batch
+from llmtrainer.core.objective import Objective, count
+from llmtrainer.core.protocols import Engine, Tokenizer
+from llmtrainer.core.suite import Read, Suite
+from llmtrainer.data.source import DiskSource
+from llmtrainer.models.decoder import Decoder
+
+
+class Evaluations:
+    """Runs them all and returns their figures by name. Nothing here moves the training: no state, no draw."""
+
+    def __init__(
+        self, policy: Decoder, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
+        suites: tuple[Suite, ...], read: Read, held_out: DiskSource | None, held_out_rows: int,
+        sample: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._objective = objective
+        self._engine = engine
+        self._suites = suites
+        self._read = read
+        self._held_out = held_out
+        self._held_out_rows = held_out_rows
+        self._sample = sample
+
+    def run(self, progress: Progress) -> dict[str, float]:
+        training = self._policy.training
+        self._policy.eval()
+        try:
+            figures: dict[str, float] = {}
+            if self._held_out is not None:
+                figures.update({f"held_out/{name}": value for name, value in self._measure_held_out().items()})
+            for suite in self._suites:
+                numbers = suite.run(self._policy, self._tokenizer, self._read)
+                figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
+            if self._sample is not None:
+                self._sample(progress)
+            return figures
+        finally:
+            self._policy.train(training)
+
+    def _measure_held_out(self) -> dict[str, float]:
+        assert self._held_out is not None
+        return measure(self._engine, self._objective, self._held_out.first_rows(self._held_out_rows))
+
+
+@torch.no_grad()
+def measure(engine: Engine, objective: Objective, batches: list[Batch]) -> dict[str, float]:
+    """Each Term of an objective over some batches, averaged over its unit, and their sum as `loss`."""
+    counts = engine.sum(count(batches))
+    sums: dict[str, float] = {}
+    coefs: dict[str, float] = {}
+    for batch in batches:
+        batch = batch.to(engine.device)
+        out = engine.forward(batch, objective.wants)
+        for term in [*objective.terms(out, batch), *out.aux]:
+            sums[term.name] = sums.get(term.name, 0.0) + float(term.total) / (counts[term.unit] or 1.0)
+            coefs[term.name] = term.coef
+    figures = engine.sum(sums)
+    loss = sum(coefs[name] * value for name, value in figures.items())
+    return {"loss": loss, **{name: value for name, value in figures.items() if name != "loss/lm"}}
+
+
+def write_samples(run: RunDir, progress: Progress, samples: list[Mapping[str, object]]) -> Path:
+    """samples/step-00000040.json: prompt, text, tokens, finish."""
+    run.samples.mkdir(parents=True, exist_ok=True)
+    path = run.samples / f"step-{progress.step:08d}.json"
+    path.write_text(json.dumps({"step": progress.step, "samples": samples}, indent=2, ensure_ascii=False) + "\n")
+    return path

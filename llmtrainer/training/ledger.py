@@ -1,0 +1,80 @@
+"""What the first step changed: every trainable tensor with a gradient moved, every frozen one is bit-equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmtrainer.base.errors import UserError
+
+
+class Ledger:
+    """Takes the model's fingerprints before the first step and settles them after it."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._policy = policy
+        self._before = {name: fingerprint(parameter) for name, parameter in policy.named_parameters()}
+        self._had_gradient: set[str] = set()
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._noting(name))
+            for name, parameter in policy.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def _noting(self, name: str) -> Callable[[Tensor], None]:
+        def note(parameter: Tensor) -> None:
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                self._had_gradient.add(name)
+
+        return note
+
+    def settle(self, learning_rate: float, warn: Callable[[str], None]) -> None:
+        """Compare with the state now. A frozen parameter that moved is an error; so is a trainable one with a
+        gradient that did not, unless the update is below the resolution of its type, which is said."""
+        for handle in self._handles:
+            handle.remove()
+        moved = {
+            name for name, parameter in self._policy.named_parameters() if fingerprint(parameter) != self._before[name]
+        }
+        frozen = {name for name, parameter in self._policy.named_parameters() if not parameter.requires_grad}
+        if strayed := sorted(frozen & moved):
+            raise UserError(
+                f"{len(strayed)} frozen parameters changed in the first step",
+                where=", ".join(strayed[:5]),
+                why="something writes to them behind the optimizer's back",
+                fix="unfreeze them, or find what writes to them",
+            )
+        still = [
+            (name, parameter)
+            for name, parameter in self._policy.named_parameters()
+            if name in self._had_gradient and name not in moved
+        ]
+        if stuck := [name for name, parameter in still if not _too_small(parameter, learning_rate)]:
+            raise UserError(
+                f"{len(stuck)} trainable parameters have a gradient and did not move in the first step",
+                where=", ".join(stuck[:5]),
+                why="the optimizer does not hold them, or its rate for them is 0",
+                fix="look at optim.groups: a rate of 0 means freeze, and is written model.freeze",
+            )
+        if still:
+            warn(f"{len(still)} parameters, first {still[0][0]}, move less than their type can hold at this rate")
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A position-dependent 64-bit sum over a tensor's bits: on the tensor's own device, no copy of it kept."""
+    bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+    words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
+    total, piece = 0, 1 << 22  # in pieces, so that a large embedding needs no eightfold copy of itself
+    for start in range(0, words.numel(), piece):
+        part = words[start : start + piece].to(torch.int64)
+        place = torch.arange(start + 1, start + 1 + part.numel(), device=words.device)
+        total += int(((part ^ (place * 0x9E3779B1)) * (2 * place + 1)).sum())
+    return total
+
+
+def _too_small(parameter: Tensor, learning_rate: float) -> bool:
+    """Whether a step of this rate vanishes beside the smallest weight of the tensor."""
+    smallest = float(parameter.detach().abs().min())
+    return learning_rate <= torch.finfo(parameter.dtype).eps * smallest

@@ -1,0 +1,106 @@
+"""What the loop drives, and what it tells about a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from llmtrainer.base.events import EventLog
+from llmtrainer.base.process import StopRequests
+from llmtrainer.base.units import Duration, Every, Progress
+from llmtrainer.core.objective import Objective
+from llmtrainer.core.protocols import Engine, Source
+from llmtrainer.core.schedule import Schedule
+from llmtrainer.training.saving import Saver
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one optimizer step was."""
+
+    progress: Progress
+    """Where the run stands after the step."""
+    loss: float
+    """Nats per unit: all Terms with their coefficients, of the step's batch before its update."""
+    metrics: dict[str, float]
+    """Each Term by its own name, averaged over its unit."""
+    learning_rate: float
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Real input tokens of this step."""
+    seconds: dict[str, float]
+    """Where the time went: data, forward, backward, optimizer, and total."""
+    skipped: bool = False
+    """The weights stayed as they were, because the gradient was not finite."""
+
+    def event(self, flops_per_token: float, peak_flops: float | None) -> dict[str, Any]:
+        """The step as the contract writes it into events.jsonl."""
+        total = self.seconds["total"]
+        rate = self.tokens / total
+        parts = {f"seconds/{name}": spent for name, spent in self.seconds.items() if name != "total"}
+        return {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "epochs": self.progress.epochs,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "seconds": total,
+            "tokens_per_second": rate,
+            "mfu": rate * flops_per_token / peak_flops if peak_flops else None,
+            **self.metrics,
+            **parts,
+            **({"skipped": True} if self.skipped else {}),
+        }
+
+
+@dataclass
+class Parts:
+    """Everything the loop drives, ready to run."""
+
+    seed: int
+    source: Source
+    policy: nn.Module
+    objective: Objective
+    engine: Engine
+    schedule: Schedule
+    schedule_length: Duration
+    duration: Duration
+    clip: float | None
+    on_nonfinite: str
+    log: EventLog
+    log_every: Every
+    evaluate_every: Every
+    save_every: Every
+    evaluate: Callable[[Progress], dict[str, float]]
+    """Runs every evaluation and returns its figures; empty if there are none."""
+    saver: Saver
+    first_step: Callable[[], None]
+    """Asked once after the first step of this process: was every field of the recipe read?"""
+    view: Callable[[dict[str, Any]], None]
+    """Shows an event to whoever watches."""
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+    stop: StopRequests = field(default_factory=StopRequests)
+
+
+class Clock:
+    """Splits a step's time into named laps, in seconds."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._started

@@ -1,0 +1,251 @@
+"""The complete, frozen description of one run."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmtrainer.base.config import Config
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.units import Duration, Every
+from llmtrainer.core.objective import Objective
+from llmtrainer.core.protocols import EngineConfig, Family, Rule
+from llmtrainer.core.schedule import Schedule
+from llmtrainer.core.suite import Suite
+from llmtrainer.evals.perplexity import Perplexity  # noqa: F401  a default below needs no kind named
+from llmtrainer.objectives.causal_lm import CausalLM
+from llmtrainer.optim.groups import Group
+from llmtrainer.optim.rules.adamw import AdamW
+from llmtrainer.optim.schedules.cosine import Cosine
+from llmtrainer.parallel.engines.single import Single
+
+Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+class TokenizerChoice(Config):
+    """Which vocabulary: a folder, or one trained on the run's own training text."""
+
+    shorthand: ClassVar[str] = "path"
+
+    path: str | None = None
+    """A folder with tokenizer.json."""
+
+    vocabulary: int | None = Field(default=None, ge=256)
+    """Train a byte-level BPE with this many entries on data.train, once, into the cache."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerChoice:
+        if (self.path is None) == (self.vocabulary is None):
+            raise UserError(
+                "a tokenizer is either a folder or a size to train",
+                fix="tokenizer.path=runs/tokenizer, or tokenizer.vocabulary=4096",
+            )
+        return self
+
+
+class Corpus(Config):
+    """Text, or a token store that `llmtrainer prepare` wrote."""
+
+    shorthand: ClassVar[str] = "path"
+
+    path: str
+    """A file, a folder, a glob, `stdlib:train` (this Python's own library), or a prepared token store. Raw text
+    is prepared into the cache first, and the run says so."""
+
+    fields: tuple[str, ...] = ("text", "content")
+    """Where a record's text is: the first of these fields that it has."""
+
+    workers: int = Field(default=0, ge=0)
+    """Processes that tokenise raw text. 0: one per core."""
+
+
+class Data(Config):
+    """Which text, and how it is cut into rows, micro-batches and steps."""
+
+    train: Corpus
+    """What the model learns from."""
+
+    sequence_length: int = Field(default=512, ge=1)
+    """Tokens of one row that the model reads."""
+
+    tokens_per_batch: int = Field(default=8192, ge=1)
+    """Tokens of one micro-batch: the memory knob. Changes no result."""
+
+    tokens_per_step: int | None = Field(default=None, ge=1)
+    """Tokens of one optimizer step over all ranks: the learning knob. 32768 if neither this nor
+    sequences_per_step is given."""
+
+    sequences_per_step: int | None = Field(default=None, ge=1)
+    """Rows of one optimizer step over all ranks: the same knob, counted in rows."""
+
+    documents: Literal["isolated", "flowing"] = "isolated"
+    """isolated: documents in a row cannot see each other and positions restart. flowing: one stream of text."""
+
+    policy: Literal["stream", "split", "truncate", "sample", "whole"] = "stream"
+    """How documents become rows: stream tiles the token stream; split cuts every document into rows; truncate
+    keeps a document's head and its end; sample takes its head or a random window; whole refuses what is longer."""
+
+    held_out: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the documents kept out of training and evaluated as `held_out/loss`. The source stays untouched."""
+
+    shuffle: bool = True
+    """Draw rows in an order that is a function of (seed, epoch)."""
+
+    allow_truncated: bool = False
+    """Accept a source file that ends in the middle of a record; what is missing is reported."""
+
+    @property
+    def rows_per_step(self) -> int:
+        if self.sequences_per_step is not None:
+            return self.sequences_per_step
+        return (self.tokens_per_step or 32_768) // self.sequence_length
+
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        if self.tokens_per_step is not None and self.sequences_per_step is not None:
+            raise UserError(
+                "data.tokens_per_step and data.sequences_per_step say the same thing twice",
+                fix="keep one of them",
+            )
+        tokens = self.tokens_per_step or (None if self.sequences_per_step else 32_768)
+        if tokens is not None and tokens % self.sequence_length:
+            raise UserError(
+                f"data.tokens_per_step is {tokens:,}, no multiple of data.sequence_length {self.sequence_length:,}",
+                why="a step is a whole number of rows",
+                fix=f"data.tokens_per_step={max(tokens // self.sequence_length, 1) * self.sequence_length}",
+            )
+        if self.tokens_per_batch < self.sequence_length:
+            raise UserError(
+                f"data.tokens_per_batch is {self.tokens_per_batch:,}, below data.sequence_length "
+                f"{self.sequence_length:,}",
+                why="a micro-batch holds at least one row",
+                fix=f"data.tokens_per_batch={self.sequence_length}",
+            )
+        return self
+
+
+class Optim(Config):
+    """How weights change."""
+
+    rule: Rule = AdamW()
+    """The update rule and its hyperparameters."""
+
+    schedule: Schedule = Cosine()
+    """The learning rate over the run."""
+
+    groups: tuple[Group, ...] = ()
+    """Parameters by name pattern with their own weight decay or rate. Norms and biases never decay by default."""
+
+    clip: float | None = Field(default=1.0, gt=0.0)
+    """Largest global gradient norm; the norm is logged before clipping. `null`: no clipping."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not a number: stop names the first bad parameter and ends the run; skip leaves
+    the weights as they are and goes on, at most 10 steps in a row. The schedule counts a skipped step."""
+
+
+class Evaluate(Config):
+    """What is measured on the way."""
+
+    every: Every = Every.parse("never")
+    """How often, and always at the end: `100 steps`, `1B tokens`, `never`."""
+
+    suites: tuple[Suite, ...] = ()
+    """Evaluations by kind, reported one by one under their names."""
+
+    held_out_rows: int = Field(default=1024, ge=1)
+    """At most so many rows of the held-out split, the same ones each time."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts to continue; the samples go to samples/ in the run directory."""
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Length of a sample in tokens."""
+
+
+class Save(Config):
+    """When a checkpoint is written and which are kept. The last step is always saved."""
+
+    every: Every = Every.parse("1000 steps")
+    """How often: `200 steps`, `10 min`, `never`."""
+
+    keep_newest: int = Field(default=2, ge=1)
+    """So many newest checkpoints stay."""
+
+    keep_best: int = Field(default=2, ge=0)
+    """So many checkpoints with the lowest score stay as well, if there is an evaluation."""
+
+    by: str | None = None
+    """The score: a name in an evaluation event, such as `held_out/loss`. By default the first loss there."""
+
+    background: bool = True
+    """Write while training goes on. Changes no number."""
+
+
+class Log(Config):
+    """What is told while the run goes on."""
+
+    every: Every = Every.parse("1 steps")
+    """How often a step is written to events.jsonl."""
+
+    peak_flops: float | None = Field(default=None, gt=0.0)
+    """Floating-point operations per second of one device at its best, for MFU. By default from a table; unknown
+    devices have no MFU."""
+
+
+
+
+class Recipe(Config):
+    """The complete description of one run. Two equal recipes on equal data give equal weights."""
+
+    words: ClassVar[tuple[str, ...]] = ()
+
+    run: str = "runs/run"
+    """The run directory: everything this run writes."""
+
+    model: Family
+    """The shape of the model, or `start_from` a folder with one."""
+
+    tokenizer: TokenizerChoice
+    """The vocabulary."""
+
+    data: Data
+    """What the model reads, and how much per step."""
+
+    objective: Objective = CausalLM()
+    """What the model learns to do."""
+
+    optim: Optim = Optim()
+    """How weights change."""
+
+    engine: EngineConfig = Single()
+    """Where and how a step is computed."""
+
+    precision: Precision = "auto"
+    """Type of the computation; the weights themselves are float32 or wider. auto: bfloat16 where the processor
+    multiplies it natively, else float32."""
+
+    duration: Duration = Duration.parse("1 epochs")
+    """How long: `2000 steps`, `20B tokens`, `2 epochs`, `90 min`."""
+
+    evaluate: Evaluate = Evaluate()
+    """What is measured on the way."""
+
+    save: Save = Save()
+    """When a checkpoint is written and which are kept."""
+
+    log: Log = Log()
+    """What is told on the way."""
+
+    seed: int = Field(default=0, ge=0)
+    """Everything random is a function of this number and the step."""
+
+    resume: str = "auto"
+    """auto: continue if the run directory has a checkpoint. never: refuse to. Or the path of a checkpoint."""
+
+    cache: str = ".llmtrainer/cache"
+    """Where prepared data and trained vocabularies are kept, by content."""
+
+    allow: tuple[str, ...] = ()
+    """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`."""

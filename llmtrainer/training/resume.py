@@ -1,0 +1,128 @@
+"""Where a run continues, and what may have changed since: anything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from llmtrainer.base.config import load
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration, Progress
+from llmtrainer.core.protocols import Engine
+from llmtrainer.models.weights import load_weights
+from llmtrainer.training import checkpoint
+from llmtrainer.training.recipe import Recipe
+
+MAY_CHANGE = (
+    "run", "duration", "evaluate", "save", "log", "resume", "cache", "allow", "engine",
+    "data.tokens_per_batch", "data.train.workers", "optim.schedule.length",
+)  # fmt: skip
+"""What a continued run may change without asking. A schedule's length counts only if it is given anew."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A verified checkpoint that this run continues from."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.manifest["progress"])
+
+    @property
+    def schedule_length(self) -> Duration:
+        return Duration.parse(self.manifest["schedule_length"])
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Step -> score of the checkpoints kept as best, lower is better."""
+        return {int(step): score for step, score in self.manifest["scores"].items()}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The evaluation of that very step, if there was one."""
+        return dict(self.manifest["figures"])
+
+    def load(self, policy: nn.Module, engine: Engine) -> None:
+        """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
+        load_weights(policy, self.folder)
+        engine.load_state(load_file(self.folder / "optimizer.safetensors"))
+
+
+def find_resumption(run: RunDir, recipe: Recipe, warn: Callable[[str], None]) -> Resumption | None:
+    """The checkpoint a run continues from by `recipe.resume`; None for a run that begins. Never asks."""
+    if recipe.resume == "never":
+        if run.step_folders():
+            raise UserError(
+                "this run directory already holds checkpoints and resume is `never`",
+                where=str(run.checkpoints),
+                why="nothing is overwritten",
+                fix="resume=auto to continue, or run=runs/other to begin elsewhere",
+            )
+        return None
+    folder = checkpoint.newest_verified(run, warn) if recipe.resume == "auto" else _named(Path(recipe.resume))
+    return None if folder is None else Resumption(folder, checkpoint.read_manifest(folder))
+
+
+def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str]) -> None:
+    """Refuse to continue with another recipe, vocabulary, precision or other data than the run began with."""
+    began = load(Recipe, old.folder / "recipe.yaml")
+    if changed := differences(began, recipe):
+        told = "; ".join(f"{key} was {before!r} and is {after!r}" for key, (before, after) in changed.items())
+        parts = sorted({key.rpartition(".")[0] or key for key in changed})
+        raise UserError(
+            f"the recipe differs from the one this run began with in {', '.join(f'`{key}`' for key in changed)}",
+            where=str(old.folder / "recipe.yaml"),
+            why=told,
+            fix=f"undo the change, or allow it by name: allow=[{', '.join(parts)}], or begin anew: run=runs/other",
+        )
+    for name, now in fingerprints.items():
+        if old.manifest[name] != now:
+            what = {"data_fingerprint": "data", "tokenizer_fingerprint": "tokenizer"}.get(name, name)
+            raise UserError(
+                f"the {what} changed since this run's checkpoint was written",
+                where=str(old.folder),
+                why=f"{name} was {str(old.manifest[name])[:16]} and is {now[:16]}: the rows of the next step "
+                "would not be those of the run that began",
+                fix=f"restore the {what}, or begin anew from these weights: run=runs/other "
+                f"model.start_from={old.folder}",
+            )
+
+
+def differences(began: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, after) of everything that a continued run may not change."""
+    free = (*MAY_CHANGE, *now.allow)
+    before, after = _flat(began.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+    }
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            key: item for part, inner in value.items() for key, item in _flat(inner, f"{name}.{part}" if name else part).items()
+        }
+    return {name: value}
+
+
+def _named(folder: Path) -> Path:
+    problem = checkpoint.verify(folder)
+    if problem is not None:
+        raise UserError(
+            "the checkpoint named by `resume` is not whole",
+            where=str(folder),
+            why=problem,
+            fix="resume=auto takes the newest one that is",
+        )
+    return folder

@@ -1,0 +1,120 @@
+"""What a checkpoint of a run holds, taken as one instant and written in the background."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrainer.base.config import dump
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration, Progress
+from llmtrainer.core.protocols import Engine
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.weights import tensors, weight_files
+from llmtrainer.training import checkpoint
+from llmtrainer.training.recipe import Save
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Saver:
+    """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
+
+    def __init__(
+        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, facts: Mapping[str, Any],
+        policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
+    ) -> None:  # fmt: skip
+        self._run = run
+        self._settings = save
+        self._recipe_yaml = recipe_yaml
+        self._tokenizer_folder = tokenizer_folder
+        self._facts = facts
+        self._policy = policy
+        self._engine = engine
+        self._parent = parent
+        self._scores = dict(scores)
+        self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
+        self._writer = checkpoint.Writer(save.background)
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of one checkpoint: weights, and twice as much for the optimizer's moments."""
+        return 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors(self._policy).values())
+
+    def require_space(self) -> None:
+        newest, best, _ = self._keep
+        checkpoint.require_space(self._run, self.bytes_each, newest + best)
+
+    def tidy(self) -> None:
+        """Keep the newest and the best. Also what a crash between a checkpoint and this left undone."""
+        newest, best, _ = self._keep
+        self._run.retain(newest, self._scores, best)
+
+    def save(self, progress: Progress, figures: Mapping[str, float]) -> None:
+        """Take the state now; write it while training goes on."""
+        self._writer.wait()  # two snapshots at once would double the memory
+        score = self._score(figures)
+        if score is not None:
+            self._scores[progress.step] = score
+        facts = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "progress": asdict(progress),
+            "figures": dict(figures),
+            "scores": {str(step): value for step, value in self._best().items()},
+            "parent": self._parent,
+            "time": time.time(),
+            **self._facts,
+        }
+        folder = self._run.checkpoint(progress.step)
+        files = self._files(_frozen(tensors(self._policy)), _frozen(self._engine.state()))
+        self._writer.submit(lambda: self._write(folder, files, facts))
+        self._parent = folder.name
+
+    def wait(self) -> None:
+        self._writer.wait()
+
+    def poll(self) -> None:
+        self._writer.poll()
+
+    def _write(self, folder: Path, files: checkpoint.Files, facts: Mapping[str, Any]) -> None:
+        checkpoint.write(folder, files, facts)
+        self.tidy()
+
+    def _files(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> checkpoint.Files:
+        files = dict(weight_files(self._policy, weights))
+        files["optimizer.safetensors"] = lambda path: save_file(state, path, metadata={"format": "pt"})
+        files["recipe.yaml"] = lambda path: _write_text(path, self._recipe_yaml)
+        for name in TOKENIZER_FILES:
+            source = self._tokenizer_folder / name
+            if source.is_file():
+                files[name] = lambda path, source=source: _copy(source, path)
+        return files
+
+    def _score(self, figures: Mapping[str, float]) -> float | None:
+        by = self._keep[2] or next((name for name in figures if name.endswith("loss")), None)
+        return None if by is None else figures.get(by)
+
+    def _best(self) -> dict[int, float]:
+        best = sorted(self._scores.items(), key=lambda item: (item[1], item[0]))
+        return dict(best[: self._keep[1]])
+
+
+def _frozen(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU: what is written is one instant, whatever the next step does."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, path: Path) -> None:
+    shutil.copyfile(source, path)

@@ -1,0 +1,169 @@
+"""The loop: every objective, every engine, one order: step, event, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.units import Progress
+from llmtrainer.core.batch import Batch
+from llmtrainer.core.objective import Term, count, loss_of
+from llmtrainer.core.randomness import derive
+from llmtrainer.training.ledger import Ledger
+from llmtrainer.training.parts import Clock, Parts, StepInfo
+
+MOST_SKIPS_IN_A_ROW = 10
+
+
+class Trainer:
+    """Drives Parts. `steps()` is the whole extension interface: a loop in the user's own hands."""
+
+    def __init__(self, parts: Parts, progress: Progress, figures: dict[str, float] | None = None) -> None:
+        self.parts = parts
+        self.progress = progress
+        self.figures = figures or {}
+        """The last evaluation."""
+        self._evaluated_at = -1
+        self.last: StepInfo | None = None
+        self._saved_at = progress.step if progress.step else -1
+        self._skips = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.parts.duration.reached(self.progress)
+
+    def steps(self) -> Iterator[StepInfo]:
+        """Steps until the duration is reached or a stop is requested; the last step is evaluated and saved."""
+        while not self.finished and not self.parts.stop.requested:
+            self.parts.saver.poll()  # a full disk ends the run now, not hours later
+            before = self.progress
+            self.last = info = self._first_step() if self.last is None else self.step()
+            self._record(before, info)
+            stopping = self.parts.stop.requested is not None
+            if self.finished or (not stopping and self.parts.evaluate_every.due(before, self.progress)):
+                self.evaluate()
+            if self.finished or stopping or self.parts.save_every.due(before, self.progress):
+                self.save()
+            yield info
+        self.save()
+        self.parts.saver.wait()
+
+    def step(self) -> StepInfo:
+        """One optimizer step over this rank's micro-batches."""
+        parts, clock = self.parts, Clock()
+        key = derive(parts.seed, "step", self.progress.step)
+        torch.manual_seed(derive(key, "rank", parts.engine.rank))  # for foreign modules; ours are counter-based
+        batches = parts.source.batches(self.progress.step)
+        counts = parts.engine.sum({**count(batches), "input": sum(batch.input_tokens for batch in batches)})
+        self._require_targets(counts)  # of the whole step, before its first forward
+        clock.lap("data")
+        sums: dict[str, Tensor] = {}
+        coefs: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            with parts.engine.micro(last=index == len(batches) - 1):
+                terms = self._terms(replace(batch.to(parts.engine.device), dropout_key=key))
+                clock.lap("forward")
+                parts.engine.backward(loss_of(terms, counts))
+                clock.lap("backward")
+            for term in terms:
+                share = term.total.detach() / (counts[term.unit] or 1.0)
+                sums[term.name] = sums[term.name] + share if term.name in sums else share
+                coefs[term.name] = term.coef
+        metrics = parts.engine.sum({name: float(value) for name, value in sums.items()})
+        grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
+        after = self._after(int(counts["input"]))
+        loss = sum(coefs[name] * value for name, value in metrics.items() if coefs[name])
+        rate = parts.schedule.rate(after, parts.schedule_length)
+        skipped = not self._update(loss, grad_norm, rate)
+        clock.lap("optimizer")
+        self.progress = replace(after, minutes=after.minutes + clock.total / 60)
+        seconds = {**clock.laps, "total": clock.total}
+        return StepInfo(self.progress, loss, metrics, rate, grad_norm, int(counts["input"]), seconds, skipped)
+
+    def evaluate(self) -> dict[str, float]:
+        """Every evaluation of the recipe, written as one event."""
+        self.figures = self.parts.evaluate(self.progress)
+        self._evaluated_at = self.progress.step
+        if self.figures:
+            self.tell("evaluate", step=self.progress.step, **self.figures)
+        return self.figures
+
+    def save(self) -> None:
+        """A checkpoint of this very step, written in the background. Saving the same step again does nothing."""
+        if self._saved_at != self.progress.step and self.progress.step:
+            fresh = self._evaluated_at == self.progress.step
+            self.parts.saver.save(self.progress, self.figures if fresh else {})
+            self._saved_at = self.progress.step
+            self.tell("save", step=self.progress.step)
+
+    def _first_step(self) -> StepInfo:
+        ledger = Ledger(self.parts.policy)
+        info = self.step()
+        if not info.skipped:
+            ledger.settle(info.learning_rate, lambda text: self.tell("warning", text=text))
+        self.parts.first_step()
+        return info
+
+    def _terms(self, batch: Batch) -> list[Term]:
+        out = self.parts.engine.forward(batch, self.parts.objective.wants)
+        return [*self.parts.objective.terms(out, batch), *out.aux]
+
+    def _after(self, tokens: int) -> Progress:
+        step = self.progress.step + 1
+        epochs = step / self.parts.source.steps_per_epoch
+        return replace(self.progress, step=step, tokens=self.progress.tokens + tokens, epochs=epochs)
+
+    def _update(self, loss: float, grad_norm: float, rate: float) -> bool:
+        """Change the weights, unless the gradient is not finite: then nothing is ever trained on it."""
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or self.parts.engine.rescales):
+            updated = self.parts.engine.step(rate)  # False: fp16 overflow, the scale was halved
+            if not updated:
+                self.tell("warning", step=self.progress.step + 1, text="fp16 overflow: step skipped, scale halved")
+            self._skips = 0 if updated else self._skips
+            return updated
+        culprit = _first_nonfinite(self.parts.policy) or "the loss itself; every gradient is finite"
+        what = f"loss {loss} and gradient norm {grad_norm} at step {self.progress.step + 1}"
+        self.parts.engine.discard()
+        self._skips += 1
+        if self.parts.on_nonfinite == "stop" or self._skips > MOST_SKIPS_IN_A_ROW:
+            raise UserError(
+                f"{what}: not a number",
+                where=f"rank {self.parts.engine.rank}, first bad parameter: {culprit}",
+                why="an update with it would ruin the model; the weights are those of the step before",
+                fix="lower optim.schedule.peak, or optim.on_nonfinite=skip to leave such steps out",
+            )
+        self.tell("warning", step=self.progress.step + 1, text=f"{what}: skipped; first bad parameter: {culprit}")
+        return False
+
+    def _require_targets(self, counts: dict[str, float]) -> None:
+        if counts["tokens"] == 0:
+            raise UserError(
+                f"step {self.progress.step + 1} has no target: every weight in it is 0",
+                why="its loss would be 0.0 and the weights would only decay",
+                fix="llmtrainer inspect RECIPE.yaml shows the rows and their weights",
+            )
+
+    def _record(self, before: Progress, info: StepInfo) -> None:
+        event = info.event(self.parts.flops_per_token, self.parts.peak_flops)
+        if self.finished or self.parts.log_every.due(before, self.progress):
+            self.parts.log.append("step", **event)
+        self.parts.view({"kind": "step", **event})
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Write an event, and show it to whoever watches."""
+        self.parts.log.append(kind, **values)
+        self.parts.view({"kind": kind, **values})
+
+
+def _first_nonfinite(policy: nn.Module) -> str | None:
+    """The first parameter, in the order of the model, whose gradient is not finite."""
+    for name, parameter in policy.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return name
+    return None

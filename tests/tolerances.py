@@ -1,0 +1,18 @@
+"""The one table of tolerances: largest absolute difference unless a name says otherwise."""
+
+FLOAT64_GRADIENT_RELATIVE = 1e-12
+"""Two ways to cut the same step, float64."""
+FLOAT64_RUN = 1e-9
+"""Losses and gradient norms of whole runs that differ only in the cut, float64."""
+FLOAT64_LOGITS = 1e-10
+"""Against another implementation of the same model, float64."""
+FLOAT32_LOSS = 1e-6
+FLOAT32_GRADIENT = 1e-5
+FLOAT32_HIDDEN = 1e-5
+BFLOAT16_RELATIVE = 2e-2
+RATE_RELATIVE = 1e-12
+"""Learning rates against hand arithmetic."""
+ADAMW_WEIGHT = 1e-7
+"""Our AdamW against torch's after a few steps, float32."""
+FLOAT64_NATS = 1e-9
+"""Surprise per token against the same policy worked out in numpy, float64."""
