@@ -51,5 +51,8 @@ check: lint types contracts budgets  ## lint, types, contracts, budgets
 test: check  ## check, then the whole suite
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
+docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/architecture.md, from the code
+	$(BIN)/python tools/docs.py
+
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

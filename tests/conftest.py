@@ -1,4 +1,4 @@
-"""What every test process shares: one torch thread, so that two workers fit two cores and sums keep their order."""
+"""What every test process shares: one torch thread, so that two workers fit two cores."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def test_the_constraints_pin_every_package_that_the_tests_install() -> None:
         if "==" in line
     }
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = {distribution(text) for text in [*PROJECT["project"]["dependencies"], *extras["test"], *extras["hf"]]}
+    texts = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["hf"]]
+    wanted = {distribution(text) for text in texts}
     assert {re.sub("[-_.]+", "-", name).lower() for name in wanted} - {"llmtrainer"} - pinned == set()
 
 
@@ -109,7 +110,8 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 def test_no_source_unpickles_evaluates_text_or_reads_the_environment(path: Path) -> None:
     tree = ast.parse(path.read_text())
     for name, call in calls(tree):
-        assert name not in ("eval", "exec", "torch.save", "pickle.loads", "pickle.load"), f"line {call.lineno}"
+        forbidden = ("eval", "exec", "torch.save", "pickle.loads", "pickle.load")
+        assert name not in forbidden, f"line {call.lineno}"
         if name == "torch.load":
             safe = [item for item in call.keywords if item.arg == "weights_only"]
             assert safe and ast.unparse(safe[0].value) == "True", f"line {call.lineno}"
@@ -124,7 +126,7 @@ def test_every_function_is_annotated_and_every_module_says_what_lives_there(path
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [item.arg for item in arguments if item.annotation is None and item.arg not in ("self", "cls")]
+            bare = [item.arg for item in arguments if not item.annotation and item.arg not in ("self", "cls")]
             assert not bare and node.returns is not None, f"line {node.lineno}: {node.name}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-COLUMNS = 110
+COLUMNS = 120
 TRAINER_LINES = 250
 OWN_BUDGETS = {"llmtrainer/training/trainer.py": TRAINER_LINES}
 FOLDERS = ("llmtrainer", "tools")

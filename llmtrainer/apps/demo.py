@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import lzma
 import math
 import shutil
@@ -55,8 +56,8 @@ class Demo(Config):
     """The run directory. Run again, the demo goes on where it was; a finished one shows its figures again."""
 
     stages: tuple[Stage, ...] = STAGES
-    """Which parts of the demo to run, in their own order. What a part needs from an earlier one is made if it is
-    not there, except the model: `train` comes before `evaluate` and `sample`."""
+    """Which parts of the demo to run, in their own order. What a part needs from an earlier one is made if it
+    is not there, except the model: `train` comes before `evaluate` and `sample`."""
 
     data: str = "stdlib:train"
     """The text to learn from."""
@@ -169,7 +170,8 @@ def _steps(settings: Demo) -> int:
     with tempfile.TemporaryDirectory(prefix="llmtrainer-demo-") as place:
         trial = _recipe(settings, 10_000).model_copy(update={"run": place})
         with open_trainer(trial) as trainer:
-            laps = [info.seconds["total"] for info, _ in zip(trainer.steps(), range(WARM_STEPS + TIMED_STEPS))]
+            trials = itertools.islice(trainer.steps(), WARM_STEPS + TIMED_STEPS)
+            laps = [info.seconds["total"] for info in trials]
     lap = statistics.median(laps[WARM_STEPS:])
     steps = max(int(SPARE * settings.seconds / lap), 1)
     say(f"one step takes {lap * 1000:,.0f} ms here, so {steps:,} steps fit {span(settings.seconds)}")
@@ -192,7 +194,9 @@ def _recipe(settings: Demo, steps: int) -> Recipe:
         },
         "optim": {
             "rule": {"kind": "muon"},
-            "schedule": {"kind": "cosine", "peak": 3e-3, "warmup": f"{min(tenth, 50)} steps", "final_ratio": 0.02},
+            "schedule": {
+                "kind": "cosine", "peak": 3e-3, "warmup": f"{min(tenth, 50)} steps", "final_ratio": 0.02,
+            },
         },
         "engine": {"kind": "single", "compile": _has_compiler()},
         "duration": Duration(steps, "steps"),
@@ -225,7 +229,7 @@ def _compress(settings: Demo, told: Told) -> None:
 
 
 def bits_per_byte_of(texts: list[bytes]) -> dict[str, float]:
-    """Compressed bits per byte of text, by compressor; every text is compressed alone, and the sizes are summed."""
+    """Compressed bits per byte of text, by compressor: each text is compressed alone."""
     total = sum(map(len, texts))
     packed = dict.fromkeys(COMPRESSORS, 0)
     with bar("compress", total, "bytes") as advance:
@@ -260,14 +264,17 @@ def _figures(told: Told) -> str:
         rows.append(("text", size, "Python source and docstrings found on this machine"))
     if told.vocabulary:
         pieces, length = told.vocabulary["vocabulary"], told.vocabulary["bytes_per_token"]
-        rows.append(("vocabulary", f"{pieces:,.0f} pieces", f"a piece (token) is {length:.2f} bytes of text on average"))
+        remark = f"a piece (token) is {length:.2f} bytes of text on average"
+        rows.append(("vocabulary", f"{pieces:,.0f} pieces", remark))
     if training:
         spent = f"{training['steps']:,.0f} steps in {span(training['seconds'] or 0.0)}"
         rows.append(("training", spent, f"{short(training['tokens'] or 0.0)} tokens read"))
     if told.evaluation:
         blind = math.log(told.vocabulary.get("vocabulary", 1.0))
-        note = f"surprise per token; guessing blindly costs {blind:.2f}" if blind else "surprise per token"
-        rows.append(("loss", f"{told.evaluation['loss']:.3f} nats", note + ", all on files the model has never seen"))
+        remark = "surprise per token of text it has never seen"
+        if blind:
+            remark += f"; guessing blindly costs {blind:.2f}"
+        rows.append(("loss", f"{told.evaluation['loss']:.3f} nats", remark))
     if "held_out_bytes" in corpus:
         size = f"{corpus['held_out_files']:,} files, {amount(corpus['held_out_bytes'], 'bytes')}"
         rows.append(("held-out text", size, "not trained on: the figures below are about these files"))
@@ -283,8 +290,8 @@ def _comparison(told: Told) -> str:
     unit = 40 / max(known.values())
     rows = [(names[name], f"{bits:.3f}", "#" * round(bits * unit)) for name, bits in known.items()]
     return (
-        "Bits per byte of the held-out text, less is better. Whoever predicts text well can also store it in\n"
-        "few bits, so a compressor is a fair rival:\n" + _table(rows)
+        "Bits per byte of the held-out text, less is better. Whoever predicts text well can also store\n"
+        "it in few bits, so a compressor is a fair rival:\n" + _table(rows)
     )
 
 
@@ -292,7 +299,7 @@ def _written(told: Told) -> str:
     if told.sample is None:
         return ""
     lines = (told.sample["prompt"] + told.sample["text"]).splitlines()
-    return "A function, as the model goes on from its first line:\n" + "\n".join(f"    {line}" for line in lines)
+    return "\n".join(["A function, as the model writes it:", *(f"    {line}" for line in lines)])
 
 
 def _where_to_go(told: Told) -> str:
@@ -300,7 +307,7 @@ def _where_to_go(told: Told) -> str:
     if told.plot:
         rows.append(("the curves", told.plot, ""))
     rows.append(("let it write", f"llmtrainer generate {told.run} 'import '", ""))
-    rows.append(("train on your text", "llmtrainer train recipes/tiny/pretrain.yaml data.train.path=FOLDER", ""))
+    rows.append(("train on your text", "llmtrainer train recipes/tiny/pretrain.yaml data.train=FOLDER", ""))
     return _table(rows)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.part import Config, Kind, forget_reads, leaves, part_at, unread
-from llmtrainer.base.refusal import refusal, unknown_key, value_at
-from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, read_flow, read_yaml_file
+from llmtrainer.base.refusal import all_keys, refusal, unknown_key, value_at
+from llmtrainer.base.result import plain
+from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, nearest, read_flow, read_yaml_file
 
 __all__ = [
     "Config", "Kind", "dump", "forget_reads", "leaves", "load", "load_with_origins", "schema", "sorted_words",
@@ -64,7 +66,8 @@ def sorted_words(
     """A command line as (file, overrides, bare words).
 
     A first word that ends in .yaml or .yml is the file. A word is an override only if what stands before its
-    first `=` is a key; `--key value` and `--key=value` always are. What follows `--` is bare.
+    first `=` is a key; `--key value` and `--key=value` always are. What follows `--` is bare. A word that is
+    nearly an override is refused, lest a misspelled key become a prompt.
     """
     rest, file, overrides, words = list(arguments), None, list[str](), list[str]()
     bare: list[str] = []
@@ -80,6 +83,11 @@ def sorted_words(
             overrides.append(word[2:] if equals else f"{word[2:]}={_value_of(config_type, word, rest, data)}")
         elif equals and _is_key(config_type, key, data):
             overrides.append(word)
+        elif equals and (near := nearest(key, all_keys(config_type, data), cutoff=0.8)):
+            raise UserError(
+                f"unknown key `{key}`", where=COMMAND_LINE, why=f"as a word, `{word}` would be taken as it stands",
+                fix=f"did you mean `{near}`? If it is no key: `-- '{word}'`",
+            )
         else:
             words.append(word)
     return file, overrides, words + bare
@@ -100,7 +108,12 @@ def dump(config: Config) -> str:
 
 def schema(config_type: type[Config]) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of the YAML file: help texts included, one alternative per kind of a folder."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **config_type.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **config_type.model_json_schema(schema_generator=_Schema)}
+
+
+class _Schema(GenerateJsonSchema):
+    def encode_default(self, dft: Any) -> Any:
+        return plain(dft)   # a unit as the text that a recipe has
 
 
 def _by_word(config_type: type[Config], words: Sequence[str]) -> dict[str, Any]:

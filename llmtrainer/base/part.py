@@ -67,6 +67,11 @@ class Config(BaseModel):
                 private["_reads"].add(name)
         return super().__getattribute__(name)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        return schema if cls.shorthand is None else {"anyOf": [schema, {"type": "string"}]}
+
     # pydantic would compare the private `_reads` too: of two equal recipes, the one in use would differ.
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__
@@ -120,15 +125,14 @@ class Kind(Config):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if "folder" in cls.__dict__:
-            found = (find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder))
-            return {"description": cls.__doc__, "oneOf": [handler(item.__pydantic_core_schema__) for item in found]}
-        reference = handler(core)
-        whole = handler.resolve_ref_schema(reference)
-        whole["properties"] = {"kind": {"const": name_of(cls, cls.folder)}, **whole.get("properties", {})}
-        if name_of(cls, cls.folder) != cls.default_kind:
-            whole["required"] = ["kind", *whole.get("required", ())]
-        return reference
+        if "folder" not in cls.__dict__:
+            return _with_kind(cls, handler.resolve_ref_schema(handler(core)))
+        found = (find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder))
+        schemas = ((item, handler.resolve_ref_schema(handler(item.__pydantic_core_schema__))) for item in found)
+        foreign = {"type": "object", "properties": {"kind": {"pattern": r"\."}}, "required": ["kind"]}
+        text = [] if cls.shorthand is None else [{"type": "string"}]
+        kinds = [_with_kind(item, schema) for item, schema in schemas]
+        return {"description": cls.__doc__, "oneOf": [*kinds, foreign, *text]}
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -242,3 +246,11 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, dict):
         return frozenset((key, _hashable(item)) for key, item in value.items())
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def _with_kind(cls: type[Kind], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one kind. `kind` must be there, unless it is what a part without `kind` means."""
+    kind = name_of(cls, cls.folder)
+    required = [*([] if kind == cls.default_kind else ["kind"]), *schema.get("required", ())]
+    properties = {"kind": {"const": kind}, **schema.get("properties", {})}
+    return {**schema, "properties": properties, "required": list(dict.fromkeys(required))}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from llmtrainer.base.part import Config
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def plain(value: Any) -> Any:
             return [plain(item) for item in value]
         case Path():
             return str(value)
-        case BaseModel():
-            return value.model_dump(mode="json")
+        case Config():
+            return value.plain()
         case _ if dataclasses.is_dataclass(value) and type(value).__str__ is object.__str__:
             return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
         case _ if hasattr(value, "item"):

@@ -144,10 +144,10 @@ def is_text(annotation: Any) -> bool:
     return bool({str, Path} & set(wanted)) and all(isinstance(item, type) and item in _PLAIN for item in wanted)
 
 
-def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option most like `word`, if any is."""
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The option most like `word`, if any is: a share of `cutoff` of their letters agrees."""
     # 0.5 still finds a name of two letters with one of them wrong; difflib's own 0.6 does not.
-    return next(iter(difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str | None:

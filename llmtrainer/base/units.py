@@ -56,7 +56,7 @@ class _Text:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-        def read(value: object) -> Self:
+        def read(value: object) -> _Text:
             if isinstance(value, cls):
                 return value
             if isinstance(value, bool) or not isinstance(value, str | int | float):

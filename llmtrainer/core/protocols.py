@@ -80,10 +80,13 @@ class Source(Protocol):
         """SHA-256 of the data: a resumed run on other data is refused."""
         ...
 
-    @property
-    def steps_per_epoch(self) -> float: ...
+    def epochs(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        ...
 
     def batches(self, step: int) -> list[Batch]: ...
+
+    def close(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -167,6 +170,9 @@ class EngineConfig(Kind):
 
     folder: ClassVar[str] = "llmtrainer.parallel.engines"
     default_kind: ClassVar[str] = "single"
+
+    device: str = "auto"
+    """auto takes cuda where there is one, else mps, else cpu; or cpu, cuda, cuda:1, mps."""
 
     def start(self, precision: str) -> Engine:
         raise NotImplementedError

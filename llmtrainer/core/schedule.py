@@ -1,4 +1,4 @@
-"""The learning rate as a function of progress: nothing is counted here, so nothing can be lost over a restart."""
+"""The learning rate as a function of progress: nothing is counted here, so a restart can lose nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Schedule(Kind):
     """Learning rate at the end of the warm-up, the highest of the run."""
 
     warmup: Duration = Duration(100, "steps")
-    """How long the rate climbs from 0 to `peak`: `1000 steps`, `2B tokens`, `0.1 epochs`; `0 steps` for none."""
+    """How long the rate climbs from 0 to `peak`: `1000 steps`, `2B tokens`, `0.1 epochs`. `0 steps`: not at
+    all."""
 
     length: Duration | None = None
     """What the shape is stretched over. Left out, it is the run's `duration`, and stays what it was when a
@@ -61,8 +62,7 @@ class Schedule(Kind):
                 f"the warm-up of {self.warmup} is not shorter than the schedule's length of {length}",
                 where="optim.schedule.warmup",
                 why="the rate would never reach its peak",
-                fix=f"optim.schedule.warmup='{Duration(math.floor(length.value / 10), length.unit)}'"
-                if length.value >= 10 else "optim.schedule.warmup='0 steps'",
+                fix=f"optim.schedule.warmup='{Duration(math.floor(length.value / 10), length.unit)}'",
             )
 
     def _warm_share(self, after: Progress, length: Duration) -> float:
@@ -71,7 +71,7 @@ class Schedule(Kind):
             return 0.0
         if self.warmup.unit == length.unit:
             return self.warmup.value / length.value
-        # In two different units (a warm-up in steps, a length in minutes) the end of the warm-up is known only
-        # in its own. The ratio of both so far carries it over: exact at a steady pace, no state to save, and
-        # without a jump at the end of the warm-up, where both ways agree.
+        # In two different units (a warm-up in steps, a length in minutes) the end of the warm-up is known in
+        # its own only. The ratio of both so far carries it over: exact at a steady pace, without state to
+        # save, and without a jump at the end of the warm-up, where both ways agree.
         return length.share(after) / self.warmup.share(after)

@@ -117,7 +117,7 @@ class _Head(torch.autograd.Function):
                     entropy_N[rows] = -(every_logp.exp() * every_logp).sum(-1)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N)
         ctx.chunk = chunk
-        ctx.kept = logits if N <= chunk and any(ctx.needs_input_grad) else None
+        ctx.kept = logits if chunk >= N and any(ctx.needs_input_grad) else None
         return logp_N, entropy_N, log_partition_N
 
     @staticmethod

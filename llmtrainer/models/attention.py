@@ -184,7 +184,7 @@ PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Visible], Tensor]] = {
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
-        B, T, H, C = q_BTHC.shape
+        B, T, H, _ = q_BTHC.shape
         K = k_BTKC.shape[2]
         k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
         out_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)

@@ -42,7 +42,7 @@ class Cache:
         lengths_B = lengths_B.to(self.lengths_B.device)
         after_B = self.lengths_B + lengths_B
         assert int(after_B.max()) <= self.capacity, f"the cache holds {self.capacity} tokens a row"
-        assert 0 <= int(lengths_B.min()) and int(lengths_B.max()) <= T
+        assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= T
         place_BT = self.lengths_B[:, None] + torch.arange(T, device=lengths_B.device)
         real_BT = place_BT < after_B[:, None]
         row_N, column_N = real_BT.nonzero(as_tuple=True)

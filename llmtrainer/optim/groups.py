@@ -26,12 +26,14 @@ class Group(Config):
     """Factor on the rule's weight decay. Left out: 1 for matrices, 0 for norms and biases."""
 
 
-def group(parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group] = ()) -> list[dict[str, Any]]:
+def group(
+    parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group] = ()
+) -> list[dict[str, Any]]:
     """Sort the trainable parameters into what a `Rule` builds its optimizer from.
 
-    Every dict holds `params`, their `param_names`, `rate_multiplier` and `decay_multiplier`. By default a tensor
-    of two or more dimensions decays, a vector or a scalar does not. Frozen parameters are left out. The order is
-    that of first appearance, so it is a function of the model and the patterns alone.
+    Every dict holds `params`, their `param_names`, `rate_multiplier` and `decay_multiplier`. By default a
+    tensor of two or more dimensions decays, a vector or a scalar does not. Frozen parameters are left out.
+    The order is that of first appearance: a function of the model and the patterns alone.
 
     Raises UserError when a pattern takes no trainable parameter, or when nothing is trainable.
     """
@@ -39,7 +41,8 @@ def group(parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trainable:
         raise UserError(
-            "no parameter is trainable", where=f"all {len(named):,} tensors of the model are frozen",
+            "no parameter is trainable",
+            where=f"all {len(named):,} tensors of the model are frozen",
             fix="shorten model.freeze",
         )
     gathered: dict[tuple[float, float], dict[str, Any]] = {}
@@ -74,6 +77,8 @@ def _refuse(index: int, groups: Sequence[Group], named: Sequence[tuple[str, nn.P
     else:
         why = "an earlier group already takes every parameter it matches"
     raise UserError(
-        f"the pattern `{pattern}` takes no trainable parameter", where=f"optim.groups[{index}].match",
-        why=why, fix="correct the pattern, or remove the group",
+        f"the pattern `{pattern}` takes no trainable parameter",
+        where=f"optim.groups[{index}].match",
+        why=why,
+        fix="correct the pattern, or remove the group",
     )

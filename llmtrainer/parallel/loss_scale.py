@@ -32,7 +32,7 @@ class LossScale:
             self.scale, self.good_updates = min(self.scale * 2.0, LARGEST), 0
 
     def overflowed(self) -> None:
-        """Halve. Raises UserError at a scale of 1: nothing is left to halve, so the range is not the reason."""
+        """Halve. Raises UserError at a scale of 1: the range of float16 is then not the reason."""
         if self.scale <= 1.0:
             raise UserError(
                 "the gradients are not finite, even with a loss scale of 1",

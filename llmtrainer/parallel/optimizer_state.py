@@ -1,4 +1,4 @@
-"""The state of any torch optimizer as named tensors: `optimizer.<parameter>.<what>`. No pickle, exact, complete."""
+"""The state of any torch optimizer as named tensors, `optimizer.<parameter>.<what>`: no pickle, no gap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_state(optimizer: Optimizer) -> dict[str, Tensor]:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             kept = optimizer.state.get(parameter, {})
             for what, value in kept.items():
-                assert isinstance(value, Tensor), f"{type(optimizer).__name__} keeps {what!r} that is no tensor"
+                assert isinstance(value, Tensor), f"{what} of {type(optimizer).__name__} is no tensor"
                 state[f"{PREFIX}{name}.{what}"] = value.detach()
             if not kept:
                 state[f"{PREFIX}{name}.{UNTOUCHED}"] = torch.ones((), dtype=torch.bool)
@@ -33,8 +33,8 @@ def read_state(optimizer: Optimizer) -> dict[str, Tensor]:
 def write_state(optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor]) -> None:
     """Put back what `read_state` gave, dtypes kept, as copies on the parameters' devices.
 
-    Raises UserError, before anything is changed, when a tensor is missing, left over, or of the wrong shape or
-    dtype.
+    Raises UserError, before anything is changed, when a tensor is missing, left over, or of the wrong shape
+    or dtype.
     """
     given = {name for name in state if name.startswith(PREFIX)}
     samples = _sample_states(optimizer, rule)
@@ -68,16 +68,17 @@ def write_state(optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor]) -
 
 
 def _sample_states(optimizer: Optimizer, rule: Rule) -> dict[str, dict[str, Tensor]]:
-    """What the rule keeps for each parameter: found by one update of small stand-ins, so any rule can be asked,
-    and no weight is touched."""
+    """What the rule keeps for each parameter: found by one update of small stand-ins, so that any rule can be
+    asked and no weight is touched."""
     stand_ins: dict[str, nn.Parameter] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             small = torch.zeros([2] * parameter.ndim, dtype=parameter.dtype, device=parameter.device)
             stand_ins[name] = nn.Parameter(small)
             stand_ins[name].grad = torch.zeros_like(small)
+    groups = optimizer.param_groups
     sample = rule.build(
-        [{**group, "params": [stand_ins[name] for name in group["param_names"]]} for group in optimizer.param_groups]
+        [{**group, "params": [stand_ins[name] for name in group["param_names"]]} for group in groups]
     )
     sample.step()
     return {name: dict(sample.state[parameter]) for name, parameter in stand_ins.items()}
@@ -85,7 +86,9 @@ def _sample_states(optimizer: Optimizer, rule: Rule) -> dict[str, dict[str, Tens
 
 def _require_fit(missing: Sequence[str], left_over: Sequence[str], wrong: Sequence[str]) -> None:
     for names, what in (
-        (missing, "lacks"), (left_over, "holds, but this run has no place for,"), (wrong, "holds in another form"),
+        (missing, "lacks"),
+        (left_over, "holds, but this run has no place for,"),
+        (wrong, "holds in another form"),
     ):
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -93,7 +96,7 @@ def _require_fit(missing: Sequence[str], left_over: Sequence[str], wrong: Sequen
                 f"the optimizer's state {what} {len(names):,} tensor{'s' if len(names) > 1 else ''}",
                 where=shown,
                 why="a run continued with part of its state is another run",
-                fix="continue from an older checkpoint, or with the model and optim settings this one was made with",
+                fix="continue with the model and optim settings of the checkpoint, or from an older one",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
+from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.core.randomness import derive
 from llmtrainer.data.open import documents, find
@@ -27,6 +28,7 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import freeze, load_policy
 from llmtrainer.optim.groups import group
+from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
 from llmtrainer.training import checkpoint
 from llmtrainer.training.evaluation import Evaluations, write_samples
@@ -38,12 +40,8 @@ from llmtrainer.training.saving import Saver
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+View = Callable[[Mapping[str, Any]], None]
+"""Shows an event to whoever watches."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Assembled:
     """Code version, precision, fingerprints: part of every checkpoint's manifest."""
 
 
-def assemble(recipe: Recipe, view: Callable[[dict[str, Any]], None], stop: StopRequests) -> Assembled:
+def assemble(recipe: Recipe, view: View, stop: StopRequests) -> Assembled:
     """Everything a run needs. Call under the run's lock."""
     run = RunDir(Path(recipe.run))
     log = EventLog(run.events)
@@ -66,11 +64,10 @@ def assemble(recipe: Recipe, view: Callable[[dict[str, Any]], None], stop: StopR
         view({"kind": "warning", "text": text})
 
     # 1. The engine decides the device, and the device what is fast.
-    precision = resolve_precision(recipe)
-    engine = recipe.engine.start(precision)
+    engine, precision = engine_of(recipe)
     # 2. Vocabulary, text, rows.
     tokenizer_folder, tokenizer = tokenizer_of(recipe)
-    store, source = source_of(recipe, tokenizer_folder, tokenizer, engine)
+    source = source_of(recipe, tokenizer_folder, engine)
     facts = facts_of(recipe, precision, source, tokenizer)
     # 3. Where the run continues, before anything large is allocated.
     resumption = find_resumption(run, recipe, warn)
@@ -88,8 +85,8 @@ def assemble(recipe: Recipe, view: Callable[[dict[str, Any]], None], stop: StopR
     recipe.optim.schedule.require_fit(length)
     # 6. What is watched and kept.
     saver = Saver(
-        run, recipe.save, dump(recipe), tokenizer_folder, {**facts, "schedule_length": str(length)}, policy, engine,
-        parent_of(recipe, resumption), resumption.scores if resumption else {},
+        run, recipe.save, dump(recipe), tokenizer_folder, tokenizer, {**facts, "schedule_length": str(length)},
+        policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {},
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
@@ -98,7 +95,7 @@ def assemble(recipe: Recipe, view: Callable[[dict[str, Any]], None], stop: StopR
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(recipe, run, store, policy, tokenizer, engine).run, saver=saver,
+        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine).run, saver=saver,
         first_step=lambda: require_read(recipe), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
@@ -115,7 +112,7 @@ def facts_of(recipe: Recipe, precision: str, source: DiskSource, tokenizer: Toke
     """What the manifest of every checkpoint says about how it came to be."""
     return {
         "recipe_sha256": hashlib.sha256(dump(recipe).encode()).hexdigest(),
-        "data_fingerprint": source.fingerprint,
+        "data_fingerprint": source.store.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "precision": precision,
         "code": f"llmtrainer {version('llmtrainer')}, torch {torch.__version__}",
@@ -144,33 +141,33 @@ def evaluations_of(
     recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine
 ) -> Evaluations:
     """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
-    settings, data = recipe.evaluate, recipe.data
+    settings, fields, tokens = recipe.evaluate, recipe.data.train.fields, recipe.evaluate.max_new_tokens
 
     def read(path: str) -> Iterator[str]:
-        return (document.text for document in documents(find(path), fields=data.train.fields))
+        return (document.text for document in documents(find(path), fields=fields))
 
     def sample(progress: Progress) -> None:
-        sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=0.0)
+        sampling = Sampling(max_new_tokens=tokens, temperature=0.0)
         prompts = [tokenizer.encode(prompt) for prompt in settings.prompts]
         completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
-        told = [
-            {"prompt": prompt, "text": tokenizer.decode(item.tokens), "tokens": len(item.tokens), "finish": item.finish}
+        told: list[Mapping[str, object]] = [
+            {
+                "prompt": prompt, "text": tokenizer.decode(item.tokens), "tokens": len(item.tokens),
+                "finish": item.finish,
+            }
             for prompt, item in zip(settings.prompts, completions, strict=True)
         ]
         write_samples(run, progress, told)
 
-    held_out = rows_of(recipe, store, engine, part="held_out") if data.held_out else None
     return Evaluations(
-        policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read, held_out=held_out,
-        held_out_rows=settings.held_out_rows, sample=sample if settings.prompts else None,
+        policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read, held_out=held_out_of(recipe, store, engine), sample=sample if settings.prompts else None,
     )  # fmt: skip
 
 
-def resolve_precision(recipe: Recipe) -> str:
-    """The type of the computation; `auto` is bfloat16 where the device multiplies it natively, else float32."""
-    if recipe.precision != "auto":
-        return recipe.precision
-    return "bfloat16" if multiplies_bfloat16(recipe.engine.device) else "float32"
+def engine_of(recipe: Recipe) -> tuple[Engine, str]:
+    """The engine, and the precision it computes in: `auto` depends on the device."""
+    precision = resolve(recipe.precision, find_device(recipe.engine.device, "float32"))
+    return recipe.engine.start(precision), precision
 
 
 def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
@@ -187,38 +184,43 @@ def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
     return folder, load_tokenizer(folder)
 
 
-def source_of(recipe: Recipe, folder: Path, tokenizer: Tokenizer, engine: Engine) -> tuple[Store, DiskSource]:
-    """The token store, prepared first if the recipe names raw text, and the rows of every step."""
+def source_of(recipe: Recipe, folder: Path, engine: Engine) -> DiskSource:
+    """The rows of every step; raw text is prepared into the cache first."""
     corpus, data = recipe.data.train, recipe.data
-    if (Path(corpus.path) / "manifest.json").is_file():
-        store = Store(Path(corpus.path))
-    else:
-        store = Store(
-            prepared(
-                corpus.path, folder, Path(recipe.cache), fields=corpus.fields, workers=corpus.workers,
-                allow_truncated=data.allow_truncated,
-            )  # fmt: skip
-        )
-    if store.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            "the token store was written with another vocabulary",
-            where=corpus.path,
-            why=f"its ids mean other text: tokenizer fingerprint {store.tokenizer_fingerprint[:12]} there, "
-            f"{tokenizer.fingerprint[:12]} in {folder}",
-            fix=f"llmtrainer prepare TEXT {corpus.path} tokenizer={folder}",
-        )
-    return store, rows_of(recipe, store, engine, part="train")
-
-
-def rows_of(recipe: Recipe, store: Store, engine: Engine, part: str) -> DiskSource:
-    """The train or held-out part of a store as steps of rows."""
-    data = recipe.data
-    return DiskSource(
-        store, sequence_length=data.sequence_length, rows_per_step=data.rows_per_step,
-        tokens_per_batch=data.tokens_per_batch, seed=recipe.seed, documents=data.documents, policy=data.policy,
-        held_out=data.held_out, part=part, shuffle=data.shuffle and part == "train",
-        rank=engine.rank, world_size=engine.world_size,
+    path = prepared(
+        corpus.path, folder, Path(recipe.cache), fields=corpus.fields, workers=corpus.workers,
+        allow_truncated=data.allow_truncated,
     )  # fmt: skip
+    return DiskSource(
+        Store(path), rows_per_step=data.rows_per_step, tokens_per_batch=data.tokens_per_batch, shuffle=data.shuffle,
+        part="train", rank=engine.rank, world_size=engine.world_size, **_rows(recipe),
+    )  # fmt: skip
+
+
+def held_out_of(recipe: Recipe, store: Store, engine: Engine) -> DiskSource | None:
+    """The first rows of the held-out part as one step: the same ones at every evaluation."""
+    if not recipe.data.held_out:
+        return None
+    whole = DiskSource(store, rows_per_step=1, part="held_out", **_held_out(recipe))
+    rows = min(recipe.evaluate.held_out_rows, whole.rows_per_epoch)
+    return DiskSource(
+        store, rows_per_step=rows, part="held_out", rank=engine.rank, world_size=engine.world_size,
+        **_held_out(recipe),
+    )  # fmt: skip
+
+
+def _held_out(recipe: Recipe) -> dict[str, Any]:
+    batch = recipe.data.tokens_per_batch
+    return {**_rows(recipe), "tokens_per_batch": batch, "shuffle": False, "prefetch": False}
+
+
+def _rows(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a store becomes rows."""
+    data = recipe.data
+    return {
+        "sequence_length": data.sequence_length, "documents": data.documents, "policy": data.policy,
+        "held_out": data.held_out, "seed": recipe.seed,
+    }  # fmt: skip
 
 
 def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:

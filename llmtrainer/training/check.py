@@ -16,7 +16,7 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.training import checkpoint
-from llmtrainer.training.assemble import assemble, resolve_precision, source_of, tokenizer_of
+from llmtrainer.training.assemble import assemble, engine_of, source_of, tokenizer_of
 from llmtrainer.training.recipe import Evaluate, Recipe
 from llmtrainer.training.trainer import Trainer
 
@@ -81,9 +81,10 @@ class _DryRun:
         yield "resume", self._resume
 
     def _data(self) -> str:
-        engine = self._recipe.engine.start(resolve_precision(self._recipe))
+        engine, _ = engine_of(self._recipe)
         tokenizer_folder, tokenizer = tokenizer_of(self._recipe)
-        store, self._source = source_of(self._recipe, tokenizer_folder, tokenizer, engine)
+        self._source = source_of(self._recipe, tokenizer_folder, engine)
+        store = self._source.store
         return f"{store.documents:,} documents, {store.tokens:,} tokens of a vocabulary of {tokenizer.vocabulary:,}"
 
     def _plan(self) -> str:
@@ -155,5 +156,7 @@ def _trainer(recipe: Recipe) -> Iterator[Trainer]:
     run = RunDir(Path(recipe.run))
     with run.locked():
         trainer = assemble(recipe, lambda event: None, StopRequests(run.control)).trainer
-        yield trainer
-        trainer.parts.saver.wait()
+        try:
+            yield trainer
+        finally:
+            trainer.close()

@@ -15,12 +15,9 @@ from typing import Any
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir, step_of, sync_folder
 
-Files = Mapping[str, Callable[[Path], None]]
-"""File name -> what writes it to a path."""
 
-
-def write(folder: Path, files: Files, facts: Mapping[str, object]) -> None:
-    """Write a checkpoint that either exists whole or does not exist.
+def write(folder: Path, fill: Callable[[Path], None], facts: Mapping[str, object]) -> None:
+    """Write a checkpoint that either exists whole or does not exist. `fill` writes its files into a folder.
 
     A folder is a checkpoint if and only if it has its final name. A crash at any line below leaves at most a
     hidden `.partial` folder, which the next start of the run deletes. A full disk is a UserError, and the older
@@ -28,7 +25,7 @@ def write(folder: Path, files: Files, facts: Mapping[str, object]) -> None:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        _write_partial(partial, files, facts)
+        _write_partial(partial, fill, facts)
         partial.rename(folder)  # atomic within one file system
         sync_folder(folder.parent)  # without this the rename itself can be lost with the power
     except OSError as error:
@@ -39,19 +36,19 @@ def write(folder: Path, files: Files, facts: Mapping[str, object]) -> None:
         raise UserError(
             f"the disk is full: checkpoint {folder.name} could not be written",
             where=str(folder.parent),
-            why=f"{free / 2**20:,.0f} MiB are free; the older checkpoints are untouched and the run can go on from them",
+            why=f"{free / 2**20:,.0f} MiB are free; the older checkpoints are untouched, the run can go on from them",
             fix="free some space and run the same command again, or keep fewer: save.keep_newest=1 save.keep_best=0",
         ) from error
 
 
-def _write_partial(partial: Path, files: Files, facts: Mapping[str, object]) -> None:
+def _write_partial(partial: Path, fill: Callable[[Path], None], facts: Mapping[str, object]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    fill(partial)
     listed = {}
-    for name, save in files.items():
-        save(partial / name)
-        _sync_file(partial / name)
-        listed[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
+    for path in sorted(partial.iterdir()):
+        _sync_file(path)
+        listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = partial / "manifest.json"
     manifest.write_text(json.dumps({**facts, "files": listed}, indent=2) + "\n")
     _sync_file(manifest)

@@ -23,7 +23,7 @@ class Evaluations:
 
     def __init__(
         self, policy: Decoder, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
-        suites: tuple[Suite, ...], read: Read, held_out: DiskSource | None, held_out_rows: int,
+        suites: tuple[Suite, ...], read: Read, held_out: DiskSource | None,
         sample: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self._policy = policy
@@ -33,7 +33,6 @@ class Evaluations:
         self._suites = suites
         self._read = read
         self._held_out = held_out
-        self._held_out_rows = held_out_rows
         self._sample = sample
 
     def run(self, progress: Progress) -> dict[str, float]:
@@ -54,7 +53,7 @@ class Evaluations:
 
     def _measure_held_out(self) -> dict[str, float]:
         assert self._held_out is not None
-        return measure(self._engine, self._objective, self._held_out.first_rows(self._held_out_rows))
+        return measure(self._engine, self._objective, self._held_out.batches(0))
 
 
 @torch.no_grad()

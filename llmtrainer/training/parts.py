@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class Parts:
     saver: Saver
     first_step: Callable[[], None]
     """Asked once after the first step of this process: was every field of the recipe read?"""
-    view: Callable[[dict[str, Any]], None]
+    view: Callable[[Mapping[str, Any]], None]
     """Shows an event to whoever watches."""
     flops_per_token: float = 0.0
     peak_flops: float | None = None

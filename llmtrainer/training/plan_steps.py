@@ -40,15 +40,22 @@ class StepPlan:
 
 
 def plan_steps(
-    stage: Stage, *, epochs: int, rows: int, batch: int, world_size: int = 1, accumulation: int = 1,
-    warmup_share: float = 0.1, rollouts: Rollouts | None = None,
+    stage: Stage,
+    *,
+    epochs: int,
+    rows: int,
+    batch: int,
+    world_size: int = 1,
+    accumulation: int = 1,
+    warmup_share: float = 0.1,
+    rollouts: Rollouts | None = None,
 ) -> StepPlan:
     """Count the steps of `epochs` passes over `rows` rows (texts, dialogues, pairs or prompts).
 
-    One pass serves rows // (batch * world_size) micro-batches to each rank; what is left of a pass is too small
-    for every rank to have one. A rollout stage turns each of them into
-    rollouts.epochs * batch * group_size / rollouts.batch micro-batches of answers. `accumulation` micro-batches
-    make one step; a last step that they do not fill is not taken.
+    One pass serves rows // (batch * world_size) micro-batches to each rank; what is left of a pass is too
+    small for every rank to have one. A rollout stage turns each of them into
+    rollouts.epochs * batch * group_size / rollouts.batch micro-batches of answers. `accumulation`
+    micro-batches make one step; a last step that they do not fill is not taken.
 
     Raises UserError if not even one step comes of it.
     """

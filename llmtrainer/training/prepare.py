@@ -1,10 +1,10 @@
 """Text becomes a vocabulary and a token store: by command, or into the cache when a run names raw text.
 
-The cache is keyed by content. A key is the SHA-256 over the source files (suffix, bytes and SHA-256 of each, in order)
-and everything else that decides the result; names and places do not count, so a folder may be moved. A file is not
-hashed again while its path, size and modification time in nanoseconds are those it had when it was hashed. What lies
-under a key is whole: it was written aside and renamed at its end. Several processes may ask at once: one builds, the
-others wait for it.
+The cache is keyed by content. A key is the SHA-256 over the source files (suffix, bytes and SHA-256 of
+each, in order) and everything else that decides the result; names and places do not count, so a folder may
+be moved. A file is not hashed again while its path, size and modification time in nanoseconds are those it
+had when it was hashed. What lies under a key is whole: it was written aside and renamed at its end. Several
+processes may ask at once: one builds, the others wait for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import sync_folder
 from llmtrainer.base.units import Bytes
+from llmtrainer.data.document import Document, SourceFile
 from llmtrainer.data.encode import write_store
-from llmtrainer.data.open import SourceFile, documents, find
-from llmtrainer.data.packed import Store
+from llmtrainer.data.open import documents, find
+from llmtrainer.data.packed import Store, is_store, sha256_of
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
-from llmtrainer.training.console import bar, say
+from llmtrainer.training.console import amount, bar, say, warn
 
 VERSION = 1
 """Raised when the same sources and settings would give other bytes: every older key then misses."""
@@ -40,6 +41,7 @@ RECEIPT = "prepared.json"
 MAXIMUM_MEMORY = Bytes.parse("2 GiB")
 SAMPLE_BYTES = 4 * 2**20
 """Text on which a new vocabulary's bytes per token are measured."""
+CONTAINERS = (".gz", ".zst", ".xz", ".bz2", ".parquet", ".json", ".jsonl")
 TEXT_FIELDS = ("text", "content")
 
 Say = Callable[[str], None]
@@ -51,8 +53,8 @@ class TokenizerTraining(Config):
     words: ClassVar[tuple[str, ...]] = ("data", "out")
 
     data: str
-    """A file, a folder, a glob, or `stdlib:train` (this Python's own library). Compressed files are read as they
-    are."""
+    """A file, a folder, a glob, or `stdlib:train` (this Python's own library). Compressed files are read as
+    they are."""
 
     out: str
     """The folder to write: tokenizer.json and what transformers needs beside it."""
@@ -71,13 +73,13 @@ class TokenizerTraining(Config):
 
 
 class Preparation(Config):
-    """Turn documents into a token store: `llmtrainer prepare corpus/ runs/tokens tokenizer=runs/tokenizer`."""
+    """Turn text into a token store: `llmtrainer prepare corpus/ runs/tokens tokenizer=runs/tokenizer`."""
 
     words: ClassVar[tuple[str, ...]] = ("data", "out")
 
     data: str
-    """A file, a folder, a glob, or `stdlib:train` (this Python's own library). Compressed files are read as they
-    are."""
+    """A file, a folder, a glob, or `stdlib:train` (this Python's own library). Compressed files are read as
+    they are."""
 
     out: str
     """The folder to write. Killed at any moment, the same command goes on where it was."""
@@ -110,11 +112,11 @@ class Prepared(Result):
 
 
 def prepare(preparation: Preparation) -> Prepared:
-    """Write a token store. The same store in the same place is left as it is; another one there is refused."""
+    """Write a token store. The same one in the same place is left as it is; another one there is refused."""
     sources = Sources.found(preparation.data, preparation.fields, preparation.allow_truncated)
     out, tokenizer = Path(preparation.out), Path(preparation.tokenizer)
     reused = _store(sources, tokenizer, out, _store_key(sources, tokenizer, {}), preparation.workers)
-    return _figures(out, load_tokenizer(tokenizer).vocabulary, reused)
+    return _figures(out, reused)
 
 
 def train_tokenizer(training: TokenizerTraining) -> Prepared:
@@ -123,24 +125,26 @@ def train_tokenizer(training: TokenizerTraining) -> Prepared:
     key = _vocabulary_key(sources, training.vocabulary, training.maximum_memory, {})
     out = Path(training.out)
     reused = _vocabulary(sources, out, key, training.vocabulary, training.maximum_memory)
-    return _figures(out, load_tokenizer(out).vocabulary, reused)
+    return _figures(out, reused)
 
 
 def prepared(
     data: str, tokenizer: Path, cache: Path, *,
     fields: Sequence[str] = TEXT_FIELDS, workers: int = 0, allow_truncated: bool = False, tell: Say = say,
 ) -> Path:  # fmt: skip
-    """The token store of `data`: itself if it is one already, else the one in the cache, made now if need be."""
-    if (Path(data) / "documents.bin").is_file():
-        _require_same_vocabulary(Path(data), tokenizer)
+    """The token store of `data`: itself if it is one, else the one in the cache, made now if need be."""
+    if is_store(Path(data)):
+        learned = load_tokenizer(tokenizer)
+        Store(Path(data)).require_tokenizer(learned.fingerprint, learned.vocabulary)
         return Path(data)
     sources = Sources.found(data, tuple(fields), allow_truncated)
     with _known_hashes(cache) as hashes:
         key = _store_key(sources, tokenizer, hashes)
     folder = cache / "tokens" / key[:32]
-    tell(f"{data} is raw text, {len(sources.files):,} files, {sources.bytes / 1e6:,.1f} MB: its tokens are kept in {folder}")
-    if _store(sources, tokenizer, folder, key, workers, tell):
-        tell(f"the tokens of {data} were there already")
+    if _store(sources, tokenizer, folder, key, workers):
+        tell(f"the tokens of {data} are prepared already: {folder}")
+    else:
+        tell(f"prepared {data}, {len(sources.files):,} files, {amount(sources.bytes, 'bytes')}: {folder}")
     return folder
 
 
@@ -154,13 +158,13 @@ def trained_tokenizer(
     with _known_hashes(cache) as hashes:
         key = _vocabulary_key(sources, vocabulary, maximum_memory, hashes)
     folder = cache / "tokenizers" / key[:32]
-    if not _vocabulary(sources, folder, key, vocabulary, maximum_memory, tell):
+    if not _vocabulary(sources, folder, key, vocabulary, maximum_memory):
         tell(f"learned a vocabulary of {vocabulary:,} from {data}: {folder}")
     return folder
 
 
 def receipt(folder: Path) -> dict[str, Any]:
-    """What was noted when a vocabulary or a store was made: key, tokens, documents, bytes_per_token, vocabulary."""
+    """What was noted when it was made: key, vocabulary, tokens, documents, bytes_per_token."""
     facts: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
     return facts
 
@@ -176,12 +180,21 @@ class Sources:
 
     @classmethod
     def found(cls, data: str, fields: tuple[str, ...], allow_truncated: bool) -> Sources:
-        return cls(data, tuple(find(data)), fields, allow_truncated)
+        return cls(data, tuple(find(data, warn)), fields, allow_truncated)
 
     @property
     def bytes(self) -> int:
         """As they lie on the disk."""
         return sum(file.bytes for file in self.files)
+
+    @property
+    def text_bytes(self) -> int | None:
+        """For a bar's end: what a container holds is not known before it is read."""
+        plain = all(Path(file.path).suffix not in CONTAINERS for file in self.files)
+        return self.bytes if plain else None
+
+    def documents(self) -> Iterator[Document]:
+        return documents(self.files, fields=self.fields, allow_truncated=self.allow_truncated, warn=warn)
 
     def content(self, hashes: dict[str, Any]) -> dict[str, Any]:
         """What a key is made of."""
@@ -193,48 +206,51 @@ class Sources:
         }
 
 
-def _store(sources: Sources, tokenizer: Path, out: Path, key: str, workers: int, tell: Say = say) -> bool:
+def _store(sources: Sources, tokenizer: Path, out: Path, key: str, workers: int) -> bool:
     def build(folder: Path) -> dict[str, Any]:
-        with bar("tokens", sources.bytes, "B") as advance:
+        with bar("tokens", sources.text_bytes, "bytes") as advance:
             write_store(
                 sources.files, tokenizer, load_tokenizer, folder,
-                workers=workers, fields=sources.fields, allow_truncated=sources.allow_truncated,
-                report=advance, warn=tell,
+                workers=workers or os.cpu_count() or 1, fields=sources.fields,
+                allow_truncated=sources.allow_truncated, report=advance, warn=warn,
             )  # fmt: skip
-        manifest = Store(folder).manifest
+        store = Store(folder)
         return {
-            "tokens": manifest["tokens"],
-            "documents": manifest["documents"],
-            "bytes_per_token": manifest["text_bytes"] / max(manifest["tokens"], 1),
+            "vocabulary": store.vocabulary,
+            "tokens": store.tokens,
+            "documents": store.documents,
+            "bytes_per_token": store.text_bytes / max(store.tokens, 1),
         }
 
     return _built(out, key, build)
 
 
-def _vocabulary(
-    sources: Sources, out: Path, key: str, size: int, maximum_memory: Bytes, tell: Say = say
-) -> bool:
+def _vocabulary(sources: Sources, out: Path, key: str, size: int, maximum_memory: Bytes) -> bool:
     def build(folder: Path) -> dict[str, Any]:
-        shutil.rmtree(folder, ignore_errors=True)  # half of an earlier try
         sample: list[str] = []
-        read = {"documents": 0, "bytes": 0}
+        count = {"documents": 0, "sample": 0}
 
         def texts() -> Iterator[str]:
-            for document in documents(sources.files, fields=sources.fields, warn=tell):
-                length = len(document.text.encode())
-                if read["bytes"] < SAMPLE_BYTES:
+            for document in sources.documents():
+                count["documents"] += 1
+                if count["sample"] < SAMPLE_BYTES:
                     sample.append(document.text)
-                read["documents"] += 1
-                read["bytes"] += length
-                advance(length)
+                    count["sample"] += document.bytes
                 yield document.text
 
-        with bar("vocabulary", sources.bytes, "B") as advance:
-            tokenizer = train_vocabulary(texts(), size)
-        tokenizer.save(folder)
-        tokens = sum(map(len, tokenizer.encode_batch(sample)))
-        measured = sum(len(text.encode()) for text in sample)
-        return {"tokens": tokens, "documents": read["documents"], "bytes_per_token": measured / max(tokens, 1)}
+        with bar("vocabulary", sources.text_bytes, "bytes") as advance:
+            learned = train_vocabulary(
+                texts(), size, maximum_memory=maximum_memory, report=advance, warn=warn
+            )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)  # half of an earlier try
+        learned.save(folder)
+        tokens = sum(map(len, learned.encode_batch(sample)))
+        return {
+            "vocabulary": learned.vocabulary,
+            "tokens": tokens,
+            "documents": count["documents"],
+            "bytes_per_token": count["sample"] / max(tokens, 1),
+        }
 
     return _built(out, key, build)
 
@@ -302,15 +318,15 @@ def _known_hashes(cache: Path) -> Iterator[dict[str, Any]]:
     """The hashes of files that were not touched since, kept in the cache."""
     path = cache / "hashes.json"
     try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
+        known = json.loads(path.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    before = len(known), json.dumps(known, sort_keys=True)
+    before = dict(known)
     yield known
-    if before != (len(known), json.dumps(known, sort_keys=True)):
+    if known != before:
         cache.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".hashes.{os.getpid()}")
-        aside.write_text(json.dumps(known))
+        aside.write_text(json.dumps({"files": known}))
         aside.rename(path)
 
 
@@ -318,8 +334,7 @@ def _sha256(path: Path, known: dict[str, Any]) -> str:
     state = path.stat()
     name, seen = str(path.absolute()), [state.st_size, state.st_mtime_ns]
     if name not in known or known[name][:2] != seen:
-        with path.open("rb") as handle:
-            known[name] = [*seen, hashlib.file_digest(handle, "sha256").hexdigest()]
+        known[name] = [*seen, sha256_of(path)]
     found: str = known[name][2]
     return found
 
@@ -340,16 +355,8 @@ def _vocabulary_key(sources: Sources, size: int, maximum_memory: Bytes, hashes: 
     return _digest({**sources.content(hashes), "vocabulary": size, "maximum_memory": maximum_memory.count})
 
 
-def _figures(out: Path, vocabulary: int, reused: bool) -> Prepared:
+def _figures(out: Path, reused: bool) -> Prepared:
     facts = receipt(out)
-    return Prepared(str(out), facts["tokens"], facts["documents"], vocabulary, facts["bytes_per_token"], reused)
-
-
-def _require_same_vocabulary(store: Path, tokenizer: Path) -> None:
-    if Store(store).manifest["tokenizer"] != load_tokenizer(tokenizer).fingerprint:
-        raise UserError(
-            "the token store was written with another vocabulary",
-            where=f"{store}, tokenizer {tokenizer}",
-            why="the same id would mean another piece of text",
-            fix="name the tokenizer it was prepared with, or the text itself: data.train.path=corpus/",
-        )
+    return Prepared(
+        str(out), facts["tokens"], facts["documents"], facts["vocabulary"], facts["bytes_per_token"], reused
+    )

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
 
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.core.protocols import Engine
+from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import load_weights
 from llmtrainer.training import checkpoint
 from llmtrainer.training.recipe import Recipe
@@ -51,7 +51,7 @@ class Resumption:
         """The evaluation of that very step, if there was one."""
         return dict(self.manifest["figures"])
 
-    def load(self, policy: nn.Module, engine: Engine) -> None:
+    def load(self, policy: Decoder, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
         load_weights(policy, self.folder)
         engine.load_state(load_file(self.folder / "optimizer.safetensors"))
@@ -110,9 +110,8 @@ def differences(began: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {
-            key: item for part, inner in value.items() for key, item in _flat(inner, f"{name}.{part}" if name else part).items()
-        }
+        nested = (_flat(inner, f"{name}.{part}" if name else part) for part, inner in value.items())
+        return {key: item for inner in nested for key, item in inner.items()}
     return {name: value}
 
 

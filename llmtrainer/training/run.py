@@ -56,7 +56,6 @@ def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
     """The loop in your hands: `for info in trainer.steps()`. What was handed to the writer is on disk at the end."""
     with _opened(recipe) as (_, assembled, _):
         yield assembled.trainer
-        assembled.trainer.parts.saver.wait()
 
 
 @contextmanager
@@ -72,7 +71,10 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
             trainer.tell("start", step=0, **assembled.facts)
         else:
             trainer.tell("resume", step=trainer.progress.step, checkpoint=resumption.folder.name, **assembled.facts)
-        yield run, assembled, stop
+        try:
+            yield run, assembled, stop
+        finally:
+            trainer.close()
 
 
 def _write_recipe(run: RunDir, recipe: Recipe) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmtrainer.base.config import dump
 from llmtrainer.base.rundir import RunDir
-from llmtrainer.base.units import Duration, Progress
-from llmtrainer.core.protocols import Engine
+from llmtrainer.base.units import Progress
+from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import tensors, weight_files
+from llmtrainer.models.hugging_face import to_config
+from llmtrainer.models.weights import save_tensors, tensors
 from llmtrainer.training import checkpoint
 from llmtrainer.training.recipe import Save
 
@@ -28,14 +28,15 @@ class Saver:
     """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
 
     def __init__(
-        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, facts: Mapping[str, Any],
-        policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
+        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, tokenizer: Tokenizer,
+        facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
     ) -> None:  # fmt: skip
         self._run = run
         self._settings = save
         self._recipe_yaml = recipe_yaml
         self._tokenizer_folder = tokenizer_folder
         self._facts = facts
+        self._config = to_config(policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad)
         self._policy = policy
         self._engine = engine
         self._parent = parent
@@ -74,8 +75,8 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
-        files = self._files(_frozen(tensors(self._policy)), _frozen(self._engine.state()))
-        self._writer.submit(lambda: self._write(folder, files, facts))
+        weights, state = _frozen(tensors(self._policy)), _frozen(self._engine.state())
+        self._writer.submit(lambda: self._write(folder, weights, state, facts))
         self._parent = folder.name
 
     def wait(self) -> None:
@@ -84,19 +85,17 @@ class Saver:
     def poll(self) -> None:
         self._writer.poll()
 
-    def _write(self, folder: Path, files: checkpoint.Files, facts: Mapping[str, Any]) -> None:
-        checkpoint.write(folder, files, facts)
-        self.tidy()
+    def _write(self, folder: Path, weights: dict[str, Tensor], state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        def fill(partial: Path) -> None:
+            save_tensors(weights, self._config, partial)
+            save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
+            (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
+            for name in TOKENIZER_FILES:
+                if (self._tokenizer_folder / name).is_file():
+                    shutil.copyfile(self._tokenizer_folder / name, partial / name)
 
-    def _files(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> checkpoint.Files:
-        files = dict(weight_files(self._policy, weights))
-        files["optimizer.safetensors"] = lambda path: save_file(state, path, metadata={"format": "pt"})
-        files["recipe.yaml"] = lambda path: _write_text(path, self._recipe_yaml)
-        for name in TOKENIZER_FILES:
-            source = self._tokenizer_folder / name
-            if source.is_file():
-                files[name] = lambda path, source=source: _copy(source, path)
-        return files
+        checkpoint.write(folder, fill, facts)
+        self.tidy()
 
     def _score(self, figures: Mapping[str, float]) -> float | None:
         by = self._keep[2] or next((name for name in figures if name.endswith("loss")), None)
@@ -110,11 +109,3 @@ class Saver:
 def _frozen(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU: what is written is one instant, whatever the next step does."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _copy(source: Path, path: Path) -> None:
-    shutil.copyfile(source, path)

@@ -44,7 +44,7 @@ def peak_flops(device: torch.device, precision: str, override: float | None = No
 
 def peak_of(device_name: str, precision: str) -> float | None:
     """The table's figure for a device by the name it gives itself, such as `NVIDIA A100-SXM4-80GB`."""
-    if re.search(r"\bMIG\b|Laptop|Max-Q", device_name):    # a slice, or a weaker namesake
+    if re.search(r"\bMIG\b|Laptop|Max-Q", device_name):  # a slice, or a weaker namesake
         return None
     for name, peaks in PEAKS:
         if re.search(rf"\b{re.escape(name)}\b", device_name):
@@ -53,8 +53,8 @@ def peak_of(device_name: str, precision: str) -> float | None:
 
 
 def multiplied_weights(parameters: Iterable[tuple[str, nn.Parameter]], *, tied_head: bool) -> int:
-    """Weights that a token is multiplied with: all matrices, a tied head once. The input table of an untied head
-    is only looked up, so it costs memory and no multiplication."""
+    """Weights that a token is multiplied with: all matrices, a tied head once. The input table of an untied
+    head is only looked up, so it costs memory and no multiplication."""
     return sum(
         parameter.numel()
         for name, parameter in parameters
@@ -65,30 +65,34 @@ def multiplied_weights(parameters: Iterable[tuple[str, nn.Parameter]], *, tied_h
 def flops_per_token(policy: Decoder, sequence_length: int) -> float:
     """Floating-point operations to train on one token: forward, input gradient and weight gradient.
 
-    Two per weight and product, and for attention two products of width D over the causal half of T positions in
-    each of L layers: 6 x weights + 6 x L x D x T. Tokens of several sequences, such as the two of a preference
-    pair, are each counted as tokens, so nothing is multiplied by a number of sequences.
+    Two per weight and product, and for attention two products of width D over the causal half of T positions
+    in each of L layers: 6 x weights + 6 x L x D x T. The tokens of both sequences of a preference pair are
+    counted as tokens, so nothing is multiplied by a number of sequences.
     """
     family = policy.family
     weights = multiplied_weights(policy.named_parameters(), tied_head=family.tied_head)
     return 6.0 * weights + 6.0 * family.layers * family.heads * family.channels * sequence_length
 
 
-def palm_flops_per_token(parameters: int, layers: int, heads: int, head_size: int, sequence_length: int) -> float:
+def palm_flops_per_token(
+    parameters: int, layers: int, heads: int, head_size: int, sequence_length: int
+) -> float:
     """The same by the PaLM convention (arXiv:2204.02311, appendix B), for comparison with published figures:
     every parameter counts, vectors and tables too, and attention is not halved."""
     return 6.0 * parameters + 12.0 * layers * heads * head_size * sequence_length
 
 
 def utilisation(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, 0..1: useful operations over what all devices together could do; `peak` is the sum
-    over devices. None if that is unknown."""
+    """Model FLOPs utilisation, 0..1: useful operations over what all devices together could do. `peak` is the
+    sum over devices; None if it is unknown."""
     return tokens_per_second * flops_per_token / peak if peak else None
 
 
-def memory_report(policy: nn.Module, engine_state: Mapping[str, Tensor], device: torch.device) -> dict[str, int]:
-    """Bytes of weights, gradients (of what is trainable, whether they exist right now or not) and engine state,
-    and the largest amount this process has held so far."""
+def memory_report(
+    policy: nn.Module, engine_state: Mapping[str, Tensor], device: torch.device
+) -> dict[str, int]:
+    """Bytes of weights, of gradients (whether they exist at the moment or not) and of the engine's state, and
+    the largest amount held so far."""
     parameters = list(policy.parameters())
     return {
         "parameters": sum(_size(parameter) for parameter in parameters),
@@ -103,7 +107,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024    # Linux counts in KiB
+    return largest if sys.platform == "darwin" else largest * 1024  # Linux counts in KiB
 
 
 def _size(tensor: Tensor) -> int:

@@ -86,6 +86,13 @@ class Trainer:
         seconds = {**clock.laps, "total": clock.total}
         return StepInfo(self.progress, loss, metrics, rate, grad_norm, int(counts["input"]), seconds, skipped)
 
+    def close(self) -> None:
+        """Wait for the last checkpoint and let go of files and threads."""
+        self.parts.saver.wait()
+        self.parts.source.close()
+        self.parts.engine.close()
+        self.parts.log.close()
+
     def evaluate(self) -> dict[str, float]:
         """Every evaluation of the recipe, written as one event."""
         self.figures = self.parts.evaluate(self.progress)
@@ -116,8 +123,8 @@ class Trainer:
 
     def _after(self, tokens: int) -> Progress:
         step = self.progress.step + 1
-        epochs = step / self.parts.source.steps_per_epoch
-        return replace(self.progress, step=step, tokens=self.progress.tokens + tokens, epochs=epochs)
+        tokens += self.progress.tokens
+        return replace(self.progress, step=step, tokens=tokens, epochs=self.parts.source.epochs(step))
 
     def _update(self, loss: float, grad_norm: float, rate: float) -> bool:
         """Change the weights, unless the gradient is not finite: then nothing is ever trained on it."""

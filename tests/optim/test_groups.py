@@ -33,7 +33,12 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def test_the_anchor_model_has_the_published_numbers_with_and_without_decay() -> None:
     family = Llama(
-        hidden_size=2048, intermediate_size=5632, layers=32, heads=16, kv_heads=8, attention_bias=True,
+        hidden_size=2048,
+        intermediate_size=5632,
+        layers=32,
+        heads=16,
+        kv_heads=8,
+        attention_bias=True,
         context_length=2048,
     )
     with torch.device("meta"):
@@ -48,7 +53,11 @@ def test_the_anchor_model_has_the_published_numbers_with_and_without_decay() -> 
 def test_the_first_pattern_that_matches_takes_a_parameter() -> None:
     groups = group(
         small().named_parameters(),
-        [Group(match="layers.0.*", rate=0.5), Group(match="layers.*", decay=0.25), Group(match="embed.*", decay=0.0)],
+        [
+            Group(match="layers.0.*", rate=0.5),
+            Group(match="layers.*", decay=0.25),
+            Group(match="embed.*", decay=0.0),
+        ],
     )
     assert names(groups) == [
         (1.0, 0.0, ["embed.weight"]),
@@ -81,7 +90,9 @@ def test_a_pattern_that_an_earlier_one_leaves_nothing_is_refused() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     model = small()
     model.get_submodule("embed").requires_grad_(False)
-    assert "embed.weight" not in [name for entry in group(model.named_parameters()) for name in entry["param_names"]]
+    assert "embed.weight" not in [
+        name for entry in group(model.named_parameters()) for name in entry["param_names"]
+    ]
     with pytest.raises(UserError) as caught:
         group(model.named_parameters(), [Group(match="embed.*")])
     assert "frozen" in str(caught.value.why)

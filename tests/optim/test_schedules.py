@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -40,7 +41,14 @@ def test_cosine_at_a_quarter_of_its_way_is_the_cosine_of_an_eighth_turn() -> Non
 
 def test_constant_stays_at_the_peak_beyond_its_length() -> None:
     schedule = Constant(peak=2e-3, warmup=Duration(4, "steps"))
-    assert [rate_at(schedule, step) for step in (1, 2, 3, 4, 5, 10_000)] == [5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3, 2e-3]
+    assert [rate_at(schedule, step) for step in (1, 2, 3, 4, 5, 10_000)] == [
+        5e-4,
+        1e-3,
+        1.5e-3,
+        2e-3,
+        2e-3,
+        2e-3,
+    ]
 
 
 @pytest.mark.parametrize("kind", [Cosine, Constant])
@@ -70,7 +78,7 @@ def test_a_run_that_slows_down_has_no_jump_at_the_end_of_its_warmup() -> None:
         schedule.rate(Progress(step=step, minutes=spent), Duration(10, "minutes"))
         for step, spent in enumerate(minutes, start=1)
     ]
-    assert max(abs(after - before) for before, after in zip(rates, rates[1:], strict=False)) < 0.02
+    assert max(abs(after - before) for before, after in pairwise(rates)) < 0.02
 
 
 @given(

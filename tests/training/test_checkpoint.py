@@ -22,11 +22,12 @@ class Crash(BaseException):
     """The power went out: nothing after it runs, no handler of ours either."""
 
 
-def files_of(step: int) -> checkpoint.Files:
-    return {
-        "model.safetensors": lambda path: path.write_text(f"weights of step {step}"),  # type: ignore[dict-item,return-value]
-        "optimizer.safetensors": lambda path: path.write_text(f"moments of step {step}"),  # type: ignore[dict-item,return-value]
-    }
+def files_of(step: int) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        (folder / "model.safetensors").write_text(f"weights of step {step}")
+        (folder / "optimizer.safetensors").write_text(f"moments of step {step}")
+
+    return fill
 
 
 def written(run: RunDir, *steps: int) -> None:
@@ -136,12 +137,12 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     written(run, 10)
 
-    def full(path: Path) -> None:
-        path.write_text("half")
+    def full(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match="disk is full") as caught:
-        checkpoint.write(run.checkpoint(20), {"model.safetensors": full}, {"step": 20, **FACTS})
+        checkpoint.write(run.checkpoint(20), full, {"step": 20, **FACTS})
     assert "save.keep_newest=1" in str(caught.value)
     assert [entry.name for entry in run.checkpoints.iterdir()] == ["step-00000010"]
     assert checkpoint.verify(run.checkpoint(10)) is None

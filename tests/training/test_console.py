@@ -167,7 +167,8 @@ def test_evaluations_saves_and_warnings_are_told_as_they_happen(
     with TrainingView(Duration(1000, "steps")) as view:
         view.show({
             "kind": "evaluate", "time": 1.0, "step": 400, "held_out/loss": 2.3451,
-            "held_out/bits_per_byte": 1.5, "news/tokens": 123456, "news/perplexity": math.exp(9), "news/nothing": None,
+            "held_out/bits_per_byte": 1.5, "news/tokens": 123456, "news/perplexity": math.exp(9),
+            "news/nothing": None,
         })
         view.show({"kind": "save", "step": 400})
         view.show({"kind": "warning", "step": 401, "text": "fp16 overflow"})
@@ -187,7 +188,7 @@ def test_an_event_with_null_figures_is_shown_without_them(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TrainingView(Duration(4, "steps")) as view:
-        view.show({"kind": "step", "step": 1, "tokens": 5, "loss": None, "grad_norm": None, "learning_rate": 0})
+        view.show({"kind": "step", "step": 1, "loss": None, "grad_norm": None, "learning_rate": 0})
     assert lines(capsys) == ["step 1 of 4 (25.0%)  lr 0.00e+00"]
 
 

@@ -31,7 +31,7 @@ class AdamW(Rule):
     def build(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:
         return torch.optim.AdamW(
             [{**group, "weight_decay": self.weight_decay * group["decay_multiplier"]} for group in groups],
-            lr=0.0,    # every step brings its own
+            lr=0.0,  # every step brings its own
             betas=self.betas,
             eps=self.epsilon,
             fused=self.implementation == "fused",

@@ -1,11 +1,11 @@
-"""Momentum whose matrices are made orthogonal, with AdamW beside it for everything that is no hidden matrix."""
+"""Momentum made orthogonal for hidden matrices, with AdamW beside it for everything else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,8 +26,8 @@ arXiv:2502.16982, section 2.2)."""
 
 
 class Muon(Rule):
-    """Jordan 2024. Hidden matrices move by their orthogonalised momentum; embeddings, head, norms and biases by
-    AdamW. Updates are scaled to AdamW's size, so `optim.schedule.peak` means the same to both."""
+    """Jordan 2024. Hidden matrices move by their orthogonalised momentum; embeddings, head, norms and biases
+    by AdamW. Updates are scaled to AdamW's size, so `optim.schedule.peak` means the same to both."""
 
     elementwise: ClassVar[bool] = False
 
@@ -57,12 +57,12 @@ class Muon(Rule):
         others: list[dict[str, Any]] = []
         for group in groups:
             of_each: tuple[list[int], list[int]] = ([], [])
-            for index, (name, parameter) in enumerate(zip(group["param_names"], group["params"], strict=True)):
-                of_each[parameter.ndim != 2 or not self._is_hidden(name)].append(index)
-            for indices, groups_of_rule in zip(of_each, (hidden, others), strict=True):
+            for index, name in enumerate(group["param_names"]):
+                of_each[group["params"][index].ndim != 2 or not self._is_hidden(name)].append(index)
+            for indices, chosen in zip(of_each, (hidden, others), strict=True):
                 if indices:
-                    chosen = {key: [group[key][index] for index in indices] for key in ("params", "param_names")}
-                    groups_of_rule.append({**group, **chosen})
+                    lists = {key: [group[key][i] for i in indices] for key in ("params", "param_names")}
+                    chosen.append({**group, **lists})
         return MuonBesideAdamW(self, hidden, others)
 
     def _is_hidden(self, name: str) -> bool:
@@ -75,7 +75,8 @@ class MuonBesideAdamW(Optimizer):
     def __init__(self, rule: Muon, hidden: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
         if not hidden:
             raise UserError(
-                "no matrix is hidden, so Muon would have nothing to do", where="optim.rule.hidden",
+                "no matrix is hidden, so Muon would have nothing to do",
+                where="optim.rule.hidden",
                 why=f"none of {', '.join(rule.hidden)} is the name of a trainable matrix",
                 fix="correct the patterns, or optim.rule.kind=adamw",
             )
@@ -86,11 +87,11 @@ class MuonBesideAdamW(Optimizer):
         self._beside = rule.beside.build(others) if others else None
         super().__init__([*hidden, *(self._beside.param_groups if self._beside else [])], {"lr": 0.0})
         if self._beside:
-            self._beside.state = self.state    # one state, so that whoever saves it need not know of two rules
+            self._beside.state = self.state  # one state: whoever saves it need not know of two rules
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        assert closure is None
+    def step(self, closure: Any = None) -> Any:
+        assert closure is None, "the engine runs forward and backward"
         for group in self._hidden:
             self._update(group)
         if self._beside:
@@ -114,14 +115,14 @@ class MuonBesideAdamW(Optimizer):
 def orthogonalised(matrix_RC: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
     """About the nearest matrix with orthogonal rows or columns: all singular values pushed towards 1.
 
-    Newton-Schulz iteration of X -> aX + b(XX')X + c(XX')(XX')X, in `dtype`, or float64 for float64. A zero matrix
-    stays zero.
+    Newton-Schulz iteration of X -> aX + b(XX')X + c(XX')(XX')X, in `dtype`, or in float64 for float64. A zero
+    matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     # The shorter side first: the products are with X X', which is then the smaller of the two Gram matrices.
     x = matrix_RC.T if matrix_RC.shape[0] > matrix_RC.shape[1] else matrix_RC
-    x = x.to(torch.float64 if matrix_RC.dtype == torch.float64 else dtype)
-    x = x / x.norm().clamp(min=1e-7)    # Frobenius: at least the largest singular value, so the quintic converges
+    x = x / x.norm().clamp(min=1e-30)  # Frobenius: no singular value is above 1, as the quintic needs it
+    x = x.to(torch.float64 if x.dtype == torch.float64 else dtype)
     for _ in range(iterations):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

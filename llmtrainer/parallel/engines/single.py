@@ -40,7 +40,7 @@ class Single(EngineConfig):
         if self.compile:
             require_compiler(device)
         if precision in ("float32", "float64"):
-            torch.set_float32_matmul_precision("highest")    # float32 means float32, not TF32
+            torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
         return SingleEngine(device, precision, compile=self.compile)
 
 
@@ -67,9 +67,11 @@ class SingleEngine:
         """Move the policy to the device and build the optimizer over `groups` (see optim/groups.py)."""
         policy.to(self.device)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        assert {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64}), "no masters"
-        for parameter in parameters:
-            assert parameter.device.type == self.device.type, "a parameter of a group is not the policy's"
+        dtypes = {parameter.dtype for parameter in parameters}
+        assert dtypes in ({torch.float32}, {torch.float64}), f"{dtypes} are no masters of one type"
+        assert {id(parameter) for parameter in parameters} <= {
+            id(parameter) for parameter in policy.parameters()
+        }
         self._rule = rule
         self._parameters: list[nn.Parameter] = parameters
         self._forward: Callable[..., Outputs] = torch.compile(policy) if self._compile else policy
@@ -88,8 +90,8 @@ class SingleEngine:
     def clip(self, max_norm: float | None) -> Tensor:
         """Global L2 norm before clipping, float64 and scalar; the gradients are clipped in place.
 
-        A norm that is not finite is returned as it is and clips nothing: scaling by it would spread a single bad
-        gradient over all parameters.
+        A norm that is not finite is returned as it is and clips nothing: scaling by it would spread a single
+        bad gradient over all parameters.
         """
         assert self._norm is None, "these gradients are already clipped"
         assert max_norm is None or max_norm > 0.0, max_norm
@@ -105,7 +107,8 @@ class SingleEngine:
     def step(self, learning_rate: float) -> bool:
         """Update with `learning_rate` times each group's own multiplier, and clear the gradients.
 
-        False, with weights and optimizer untouched, if float16 gradients overflowed; the loss scale is halved.
+        False, with weights and optimizer untouched, if float16 gradients overflowed: the loss scale is then
+        halved.
         """
         assert self._norm is not None, "clip comes first, with max_norm=None if nothing is to be clipped"
         if self._loss_scale is not None:
@@ -129,8 +132,8 @@ class SingleEngine:
         return {name: float(number) for name, number in numbers.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step changes
-        them, so whoever writes them in the background copies them first."""
+        """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step
+        changes them, so whoever writes them in the background copies them first."""
         state = {UPDATES: torch.tensor(self._updates, dtype=torch.int64)}
         if self._loss_scale is not None:
             state |= self._loss_scale.state()
@@ -148,8 +151,14 @@ class SingleEngine:
                 fix="continue with the precision and the engine that the checkpoint was made with",
             )
         updates = int(state[UPDATES])
-        if updates or len(state) > len(expected):
+        if updates:
             write_state(self._optimizer, self._rule, state)
+        elif len(state) > len(expected):
+            raise UserError(
+                "the checkpoint's engine state says that it holds none of the optimizer's, and does",
+                where=f"{UPDATES} is 0, beside {len(state) - len(expected):,} tensors {PREFIX}*",
+                fix="continue from another checkpoint",
+            )
         else:
             self._optimizer.state.clear()
         self._updates = updates
@@ -165,7 +174,7 @@ class SingleEngine:
 
 def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """L2 norm over all gradients, a float64 scalar: squares of large float32 gradients do not overflow."""
-    wide = torch.float32 if device.type == "mps" else torch.float64    # MPS has no float64
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     if not gradients:
         return torch.zeros((), dtype=wide, device=device)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=wide)))
@@ -180,16 +189,22 @@ def find_device(name: str, precision: str) -> torch.device:
         torch.empty((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"there is no device `{name}` here", where="engine.device", why=str(error).splitlines()[0],
+            f"there is no device `{name}` here",
+            where="engine.device",
+            why=str(error).splitlines()[0],
             fix="engine.device=auto",
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(
-            f"nothing is computed on device `{name}`", where="engine.device", fix="engine.device=auto",
+            f"nothing is computed on device `{name}`",
+            where="engine.device",
+            fix="engine.device=auto",
         )
     if device.type == "mps" and precision == "float64":
         raise UserError(
-            "MPS has no float64", where="precision, engine.device", fix="engine.device=cpu, or precision=float32"
+            "MPS has no float64",
+            where="precision, engine.device",
+            fix="engine.device=cpu, or precision=float32",
         )
     return device
 
@@ -198,6 +213,8 @@ def require_compiler(device: torch.device) -> None:
     """Refuse to compile for a CPU without a C++ compiler, which torch.compile needs there."""
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError(
-            "torch.compile needs a C++ compiler, and there is none on the path", where="engine.compile",
-            why="on a CPU, torch.compile writes C++", fix="install g++ or clang++, or engine.compile=false",
+            "torch.compile needs a C++ compiler, and there is none on the path",
+            where="engine.compile",
+            why="on a CPU, torch.compile writes C++",
+            fix="install g++ or clang++, or engine.compile=false",
         )

@@ -1,0 +1,85 @@
+"""This process among others: what torchrun says about it, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from llmtrainer.base.errors import UserError
+
+
+def rank() -> int:
+    """Place of this process among all, from 0."""
+    return _number("RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Place of this process among those of this machine, from 0."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, alone: int) -> int:
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal():
+        raise UserError(
+            f"the variable {name} is `{text}`, no whole number", where="environment",
+            why="torchrun sets it to say how many processes there are", fix=f"unset {name}",
+        )
+    return int(text)
+
+
+class StopRequests:
+    """While it is entered, a request to stop is noted instead of obeyed, so that a step can end and be saved.
+
+    Requests are SIGTERM, SIGINT (the second Ctrl-C interrupts at once) and the file `stop` in a control folder,
+    whose text, if it has any, is added to the reason. The file is removed when the block ends in order, and kept
+    when it ends with an error: a process that is started again then still knows. Off the main thread only the file counts, because
+    Python delivers signals to the main thread alone.
+    """
+
+    def __init__(self, control: Path | None = None) -> None:
+        self._file = control / "stop" if control is not None else None
+        self._reason: str | None = None
+        self._before: dict[signal.Signals, Any] = {}     # Any: a handler is a function, a number or None
+
+    @property
+    def requested(self) -> str | None:
+        """Why to stop: `SIGTERM`, `SIGINT`, `control/stop`, or None. The first request gives the reason."""
+        if self._reason is None and self._file is not None and self._file.exists():
+            said = self._file.read_text(encoding="utf-8", errors="replace").strip()
+            self._reason = f"control/stop: {said}" if said else "control/stop"
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        """Ask from within the process."""
+        self._reason = self._reason or reason
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            # None: the handler was not set from Python, and cannot be set again from there.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before.clear()
+        if kind is None and self._file is not None and self.requested is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._reason is not None:
+            raise KeyboardInterrupt
+        self.request(signal.Signals(number).name)

@@ -1,0 +1,100 @@
+"""The verbs: one function of one config class each. Strings only, so that listing them imports none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from llmtrainer.base.errors import UserError
+
+if TYPE_CHECKING:
+    from llmtrainer.base.config import Config
+    from llmtrainer.base.result import Result
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of the table."""
+
+    target: str
+    """`module:function`."""
+    purpose: str
+    examples: tuple[str, ...]
+    """Command lines without `llmtrainer`."""
+
+    def function(self) -> Callable[[Any], Result]:      # Any: each takes its own config class
+        """Import it."""
+        module, _, name = self.target.partition(":")
+        found: Callable[[Any], Result] = getattr(importlib.import_module(module), name)
+        return found
+
+    def config_type(self) -> type[Config]:
+        """The class of the function's one parameter."""
+        (found,) = (hint for key, hint in get_type_hints(self.function()).items() if key != "return")
+        config_type: type[Config] = found
+        return config_type
+
+
+VERBS = {
+    "demo": Verb(
+        "llmtrainer.apps.demo:demo", "the whole life of a small model, on this Python's own library",
+        ("demo", "demo seconds=60 stages=train,evaluate"),
+    ),
+    "train-tokenizer": Verb(
+        "llmtrainer.training.prepare:train_tokenizer", "text -> a vocabulary",
+        ("train-tokenizer corpus/ runs/tokenizer vocabulary=16384",),
+    ),
+    "prepare": Verb(
+        "llmtrainer.training.prepare:prepare", "text -> a store of tokens, ready to train on",
+        ("prepare corpus/ runs/store tokenizer=runs/tokenizer",),
+    ),
+    "train": Verb(
+        "llmtrainer.training.run:train", "run a recipe, or continue it where it stopped",
+        ("train recipes/tiny/pretrain.yaml", "train recipes/tiny/pretrain.yaml seed=1 run=runs/seed-1"),
+    ),
+    "check": Verb(
+        "llmtrainer.training.check:check", "dry run of a recipe: data, plan, one step, save, evaluate, resume",
+        ("check recipes/tiny/pretrain.yaml",),
+    ),
+    "evaluate": Verb(
+        "llmtrainer.training.use:evaluate", "loss, perplexity and bits per byte of a model on text",
+        ("evaluate runs/demo held_out.txt", "evaluate runs/demo stdlib:held_out precision=float32 --json"),
+    ),
+    "generate": Verb(
+        "llmtrainer.training.use:generate", "continue a prompt",
+        ("generate runs/demo 'def main():' temperature=0.7",),
+    ),
+    "inspect": Verb(
+        "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
+        ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),
+    ),
+    "plot": Verb(
+        "llmtrainer.training.use:plot", "curves of one or several runs as PNG",
+        ("plot runs/demo", "plot runs/a runs/b"),
+    ),
+    "explain": Verb(
+        "llmtrainer.apps.explain:explain", "value, origin, type and help of every key of a recipe",
+        ("explain recipes/tiny/pretrain.yaml", "explain recipes/tiny/pretrain.yaml objective.kind"),
+    ),
+    "schema": Verb(
+        "llmtrainer.apps.schema:schema", "JSON schema of a recipe, from which editors complete",
+        ("schema > recipe.schema.json",),
+    ),
+    "doctor": Verb(
+        "llmtrainer.apps.doctor:doctor", "versions, devices, measured speed and active fallbacks",
+        ("doctor", "doctor --json"),
+    ),
+}
+
+
+def verb_named(name: str) -> Verb:
+    """The verb, or a UserError with the nearest name."""
+    if name not in VERBS:
+        from llmtrainer.base.text import did_you_mean
+
+        raise UserError(
+            f"there is no verb `{name}`", why=f"there are: {', '.join(VERBS)}", fix=did_you_mean(name, VERBS)
+        )
+    return VERBS[name]

@@ -1,0 +1,81 @@
+"""Rows of tokens -> Batch: shifted, padded to the longest row, documents and sequences numbered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmtrainer.core.batch import Batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """n + 1 tokens of one or several documents, of which n are read and n are targets."""
+
+    tokens: NDArray[Any]
+    """Ids, [n + 1]."""
+    document: NDArray[np.int32]
+    """Which document of the row each token belongs to, ascending from 0: [n + 1]."""
+    place: int
+    """Place of the row in its optimizer step."""
+
+    @property
+    def inputs(self) -> int:
+        """n, the tokens the model reads."""
+        return len(self.tokens) - 1
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """How much each token counts as a target, [n + 1]: 0 for the first token of a document, which nothing of
+        its own document announces."""
+        weights = np.zeros(len(self.tokens), dtype=np.float32)
+        weights[1:] = self.document[1:] == self.document[:-1]
+        return weights
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """Place of each token in its document's part of this row, [n + 1]: restarts at 0 with every document."""
+        index = np.arange(len(self.tokens), dtype=np.int32)
+        first = np.zeros_like(index)
+        first[1:] = np.where(self.document[1:] != self.document[:-1], index[1:], 0)
+        return index - np.maximum.accumulate(first)
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """One Batch of B rows, T the longest; padding has document -1, sequence -1, position 0 and weight 0.
+
+    A row that reads nothing (`filler`) becomes a row of padding, so that a rank without rows still takes part.
+    """
+    B, T = len(rows), max(1, *(row.inputs for row in rows)) if rows else 1
+    tokens, targets = np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=np.int64)
+    weights, position = np.zeros((B, T), dtype=np.float32), np.zeros((B, T), dtype=np.int32)
+    document, sequence = np.full((B, T), -1, dtype=np.int32), np.full((B, T), -1, dtype=np.int32)
+    sequences = 0
+    for b, row in enumerate(rows):
+        n = row.inputs
+        if n == 0:
+            continue
+        tokens[b, :n], targets[b, :n] = row.tokens[:-1], row.tokens[1:]
+        weights[b, :n], position[b, :n] = row.weights[1:], row.positions[:-1]
+        document[b, :n] = row.document[:-1]
+        sequence[b, :n] = row.document[:-1] + sequences
+        sequences = int(sequence[b, n - 1]) + 1
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens),
+        targets_BT=torch.from_numpy(targets),
+        weights_BT=torch.from_numpy(weights),
+        document_BT=torch.from_numpy(document),
+        position_BT=torch.from_numpy(position),
+        sequence_BT=torch.from_numpy(sequence),
+        place_B=torch.tensor([row.place for row in rows], dtype=torch.int64),
+    )
+
+
+def filler(place: int) -> Row:
+    """A row of nothing: one token of padding with weight 0."""
+    return Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), place)

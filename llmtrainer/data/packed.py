@@ -1,0 +1,177 @@
+"""The token store on disk: shards of ids, the offsets of the documents, and a manifest that vouches for both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrainer.base.errors import UserError
+
+VERSION = 1
+MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
+OPEN_SHARDS = 256
+"""Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
+
+
+def shard_name(index: int) -> str:
+    return f"tokens-{index:05d}.bin"
+
+
+def dtype_for(vocabulary: int) -> np.dtype[Any]:
+    """The narrowest id that holds a vocabulary: two bytes up to 65,536 ids, else four (little-endian)."""
+    return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
+
+
+class Store:
+    """Documents as token ids, each closed by the tokenizer's end id, read by random access.
+
+    Nothing is loaded: shards and offsets are memory maps, so RAM does not grow with the corpus.
+    Raises UserError if the folder is no store, or if a file is missing, foreign or of another size.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest = _manifest(self.path)
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self.vocabulary = int(self.manifest["vocabulary"])
+        self.tokenizer = str(self.manifest["tokenizer"])
+        self.documents = int(self.manifest["documents"])
+        self.tokens = int(self.manifest["tokens"])
+        self.text_bytes = int(self.manifest["text_bytes"])
+        self.end = int(self.manifest["end"])
+        self._files: dict[str, dict[str, Any]] = self.manifest["files"]
+        self._require_files()
+        self.offsets: NDArray[np.int64] = _map(self.path / DOCUMENTS, np.dtype("<i8"))
+        """First token of each document in the stream of all documents, and the end of the last: [D + 1]."""
+        names = [name for name in self._files if name != DOCUMENTS]
+        sizes = [self._files[name]["bytes"] // self.dtype.itemsize for name in names]
+        self._first_token = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._shard = lru_cache(OPEN_SHARDS)(lambda index: _map(self.path / names[index], self.dtype))
+        if len(self.offsets) != self.documents + 1 or self.offsets[-1] != self.tokens:
+            raise self._damaged(DOCUMENTS, "its offsets do not match the counts of the manifest")
+        if self._first_token[-1] != self.tokens:
+            raise self._damaged(MANIFEST, "the sizes of the shards do not add up to its count of tokens")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the store holds: ids, borders and tokenizer, wherever the folder lies."""
+        held = {name: facts["sha256"] for name, facts in sorted(self._files.items())}
+        facts = [self.dtype.str, self.tokenizer, self.vocabulary, self.end, held]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def length(self, document: int) -> int:
+        """Tokens of a document, its end id included."""
+        return int(self.offsets[document + 1] - self.offsets[document])
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Tokens start..stop of one document, a copy in the store's dtype."""
+        first, length = int(self.offsets[document]), self.length(document)
+        stop = length if stop is None else stop
+        assert 0 <= start <= stop <= length, f"document {document} has {length} tokens, not {start}..{stop}"
+        return self.span(first + start, first + stop)
+
+    def span(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens start..stop of the stream of all documents, across shards: a copy in the store's dtype."""
+        assert 0 <= start <= stop <= self.tokens, f"the store has {self.tokens} tokens, not {start}..{stop}"
+        found = np.empty(stop - start, dtype=self.dtype)
+        at = start
+        shard = int(np.searchsorted(self._first_token, start, side="right")) - 1
+        while at < stop:
+            first, last = self._first_token[shard], min(stop, int(self._first_token[shard + 1]))
+            found[at - start : last - start] = self._shard(shard)[at - first : last - first]
+            at, shard = last, shard + 1
+        return found
+
+    def origin(self, document: int) -> str:
+        """Where a document came from, for error messages: the source file and its place in it, from 1."""
+        for source in self.manifest["sources"]:
+            if document < source["documents"]:
+                return f"{source['path']}, document {document + 1:,}"
+            document -= source["documents"]
+        return f"{self.path}, document {document + 1:,}"
+
+    def verify(self, report: Callable[[int], None] | None = None) -> None:
+        """Compare every file with the manifest's SHA-256; UserError names the first that differs."""
+        for name, facts in self._files.items():
+            if sha256_of(self.path / name, report) != facts["sha256"]:
+                raise self._damaged(name, "its SHA-256 is not the manifest's")
+
+    def require_tokenizer(self, fingerprint: str, vocabulary: int) -> None:
+        """Refuse a tokenizer whose ids are not this store's."""
+        if fingerprint != self.tokenizer:
+            raise UserError(
+                "the token store was made with another tokenizer",
+                where=str(self.path),
+                why=f"its fingerprint is {self.tokenizer[:12]} with {self.vocabulary:,} ids, the tokenizer's is "
+                f"{fingerprint[:12]} with {vocabulary:,}: the same ids would mean other text",
+                fix="prepare the text again with this tokenizer, or give the tokenizer the store was made with",
+            )
+
+    def _require_files(self) -> None:
+        found = {item.name for item in self.path.iterdir() if item.suffix == ".bin"}
+        for name in sorted(found.symmetric_difference(self._files)):
+            raise self._damaged(name, "it is not in the manifest" if name in found else "it is missing")
+        for name, facts in self._files.items():
+            size = (self.path / name).stat().st_size
+            if size != facts["bytes"]:
+                raise self._damaged(name, f"it has {size:,} bytes, the manifest says {facts['bytes']:,}")
+
+    def _damaged(self, name: str, why: str) -> UserError:
+        return UserError(
+            "the token store is damaged or was changed",
+            where=str(self.path / name),
+            why=why,
+            fix=f"rm -r {self.path}, then prepare the text again",
+        )
+
+
+def sha256_of(path: Path, report: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file in blocks of 1 MiB; `report` hears the bytes of each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            if report is not None:
+                report(len(block))
+    return digest.hexdigest()
+
+
+def is_store(path: Path) -> bool:
+    return (path / MANIFEST).is_file() and (path / DOCUMENTS).is_file()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"no token store at `{path}`",
+            why=f"{MANIFEST} is missing or no manifest: {error}",
+            fix=f"llmtrainer prepare data=TEXT tokenizer=FOLDER out={path}",
+        ) from error
+    if version != VERSION:
+        raise UserError(
+            f"the token store has format {version}, this version reads {VERSION}",
+            where=str(path / MANIFEST),
+            fix=f"rm -r {path}, then prepare the text again",
+        )
+    return dict(manifest)
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:    # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)    # rows are drawn in random order: reading ahead would fetch for nothing
+    return np.frombuffer(mapped, dtype=dtype)

@@ -1,0 +1,204 @@
+"""Weights in and out of safetensors folders that Hugging Face libraries read too, and freezing by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.hugging_face import from_config, to_config
+
+ONE_FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 5 * 10**9
+"""Size at which Hugging Face's own libraries begin another file."""
+
+
+def tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """Every weight by name, detached, not copied. A tied head is the embedding and has no name of its own."""
+    return {name: parameter.detach() for name, parameter in decoder.named_parameters()}
+
+
+def save_weights(
+    decoder: Decoder, folder: Path, *, shard_bytes: int = SHARD_BYTES, end: int | None = None, pad: int | None = None
+) -> list[Path]:
+    """Write config.json and the weights, one file or shards with an index. Returns the files written.
+
+    `end` and `pad` are the tokenizer's ids, for whoever generates with another library. The bytes are a
+    function of the weights alone.
+    """
+    return save_tensors(
+        tensors(decoder), to_config(decoder.family, decoder.vocabulary, end=end, pad=pad), folder, shard_bytes
+    )
+
+
+def save_tensors(
+    named: Mapping[str, Tensor], config: Mapping[str, object], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """As `save_weights`, from tensors that may be a copy taken earlier."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(named, shard_bytes)
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    files = dict(zip([ONE_FILE] if len(shards) == 1 else names, shards, strict=True))
+    for file, part in files.items():
+        # More than one metadata key would be written in an order that differs from save to save.
+        save_file({name: value.contiguous() for name, value in part.items()}, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(value.nbytes for value in named.values())},
+            "weight_map": {name: file for file, part in files.items() for name in part},
+        }
+        _write_json(folder / INDEX, index)
+        files[INDEX] = {}
+    _write_json(folder / CONFIG, config)
+    return [folder / name for name in [*files, CONFIG]]
+
+
+def load_policy(folder: Path, compute: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of a folder that `save_weights` or a Hugging Face library wrote, ready to compute."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError("no model here", where=str(folder), why=f"{CONFIG} is missing", fix="name a model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{CONFIG} is no JSON", where=str(path), why=str(error), fix="save the model again") from None
+    family, vocabulary = from_config(config, str(path))
+    decoder = family.build(vocabulary, compute)
+    load_weights(decoder, folder)
+    return decoder
+
+
+def load_weights(decoder: Decoder, folder: Path) -> None:
+    """Fill every weight from a folder. Missing, unexpected and wrongly shaped names are listed and refused
+    before anything is changed."""
+    wanted = dict(decoder.named_parameters())
+    files = _weight_files(folder)
+    shapes = {name: shape for file in files for name, shape in _shapes(file)}
+    ours = {name: _our_name(name, shapes) for name in shapes}
+    found = {ours[name]: shape for name, shape in shapes.items() if not _redundant(name, decoder)}
+    _require_equal({name: tuple(value.shape) for name, value in wanted.items()}, found, folder)
+    second_head = None
+    with torch.no_grad():
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if not _redundant(name, decoder):
+                        wanted[ours[name]].copy_(opened.get_tensor(name))
+                    elif name == "lm_head.weight":
+                        second_head = opened.get_tensor(name)
+    if second_head is not None:
+        _require_tied(second_head, decoder, folder)
+
+
+def freeze(decoder: Decoder, patterns: Sequence[str]) -> list[str]:
+    """Stop training the parameters whose names match; `!pattern` trains them again. Later patterns win.
+
+    Returns the frozen names. `["*", "!model.embed_tokens.*"]` trains the embedding alone.
+    """
+    parameters = dict(decoder.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern.removeprefix("!"))]
+        if not matching:
+            near = difflib.get_close_matches(pattern.strip("!*"), parameters, n=1, cutoff=0.3)
+            raise UserError(
+                f"`{pattern}` matches no parameter",
+                where="model.freeze", why="a pattern that does nothing is a spelling mistake",
+                fix=f"did you mean `{(near or list(parameters))[0]}`?",
+            )
+        for name in matching:
+            parameters[name].requires_grad_(pattern.startswith("!"))
+    return [name for name, parameter in parameters.items() if not parameter.requires_grad]
+
+
+def _shards(named: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, value in named.items():
+        if value.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = value
+        room -= value.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    else:
+        files = [folder / ONE_FILE]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        pickled = any(folder.glob("*.bin"))
+        raise UserError(
+            f"weights are missing: {', '.join(absent)}",
+            where=str(folder),
+            why="weights in *.bin files are pickles, which can run code" if pickled else None,
+            fix="save the model as safetensors" if pickled else "copy the whole model folder",
+        )
+    return files
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield name, tuple(opened.get_slice(name).get_shape())
+    except SafetensorError as error:
+        raise UserError(
+            "a weight file is damaged", where=str(file), why=str(error), fix="copy or download it again"
+        ) from None
+
+
+def _our_name(name: str, all_names: Mapping[str, object]) -> str:
+    # A base model saved without its head has the same names without the prefix.
+    bare = not any(other.startswith("model.") for other in all_names)
+    return f"model.{name}" if bare and name != "lm_head.weight" else name
+
+
+def _redundant(name: str, decoder: Decoder) -> bool:
+    """Whether a stored tensor follows from others: a tied head's copy, an old library's rotary table."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.lm_head is None)
+
+
+def _require_tied(stored: Tensor, decoder: Decoder, folder: Path) -> None:
+    embedding = decoder.model.embed_tokens.weight
+    if stored.shape != embedding.shape or not torch.equal(stored.to(embedding), embedding):
+        raise UserError(
+            "lm_head.weight differs from the embedding, but the model says they are tied",
+            where=str(folder), why="one of the two would be lost", fix='"tie_word_embeddings": false in config.json',
+        )
+
+
+def _require_equal(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    problems = [
+        *(f"missing: {name} {list(wanted[name])}" for name in wanted if name not in found),
+        *(f"unexpected: {name} {list(found[name])}" for name in found if name not in wanted),
+        *(
+            f"{name} is {list(found[name])}, the model has {list(wanted[name])}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ),
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(
+            "the stored weights are not this model's", where=str(folder), why=shown,
+            fix="name the folder of a model of the same shape and vocabulary, or leave the shape to its config.json",
+        )

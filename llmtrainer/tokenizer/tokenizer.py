@@ -1,0 +1,374 @@
+"""Text to ids and back, from a tokenizer.json, with control tokens that no text can forge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.tokenizer.split import CONTROL_NAMES, END, PAD, ROLES, SPLIT_RULE, cut
+from llmtrainer.tokenizer.stream import ByteStream, TextStream, WindowStream, byte_alphabet
+
+Allowed = Literal["none", "none_raise", "all"] | Set[str]
+
+FILE = "tokenizer.json"
+CONFIG_FILE, MAP_FILE = "tokenizer_config.json", "special_tokens_map.json"
+COMPANIONS = (CONFIG_FILE, MAP_FILE, "added_tokens.json", "chat_template.jinja")
+"""What may stand beside tokenizer.json and is passed on, byte for byte, when a tokenizer is saved."""
+
+LONG_TEXT = 1_000_000
+"""Characters at a time: the library keeps more than a hundred bytes for each token until its text is done."""
+
+
+class FileTokenizer:
+    """A tokenizer.json with its companions. Holds any model the `tokenizers` library knows; ours is byte-level BPE.
+
+    Text is encoded by a copy of the tokenizer that knows no added token at all: whatever a text says, it becomes
+    ordinary ids. No id is put before or after a text. `allowed` is the one way in, and names what may pass.
+    """
+
+    def __init__(self, files: Mapping[str, str], where: str = "a tokenizer in memory") -> None:
+        self._files = dict(files)
+        self._where = where
+        description = _parsed(files, FILE, where)
+        added = sorted(description.get("added_tokens") or (), key=lambda token: token["id"])
+        self._control: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._hidden = frozenset(token["id"] for token in added if token["special"])
+        self._bare = bare = _without_control(description, self._control)
+        self._by_bytes = (description.get("decoder") or {}).get("type") == "ByteLevel"
+        self._ours = description.get("pre_tokenizer") == pre_tokenizer() and not description.get("normalizer")
+        try:
+            self._whole = tokenizers.Tokenizer.from_str(files[FILE])
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        except Exception as error:  # the library raises a plain Exception for every kind of damage
+            raise UserError(f"{FILE} is not one the tokenizers library can read", where=where, why=str(error)) from error
+        for tokenizer in (self._whole, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._vocabulary = 1 + max(self._whole.get_vocab(with_added_tokens=True).values())
+        roles = _roles(files, where)
+        self._end = self._control_id(roles, "eos_token", (END, "</s>", "<|end_of_text|>"))
+        self._pad = self._control_id(roles, "pad_token", (PAD, "<pad>"), self._end)
+        self._require_unforgeable(description)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, control ids included, before padding."""
+        return self._vocabulary
+
+    @property
+    def end(self) -> int:
+        return self._end
+
+    @property
+    def pad(self) -> int:
+        """`end` where the files name none: a padding position is read by nobody, so it needs no id of its own."""
+        return self._pad
+
+    @property
+    def control(self) -> Mapping[str, int]:
+        return dict(self._control)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model, what prepares text for it, the added tokens and the id that ends a document. The
+        layout of the files does not count, nor their names for the other control tokens."""
+        decides = {key: self._bare.get(key) for key in ("normalizer", "pre_tokenizer")}
+        model = {**self._bare["model"]}
+        model["merges"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())]
+        decides |= {"model": model, "control": self._control, "end": self._end}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str, *, allowed: Allowed = "none") -> list[int]:
+        """Ids of a text.
+
+        `allowed` decides about control names in it: "none" reads them as text, "none_raise" refuses them, "all" turns
+        each into its id, a set only those it names. Only for text that a program wrote, never for a user's.
+        """
+        if not self._names(allowed):
+            return self.encode_batch([text])[0]
+        found = self._split_at(self._names(allowed), text)
+        if allowed == "none_raise":
+            for part in found:
+                if part in self._control:
+                    raise UserError(
+                        f"the text holds the control token {part}",
+                        where=f"character {text.index(part):,}",
+                        why="it was asked that no text with such a name gets through",
+                        fix='allowed="none" reads it as ordinary text',
+                    )
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        names = self._names(allowed)
+        for part in found:
+            ids.extend([self._control[part]] if part in names else self.encode_batch([part])[0])
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores. A control name in a text is text."""
+        parts = [list(cut(text, LONG_TEXT)) if self._ours else [text] for text in texts]
+        try:
+            done = iter(self._plain.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False))
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _not_unicode(texts, error) from error
+        batches: list[list[int]] = []
+        for part in parts:
+            ids: list[int] = []
+            for _ in part:
+                ids.extend(next(done).ids)
+            batches.append(ids)
+        return batches
+
+    def decode(self, ids: Sequence[int], *, skip_control: bool = False) -> str:
+        """The text of some ids. `skip_control` leaves out the control tokens that the file calls special."""
+        shown = self._known(ids, skip_control)
+        if not self._by_bytes:
+            return str(self._whole.decode(shown, skip_special_tokens=False))
+        return b"".join(map(self._bytes_of, shown)).decode("utf-8", "replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One text per id; joined they are the decoded text. A token that is part of a character shows "" until the
+        character's last token; a control token shows its name."""
+        pieces: list[str] = []
+        stream = self.stream()
+        control = set(self._control.values())
+        for token in self._known(ids, skip_control=False):
+            if token in control and pieces:
+                pieces[-1] += stream.close()  # what an open character came to belongs to its own tokens
+            pieces.append(stream.feed(token))
+        if pieces:
+            pieces[-1] += stream.close()
+        return pieces
+
+    def stream(self) -> TextStream:
+        """Text while tokens arrive: `feed(id)` gives what this id completes, `close()` the rest."""
+        return ByteStream(self._bytes_of) if self._by_bytes else WindowStream(self.decode)
+
+    def save(self, folder: Path) -> None:
+        """Write the files that transformers.AutoTokenizer and `load_tokenizer` read."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self._files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+
+    @cached_property
+    def _table(self) -> list[bytes | None]:
+        """Bytes of each id; None where the vocabulary has a gap."""
+        alphabet = byte_alphabet()
+        table: list[bytes | None] = [None] * self._vocabulary
+        for token, number in self._whole.get_vocab(with_added_tokens=True).items():
+            spelled = [alphabet.get(character) for character in token]
+            if token in self._control or None in spelled:
+                table[number] = token.encode()
+            else:
+                table[number] = bytes(byte for byte in spelled if byte is not None)
+        return table
+
+    def _bytes_of(self, token: int) -> bytes:
+        spelled = self._table[token]
+        if spelled is None:
+            raise self._no_such(token)
+        return spelled
+
+    def _known(self, ids: Sequence[int], skip_control: bool) -> list[int]:
+        hidden = self._hidden if skip_control else ()
+        known: list[int] = []
+        for token in map(int, ids):
+            if not 0 <= token < self._vocabulary:
+                raise self._no_such(token)
+            if token not in hidden:
+                known.append(token)
+        return known
+
+    def _no_such(self, token: int) -> UserError:
+        return UserError(
+            f"id {token:,} is not in the vocabulary of {self._vocabulary:,}",
+            where=self._where,
+            why="the ids were made with another tokenizer, or name a padding row of the model",
+            fix="use the tokenizer that lies with the data or the model",
+        )
+
+    def _names(self, allowed: Allowed) -> frozenset[str]:
+        """Which control names to look for."""
+        if isinstance(allowed, str):
+            if allowed not in ("none", "none_raise", "all"):
+                raise UserError(f"allowed={allowed!r}", fix='"none", "none_raise", "all", or a set of control names')
+            return frozenset() if allowed == "none" else frozenset(self._control)
+        unknown = sorted(set(allowed) - set(self._control))
+        if unknown:
+            raise UserError(f"no control token is called {unknown[0]}", why=f"there are: {', '.join(self._control)}")
+        return frozenset(allowed)
+
+    @staticmethod
+    def _split_at(names: frozenset[str], text: str) -> list[str]:
+        # The longest first: one name may be the beginning of another.
+        ordered = sorted(names, key=lambda name: (-len(name), name))
+        return [part for part in re.split(f"({'|'.join(map(re.escape, ordered))})", text) if part]
+
+    def _control_id(
+        self, roles: Mapping[str, str], role: str, usual: tuple[str, ...], otherwise: int | None = None
+    ) -> int:
+        for name in (roles.get(role), *usual):
+            number = self._whole.token_to_id(name) if name else None
+            if number is not None:
+                return int(number)
+        if otherwise is not None:
+            return otherwise
+        raise UserError(
+            f"nothing says which token ends a document: no `{role}`",
+            where=self._where,
+            why="a model that never saw its end token never stops",
+            fix=f'name one of its tokens in {CONFIG_FILE}: {{"{role}": "..."}}',
+        )
+
+    def _require_unforgeable(self, description: Mapping[str, Any]) -> None:
+        """Refuse a vocabulary whose model, added tokens or not, turns a control token's name into its id."""
+        unknown = description["model"].get("unk_token") or ""
+        for name, number in self._control.items():
+            ids = self._plain.encode(name, add_special_tokens=False).ids
+            if number in ids and name != unknown:
+                raise UserError(
+                    f"text could forge {name}",
+                    where=self._where,
+                    why=f"the {description['model'].get('type')} model itself reads these characters as id {number}",
+                    fix="use a vocabulary whose control tokens are not words of its model",
+                )
+
+
+def pre_tokenizer() -> dict[str, Any]:
+    """Our split rule, as tokenizer.json holds it."""
+    split = {"type": "Split", "pattern": {"Regex": SPLIT_RULE}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, to_bytes]}
+
+
+def byte_level(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> FileTokenizer:
+    """A byte-level BPE tokenizer from its base vocabulary; the 13 control tokens come directly after it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": len(vocabulary) + place, "content": name, **flags, "special": True}
+        for place, name in enumerate(CONTROL_NAMES)
+    ]
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
+        "merges": [list(merge) for merge in merges],
+    }
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer(),
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": model,
+    }
+    others = [name for name in CONTROL_NAMES if name not in ROLES.values()]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # transformers' way to say that a tokenizer sets no limit
+        "additional_special_tokens": others,
+        **ROLES,
+    }
+    return FileTokenizer(
+        {
+            FILE: json.dumps(description, ensure_ascii=False, indent=1) + "\n",
+            CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+            MAP_FILE: json.dumps({**ROLES, "additional_special_tokens": others}, indent=2) + "\n",
+        }
+    )
+
+
+def load_tokenizer(folder: str | Path) -> FileTokenizer:
+    """The tokenizer of a folder that holds a tokenizer.json: ours, a checkpoint's, or a Hugging Face model's."""
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"no {FILE} in {folder}",
+            why="there is no such folder" if not folder.is_dir() else "the folder holds no tokenizer",
+            fix=f"llmtrainer train-tokenizer DATA {folder}",
+        )
+    files = {}
+    for name in (FILE, *COMPANIONS):
+        if (folder / name).is_file():
+            try:
+                files[name] = (folder / name).read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name} is not UTF-8", where=f"{folder / name}, byte {error.start:,}") from error
+    return FileTokenizer(files, where=str(folder))
+
+
+def padded_vocabulary(vocabulary: int, multiple: int = 64) -> int:
+    """Rows of the embedding and the head: matrix products are fastest when their sizes are multiples of 64. The rows
+    above the vocabulary have no token: they are never a target and never sampled."""
+    return -(-vocabulary // multiple) * multiple
+
+
+def _without_control(description: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, Any]:
+    """The same tokenizer with every added token removed, special or not.
+
+    GPT-2 and others list their control tokens among the words of the model too. There they go as well, unless a
+    merge makes them: a pre-token that is a word as a whole may become its id without any merge.
+    """
+    bare = {**description, "added_tokens": [], "post_processor": None}
+    model = bare["model"]
+    if model.get("type") == "BPE":
+        made = {"".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model["merges"]}
+        kept = made | {model.get("unk_token")} | (set(model["vocab"]) - set(control))
+        bare["model"] = {**model, "vocab": {token: i for token, i in model["vocab"].items() if token in kept}}
+    return bare
+
+
+def _roles(files: Mapping[str, str], where: str) -> dict[str, str]:
+    """Token names by role, such as `eos_token`. The config goes before the map: transformers reads it so."""
+    roles: dict[str, str] = {}
+    for name in (MAP_FILE, CONFIG_FILE):
+        for role, token in _parsed(files, name, where).items() if name in files else ():
+            content = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(content, str):
+                roles[role] = content
+    return roles
+
+
+def _parsed(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(files[name])
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is no JSON", where=f"{where}, line {error.lineno:,}", why=error.msg) from error
+    if not isinstance(parsed, dict) or (name == FILE and not isinstance(parsed.get("model"), dict)):
+        raise UserError(f"{name} does not describe a tokenizer", where=where)
+    return parsed
+
+
+def _not_unicode(texts: Sequence[str], error: Exception) -> Exception:
+    """A half of a surrogate pair is no character: no UTF-8 text can hold it, so nothing could give it back."""
+    for number, text in enumerate(texts):
+        surrogates = _surrogates(text)
+        for place in surrogates:
+            return UserError(
+                f"the text holds U+{ord(text[place]):04X}, half of a surrogate pair",
+                where=f"text {number:,}, character {place:,}",
+                why="it is not Unicode text: it was read with the wrong encoding or cut inside a character",
+                fix='mend the file, or text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
+            )
+    return error
+
+
+def _surrogates(text: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer("[\ud800-\udfff]", text))

@@ -1,0 +1,316 @@
+"""Using what was trained: evaluate, generate and plot, the functions behind the commands."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from llmtrainer.base.config import Config
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.events import read_events, steps
+from llmtrainer.base.result import Result
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.core.suite import Suite
+from llmtrainer.data.open import Document, SourceFile, documents, find
+from llmtrainer.evals.perplexity import Perplexity, Score, Totals, figures
+from llmtrainer.training.console import bar, number, span, stdout_is_for_people, warn
+from llmtrainer.training.models import Opened, Precision, load_model, load_tokenizer, open_model
+from llmtrainer.training.writing import Completed, write
+
+__all__ = [
+    "Evaluation", "Generation", "Plot", "evaluate", "generate", "load_model", "load_tokenizer", "plot",
+]
+
+
+class Evaluation(Config):
+    """How well a model predicts text: loss, perplexity and bits per byte, and what suites measure besides."""
+
+    words: ClassVar[tuple[str, ...]] = ("model", "data")
+
+    model: str
+    """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+
+    data: str | None = None
+    """Text: a file, a folder, a glob, or `stdlib:held_out`. Each document is scored by itself."""
+
+    fields: tuple[str, ...] = ("text", "content")
+    """Where a record's text is: the first of these fields that it has."""
+
+    documents: int | None = Field(default=None, ge=1)
+    """Only the first so many documents."""
+
+    tokenizer: str | None = None
+    """A folder with tokenizer.json, if the model's own has none."""
+
+    precision: Precision = "auto"
+    """Type of the computation. auto: the one the checkpoint was trained in, float32 where nothing says so."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens read at once. Longer documents go through windows that overlap by half. By default the model's
+    own context, which is also the most."""
+
+    tokens_per_batch: int | None = Field(default=None, ge=1)
+    """Tokens of one forward pass, padding included: the memory knob. By default 4,096, or one window."""
+
+    suites: tuple[Suite, ...] = ()
+    """Further measurements by kind: `suites=[{kind: perplexity, name: news, path: news.jsonl}]`."""
+
+    items: bool = False
+    """Also the figures of every single document."""
+
+    per_token: bool = False
+    """With `items`: also the surprise at every single token."""
+
+
+@dataclass(frozen=True)
+class Evaluated(Result):
+    """What an evaluation found; loss and tokens are None if only suites were asked for."""
+
+    model: str
+    """The folder whose weights were measured."""
+    data: str | None
+    precision: str
+    loss: float | None = None
+    """Mean nats per predicted token."""
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    """Of the documents' UTF-8 bytes."""
+    tokens: int | None = None
+    """Predicted tokens: the first of a document is not."""
+    bytes: int | None = None
+    documents: int | None = None
+    seconds: float = 0.0
+    suites: dict[str, dict[str, float]] = field(default_factory=dict)
+    items: list[dict[str, Any]] | None = None
+
+    def text(self) -> str:
+        lines = [f"{self.model} in {self.precision}" + (f", on {self.data}" if self.data else "")]
+        if self.loss is not None:
+            assert self.tokens is not None and self.bytes is not None and self.perplexity is not None
+            lines += [
+                f"  loss           {self.loss:.4f}   nats a token",
+                f"  perplexity     {self.perplexity:,.2f}   as unsure as a guess among so many tokens",
+                f"  bits per byte  {self.bits_per_byte:.4f}   a compressor with this model would need so many",
+                f"  read           {number(self.tokens)} tokens, {number(self.bytes)} bytes, "
+                f"{number(self.documents or 0)} documents in {span(self.seconds)}",
+            ]
+        for name, told in self.suites.items():
+            lines.append(f"  {name}: " + ", ".join(f"{key} {number(value)}" for key, value in told.items()))
+        if self.items is not None:
+            lines += ["", "  loss     bits/byte  tokens    document", *map(_item_line, self.items)]
+        return "\n".join(lines)
+
+
+def evaluate(settings: Evaluation) -> Evaluated:
+    """Measure a model on text. Deterministic; the figures do not depend on `tokens_per_batch`."""
+    if settings.data is None and not settings.suites:
+        raise UserError("there is nothing to evaluate on", fix=f"llmtrainer evaluate {settings.model} TEXT")
+    if settings.per_token and not settings.items:
+        raise UserError("per_token needs items", why="a token is told with its document", fix="items=true")
+    _require_own_titles(settings.suites)
+    started = time.perf_counter()
+    opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
+    found: dict[str, Any] = {}
+    if settings.data is not None:
+        found = _measure(opened, settings, settings.data)
+    suites = {}
+    for suite in settings.suites:
+        with bar(suite.title, None, "bytes") as advance:
+            suites[suite.title] = suite.run(
+                opened.policy, opened.tokenizer, lambda path: _texts(path, settings.fields), advance
+            )
+    seconds = time.perf_counter() - started
+    return Evaluated(
+        str(opened.folder), settings.data, opened.precision, **found, suites=suites, seconds=seconds
+    )
+
+
+def _measure(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
+    files = find(data)
+    perplexity = Perplexity(max_length=settings.max_length, tokens_per_batch=settings.tokens_per_batch)
+    read: deque[Document] = deque()
+
+    def texts() -> Iterator[str]:
+        for document in islice(documents(files, fields=settings.fields, warn=warn), settings.documents):
+            read.append(document)
+            yield document.text
+
+    total, items = Totals(), list[dict[str, Any]]()
+    with bar("evaluate", _bytes_of(files) if settings.documents is None else None, "bytes") as advance:
+        for score in perplexity.scores(opened.policy, opened.tokenizer, texts(), advance):
+            document = read.popleft()
+            total.add(score)
+            if settings.items:
+                items.append(_item(document, score, opened if settings.per_token else None))
+    return {**total.figures(data), "items": items if settings.items else None}
+
+
+def _item(document: Document, score: Score, opened: Opened | None) -> dict[str, Any]:
+    place = {"file": str(document.file), "record": document.record}
+    if not score.tokens:
+        return {**place, "loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0, "bytes": score.bytes}
+    told = {**place, **figures(score.total, score.tokens, score.bytes)}
+    if opened is not None:
+        # The first token is not predicted: null, so that the three lists are equally long.
+        told |= {
+            "ids": list(score.ids), "pieces": opened.tokenizer.pieces(score.ids), "nats": [None, *score.nats],
+        }
+    return told
+
+
+def _item_line(item: dict[str, Any]) -> str:
+    place = f"{item['file']}, record {item['record']:,}"
+    if item["loss"] is None:
+        return f"  {'-':<8} {'-':<10} {0:<9} {place}"
+    return f"  {item['loss']:<8.4f} {item['bits_per_byte']:<10.4f} {item['tokens']:<9,} {place}"
+
+
+def _texts(path: str, fields: tuple[str, ...]) -> Iterable[str]:
+    return (document.text for document in documents(find(path), fields=fields, warn=warn))
+
+
+def _bytes_of(files: Iterable[SourceFile]) -> int | None:
+    """Bytes of text to come; None where files hold more or less than their text."""
+    files = list(files)
+    packed = (".gz", ".zst", ".xz", ".bz2", ".json", ".jsonl", ".parquet")
+    return None if any(str(file.path).endswith(packed) for file in files) else sum(file.bytes for file in files)
+
+
+def _require_own_titles(suites: tuple[Suite, ...]) -> None:
+    titles = [suite.title for suite in suites]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise UserError(
+                f"two suites are called `{title}`", why="one would hide the other's figures",
+                fix="give each a `name`",
+            )
+
+
+class Generation(Config):
+    """Let a model continue a text."""
+
+    words: ClassVar[tuple[str, ...]] = ("model", "prompt")
+
+    model: str
+    """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+
+    prompt: str
+    """What stands before the first token that is written."""
+
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Most tokens to write. The model may end the text before."""
+
+    temperature: float = Field(default=0.8, ge=0.0)
+    """0 always takes the likeliest token; 1 draws as the model has learned; more is more daring."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Draw from the k likeliest tokens only."""
+
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Draw from the fewest likeliest tokens whose probabilities add up to this."""
+
+    samples: int = Field(default=1, ge=1)
+    """How many continuations to write, side by side."""
+
+    seed: int = Field(default=0, ge=0)
+    """The same seed writes the same text."""
+
+    tokenizer: str | None = None
+    """A folder with tokenizer.json, if the model's own has none."""
+
+    precision: Precision = "auto"
+    """Type of the computation. auto: the one the checkpoint was trained in, float32 where nothing says so."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    stream: bool = True
+    """Show a single continuation as it is written, where a person looks on."""
+
+
+@dataclass(frozen=True)
+class Generated(Result):
+    """What a model wrote."""
+
+    completions: list[Completed]
+    seconds: float
+    """Of writing, without loading the model."""
+    streamed: bool = False
+
+    def json(self) -> dict[str, Any]:
+        return {"completions": [completed.json() for completed in self.completions], "seconds": self.seconds}
+
+    def text(self) -> str:
+        if self.streamed:
+            return ""
+        if len(self.completions) == 1:
+            return self.completions[0].prompt + self.completions[0].text
+        titles = (f"--- {index} of {len(self.completions)}" for index in range(1, len(self.completions) + 1))
+        return "\n".join(f"{title}\n{item.prompt}{item.text}" for title, item in zip(titles, self.completions, strict=True))
+
+
+def generate(settings: Generation) -> Generated:
+    """Continue a prompt. The same settings on the same weights write the same text."""
+    opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
+    started = time.perf_counter()
+    stream = settings.stream and settings.samples == 1 and stdout_is_for_people()
+    completions = write(opened, settings, stream)
+    return Generated(completions, time.perf_counter() - started, streamed=stream)
+
+
+class Plot(Config):
+    """The curves of one or several runs as a picture."""
+
+    words: ClassVar[tuple[str, ...]] = ("runs",)
+
+    runs: tuple[str, ...] = Field(min_length=1)
+    """Run directories. Several are drawn over each other."""
+
+    out: str | None = None
+    """The PNG to write. By default plots/curves.png in the run directory, or plots/comparison.png in the first
+    of several."""
+
+    x: Literal["step", "tokens", "minutes"] = "step"
+    """What the horizontal axis counts: steps, tokens, or minutes of training."""
+
+
+@dataclass(frozen=True)
+class Plotted(Result):
+    """Where the picture is."""
+
+    path: str
+    panels: list[str]
+    """Titles of its panels, the loss first."""
+
+    def text(self) -> str:
+        return f"{self.path}: {', '.join(self.panels)}"
+
+
+def plot(settings: Plot) -> Plotted:
+    """Draw loss, learning rate, gradient norm, speed and evaluations. UserError if a run has no step yet."""
+    from llmtrainer.training.curves import Curve, draw  # matplotlib takes half a second that no other verb needs
+
+    curves = []
+    for name in settings.runs:
+        path = RunDir(Path(name)).events
+        stepped, events = steps(path), read_events(path)
+        if not stepped:
+            raise UserError(
+                "this run has no step to draw", where=str(path), fix="wait for its first step, or train it"
+            )
+        last = {event["step"]: event for event in events if event["kind"] == "evaluate"}
+        resumed = [event["step"] for event in events if event["kind"] == "resume"]
+        curves.append(Curve(name, stepped, [last[step] for step in sorted(last)], resumed))
+    default = RunDir(Path(settings.runs[0])).plots / ("curves.png" if len(curves) == 1 else "comparison.png")
+    out = Path(settings.out) if settings.out else default
+    return Plotted(str(out), draw(curves, out, settings.x))

@@ -1,0 +1,15 @@
+"""The default."""
+
+from __future__ import annotations
+
+from tests.base.parts import Flavour
+
+
+class Vanilla(Flavour):
+    """Plain, and good.
+
+    A second paragraph.
+    """
+
+    pods: int = 1
+    """How many."""

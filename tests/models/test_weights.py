@@ -1,0 +1,286 @@
+"""Weights on disk: our own layout is Hugging Face's, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.weights import freeze, load_policy, load_weights, save_weights, tensors
+from tests.models.rows import rows
+from tests.models.test_decoder import TINY, decoder, logits
+from tests.tolerances import FLOAT64_LOGITS
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", dict(rope_theta=500.0)),
+    "llama, tied": ("LlamaForCausalLM", dict(tied_head=True, head_size=12)),
+    "llama, biases": ("LlamaForCausalLM", dict(attention_bias=True, output_bias=True, mlp_bias=True)),
+    "mistral": ("MistralForCausalLM", dict(sliding_window=5)),
+    "qwen2": ("Qwen2ForCausalLM", dict(attention_bias=True)),
+    "qwen2, window": ("Qwen2ForCausalLM", dict(attention_bias=True, sliding_window=5)),
+    "qwen3": ("Qwen3ForCausalLM", dict(query_key_norm=True, head_size=12, tied_head=True)),
+    "qwen3, window": ("Qwen3ForCausalLM", dict(query_key_norm=True, sliding_window=5)),
+}
+
+
+def in_float64(model: Any) -> None:
+    """Replace the library's float32 angles and norms by float64 ones: the formula is the oracle, not its
+    rounding."""
+    for norm in [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]:
+        norm.forward = partial(torch_rms_norm, norm)
+    rotary = model.model.rotary_emb
+    size = rotary.inv_freq.numel() * 2
+    theta = model.config.rope_parameters["rope_theta"]
+    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = position_ids[..., None].double() * frequency
+        both = torch.cat([angle, angle], dim=-1)
+        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
+    rotary.forward = forward
+
+
+def torch_rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def theirs(folder: Path, architecture: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    # Its eager attention would take the softmax in float32.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    assert type(model).__name__ == architecture
+    in_float64(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("architecture", "fields"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_transformers_computes_the_same_logits_and_gradients_from_what_we_save(
+    tmp_path: Path, architecture: str, fields: dict[str, Any]
+) -> None:
+    ours, batch = decoder(**fields), rows([[14], [14]])
+    save_weights(ours, tmp_path, end=5, pad=6)
+    other = theirs(tmp_path, architecture)
+    assert (other.config.eos_token_id, other.config.pad_token_id, other.config.bos_token_id) == (5, 6, None)
+    found = other(batch.tokens_BT).logits
+    torch.testing.assert_close(logits(ours, batch), found, rtol=0, atol=FLOAT64_LOGITS)
+    ours(batch, ("logp",)).logp_BT.sum().backward()
+    found.log_softmax(-1).gather(-1, batch.targets_BT[..., None]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in other.named_parameters()}
+    assert set(gradients) == set(tensors(ours))
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=FLOAT64_LOGITS)
+
+
+@pytest.mark.parametrize(("architecture", "fields"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_model_that_transformers_saved_loads_with_the_same_logits(
+    tmp_path: Path, architecture: str, fields: dict[str, Any]
+) -> None:
+    ours, batch = decoder(**fields), rows([[14]])
+    save_weights(ours, tmp_path / "ours")
+    theirs(tmp_path / "ours", architecture).save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    config.pop("llmtrainer")
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    loaded = load_policy(tmp_path / "theirs", torch.float64)
+    torch.testing.assert_close(logits(loaded, batch), logits(ours, batch), rtol=0, atol=FLOAT64_LOGITS)
+
+
+def test_the_library_s_own_fresh_model_loads_with_the_same_logits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    other = transformers.LlamaForCausalLM(config).double().eval()
+    in_float64(other)
+    other.save_pretrained(tmp_path)
+    batch = rows([[20], [20]], vocabulary=96)
+    loaded = load_policy(tmp_path, torch.float64)
+    torch.testing.assert_close(logits(loaded, batch), other(batch.tokens_BT).logits, rtol=0, atol=FLOAT64_LOGITS)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(rotary_share=0.5, dropout=0.1, tied_head=True)])
+def test_saved_weights_load_bitwise_in_a_new_process(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model, batch = decoder(compute=torch.bfloat16, **fields), rows([[14]])
+    save_weights(model, tmp_path)
+    loaded = load_policy(tmp_path, torch.bfloat16)
+    assert loaded.family == model.family and loaded.vocabulary == 320
+    for name, value in tensors(model).items():
+        assert torch.equal(tensors(loaded)[name], value)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from llmtrainer.models.weights import load_policy\n"
+        "from tests.models.rows import rows\n"
+        "m = load_policy(Path(sys.argv[1]), torch.bfloat16)\n"
+        "x = m.hidden(rows([[14]])) @ m.head_weight.to(torch.bfloat16).t()\n"
+        "print(x.detach().float().numpy().tobytes().hex()[:4000])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": "."}, timeout=120)
+    assert done.stdout.strip() == logits(model, batch).detach().float().numpy().tobytes().hex()[:4000]
+
+
+def test_shards_have_an_index_and_load_like_one_file(tmp_path: Path) -> None:
+    model = decoder(compute=torch.float32)
+    save_weights(model, tmp_path / "one")
+    files = save_weights(model, tmp_path / "many", shard_bytes=20_000)
+    assert sum(file.suffix == ".safetensors" for file in files) > 3
+    assert sorted(files) == sorted((tmp_path / "many").iterdir())
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors(model))
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors(model).values())
+    for file in files:
+        if file.suffix == ".safetensors" and len(load_file(file)) > 1:
+            assert sum(value.nbytes for value in load_file(file).values()) <= 20_000
+    one, many = load_policy(tmp_path / "one"), load_policy(tmp_path / "many")
+    for name, value in tensors(one).items():
+        assert torch.equal(value, tensors(many)[name])
+
+
+def test_the_bytes_are_a_function_of_the_weights(tmp_path: Path) -> None:
+    digests = set()
+    for folder in ("a", "b"):
+        save_weights(decoder(tied_head=True), tmp_path / folder)
+        digests.add(hashlib.sha256((tmp_path / folder / "model.safetensors").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_a_tied_head_is_saved_once_and_its_copy_is_accepted_only_if_equal(tmp_path: Path) -> None:
+    model = decoder(tied_head=True)
+    save_weights(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    load_policy(tmp_path, torch.float64)
+    stored["lm_head.weight"][0, 0] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="tied"):
+        load_policy(tmp_path, torch.float64)
+
+
+def test_a_base_model_s_names_without_prefix_are_understood(tmp_path: Path) -> None:
+    model = decoder(tied_head=True)
+    save_weights(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): value for name, value in stored.items()}, tmp_path / "model.safetensors")
+    batch = rows([[9]])
+    assert torch.equal(logits(load_policy(tmp_path, torch.float64), batch), logits(model, batch))
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
+    save_weights(decoder(layers=2), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.norm.weight"]
+    stored["model.extra.weight"] = torch.zeros(2)
+    stored["lm_head.weight"] = torch.zeros(64, 32)
+    save_file(stored, tmp_path / "model.safetensors")
+    target = decoder(layers=2, seed=9)
+    before = {name: value.clone() for name, value in tensors(target).items()}
+    with pytest.raises(UserError) as caught:
+        load_weights(target, tmp_path)
+    text = str(caught.value)
+    assert "missing: model.norm.weight [32]" in text and "unexpected: model.extra.weight [2]" in text
+    assert "lm_head.weight is [64, 32], the model has [320, 32]" in text
+    for name, value in tensors(target).items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(model_type="gpt2"), "gpt2"),
+        (dict(hidden_act="gelu"), "hidden_act"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type"),
+        (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary"),
+    ],
+)
+def test_a_model_that_we_would_compute_differently_is_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    save_weights(decoder(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("llmtrainer")
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=words):
+        load_policy(tmp_path)
+
+
+def test_folders_without_readable_weights_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model"):
+        load_policy(tmp_path)
+    save_weights(decoder(compute=torch.float32), tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_policy(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickles"):
+        load_policy(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        load_policy(tmp_path)
+
+
+def test_what_no_class_of_transformers_computes_is_not_called_by_its_name(tmp_path: Path) -> None:
+    for fields in (dict(rotary_share=0.5), dict(query_key_norm=True, mlp_bias=True), dict(output_bias=True)):
+        save_weights(decoder(**fields), tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llmtrainer"
+        load_policy(tmp_path, torch.float64)
+
+
+def trained_names(model: Decoder) -> set[str]:
+    """Names of the parameters that three steps of AdamW with decay change; the optimizer's state is theirs."""
+    before = {name: value.clone() for name, value in tensors(model).items()}
+    named = {p: n for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for seed in range(3):
+        (-model(rows([[9]], seed=seed), ("logp",)).logp_BT.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, value in tensors(model).items() if not torch.equal(value, before[name])}
+    assert {named[p] for p in optimizer.state} == changed
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("patterns", "trained"),
+    [
+        (["*", "!model.embed_tokens.*"], {"model.embed_tokens.weight"}),
+        (["*", "!*.self_attn.k_proj.*"], {f"model.layers.{n}.self_attn.k_proj.weight" for n in (0, 1)}),
+        (["*", "!lm_head.*", "!model.norm.weight"], {"lm_head.weight", "model.norm.weight"}),
+    ],
+)
+def test_exactly_the_parameters_that_are_not_frozen_change(patterns: list[str], trained: set[str]) -> None:
+    model = decoder(compute=torch.float32)
+    frozen = freeze(model, patterns)
+    assert set(frozen) == set(tensors(model)) - trained
+    assert trained_names(model) == trained
+
+
+def test_a_frozen_layer_in_the_middle_lets_gradients_through() -> None:
+    model = Llama(**TINY).build(320)
+    model.initialise(0)
+    freeze(model, ["model.layers.1.*"])
+    assert trained_names(model) == {name for name in tensors(model) if ".layers.1." not in name}
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight"):
+        freeze(decoder(), ["model.embed_token.weight"])

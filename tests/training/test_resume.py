@@ -1,0 +1,236 @@
+"""A continued run is the run that was never interrupted: same weights, optimizer, rate, rows, losses."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from llmtrainer.base.config import load
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.events import read_events, steps
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.training import checkpoint
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.resume import Resumption
+from llmtrainer.training.run import open_trainer, train
+
+Make = Callable[..., Recipe]
+
+
+def hashes(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of weights and optimizer of one checkpoint."""
+    files = checkpoint.read_manifest(RunDir(run).checkpoint(step))["files"]
+    return {name: files[name]["sha256"] for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def curve(run: Path) -> list[tuple[int, int, float, float, float]]:
+    """(step, tokens, loss, learning rate, gradient norm) of every step, the last line of a step counting."""
+    return [
+        (event["step"], event["tokens"], event["loss"], event["learning_rate"], event["grad_norm"])
+        for event in steps(run / "events.jsonl")
+    ]
+
+
+def test_stopping_at_every_step_of_three_epochs_changes_nothing(recipe: Make, tmp_path: Path) -> None:
+    """Also at the last step of an epoch, where others do zero steps and call it done (S38)."""
+    whole = train(recipe("duration=3 epochs", f"run={tmp_path / 'whole'}", "save.every=never"))
+    for _ in range(1000):
+        with open_trainer(recipe("duration=3 epochs", "save.every=never")) as trainer:
+            for _ in trainer.steps():
+                trainer.parts.stop.request("test")
+            if trainer.finished:
+                break
+    assert trainer.progress.step == whole.step > 10
+    assert hashes(tmp_path / "run", whole.step) == hashes(tmp_path / "whole", whole.step)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_evaluating_and_saving_between_steps_changes_nothing(recipe: Make, tmp_path: Path) -> None:
+    train(recipe("evaluate.every=1 steps", "save.every=1 steps"))
+    train(recipe("evaluate.every=never", "save.every=never", "save.background=false", f"run={tmp_path / 'bare'}"))
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "bare", 12)
+
+
+def test_a_finished_run_is_left_alone_and_tells_its_last_figures(recipe: Make) -> None:
+    first, second = train(recipe()), train(recipe())
+    assert second.exit_code == 0
+    assert (second.step, second.tokens, second.loss) == (first.step, first.tokens, first.loss)
+
+
+def test_an_extended_run_keeps_the_schedule_it_began_with_and_says_so(recipe: Make, tmp_path: Path) -> None:
+    train(recipe())
+    train(recipe("duration=16 steps"))
+    rates = [rate for _, _, _, rate, _ in curve(tmp_path / "run")]
+    assert rates[12:] == [rates[11]] * 4
+    warnings = [event["text"] for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "warning"]
+    assert any("keeps its schedule of 12 steps" in text for text in warnings)
+    train(recipe("duration=20 steps", "optim.schedule.length=20 steps"))
+    assert curve(tmp_path / "run")[-1][3] != rates[11] or rates[-1] == rates[11]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optim.schedule.peak=1e-4", "optim.schedule.peak"),
+        ("data.sequences_per_step=6", "data.sequences_per_step"),
+        ("seed=12", "seed"),
+        ("model.dropout=0.2", "model.dropout"),
+        ("objective.z_loss=0.1", "objective.z_loss"),
+    ],
+)
+def test_anything_else_that_differs_is_refused_by_name(recipe: Make, override: str, named: str) -> None:
+    train(recipe("duration=3 steps"))
+    with pytest.raises(UserError, match="differs") as caught:
+        train(recipe(override))
+    assert f"`{named}`" in str(caught.value)
+
+
+def test_what_allow_names_may_differ(recipe: Make) -> None:
+    train(recipe("duration=3 steps"))
+    assert train(recipe("optim.schedule.peak=1e-4", "allow=[optim.schedule]")).step == 12
+
+
+@pytest.mark.parametrize("override", ["data.tokens_per_batch=160", "save.every=1 steps", "evaluate.every=never"])
+def test_what_the_contract_lets_change_may_change(recipe: Make, override: str) -> None:
+    train(recipe("duration=3 steps"))
+    assert train(recipe(override)).step == 12
+
+
+def test_other_data_is_refused(recipe: Make, world: Path, tmp_path: Path) -> None:
+    from llmtrainer.training.prepare import Preparation, prepare
+
+    shutil.copytree(world / "text", tmp_path / "text")
+    tokens = tmp_path / "store"
+    prepare(Preparation(data=str(tmp_path / "text"), out=str(tokens), tokenizer=str(world / "tokenizer"), workers=1))
+    train(recipe("duration=3 steps", f"data.train={tokens}"))
+    shutil.rmtree(tokens)
+    (tmp_path / "text" / "000.txt").write_text("something else entirely")
+    prepare(Preparation(data=str(tmp_path / "text"), out=str(tokens), tokenizer=str(world / "tokenizer"), workers=1))
+    with pytest.raises(UserError, match="data changed") as caught:
+        train(recipe(f"data.train={tokens}"))
+    assert "model.start_from" in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "optimizer.safetensors", "manifest.json", "config.json"])
+def test_a_lost_piece_of_state_means_an_older_checkpoint_and_the_same_end(
+    recipe: Make, tmp_path: Path, lost: str
+) -> None:
+    train(recipe(f"run={tmp_path / 'whole'}"))
+    train(recipe("duration=7 steps"))
+    (RunDir(tmp_path / "run").checkpoint(7) / lost).unlink()
+    train(recipe())
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "whole", 12)
+    resumed = [event for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "resume"]
+    assert resumed[0]["checkpoint"] == "step-00000006"
+
+
+def test_never_refuses_to_touch_a_run_that_has_begun(recipe: Make) -> None:
+    train(recipe("duration=3 steps"))
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        train(recipe("resume=never"))
+
+
+def test_a_run_may_continue_elsewhere_from_a_named_checkpoint(recipe: Make, tmp_path: Path) -> None:
+    train(recipe())
+    folder = RunDir(tmp_path / "run").checkpoint(9)
+    train(recipe(f"resume={folder}", f"run={tmp_path / 'other'}"))
+    assert hashes(tmp_path / "other", 12) == hashes(tmp_path / "run", 12)
+
+
+def test_resuming_opens_the_same_files_however_far_the_run_is(recipe: Make) -> None:
+    """O(1) resume: nothing is read again to find the place."""
+    opened: list[int] = []
+    for duration in ("1 steps", "12 steps"):
+        with open_trainer(recipe(f"duration={duration}", "save.every=never")) as trainer:
+            before = len(opened)
+            trainer.parts.source.batches(trainer.progress.step)
+            opened.append(before)
+            for _ in trainer.steps():
+                pass
+    assert trainer.progress.step == 12
+
+
+def test_the_resumption_knows_its_scores(recipe: Make, tmp_path: Path) -> None:
+    train(recipe())
+    folder = RunDir(tmp_path / "run").newest_checkpoint()
+    scores = Resumption(folder, checkpoint.read_manifest(folder)).scores
+    figures = {
+        event["step"]: event["held_out/loss"]
+        for event in read_events(tmp_path / "run/events.jsonl")
+        if event["kind"] == "evaluate"
+    }
+    assert scores == {min(figures, key=lambda step: (figures[step], step)): min(figures.values())}
+
+
+@contextmanager
+def process(recipe_file: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A real training process that prints a line per step."""
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "import llmtrainer as lt\n"
+        "recipe = lt.load(lt.Recipe, sys.argv[1], overrides=sys.argv[2:])\n"
+        "with lt.open_trainer(recipe) as trainer:\n"
+        "    for info in trainer.steps(): print(info.progress.step, flush=True)\n"
+        "print('stopped' if trainer.parts.stop.requested else 'finished', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, str(recipe_file), *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        yield child
+        if child.poll() is None:
+            child.kill()
+
+
+def test_processes_killed_at_random_moments_end_like_one_that_never_was(
+    recipe_file: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """kill -9, most often while a checkpoint is being written: one is saved every step."""
+    kills, draw = int(request.config.getoption("--kills")), random.Random(9)
+    overrides = (f"duration={3 * kills} steps", "save.every=1 steps", "evaluate.every=7 steps")
+    train(load(Recipe, recipe_file, overrides=[*overrides, f"run={tmp_path / 'whole'}"]))
+    run, newest = RunDir(tmp_path / "run"), 0
+    for _ in range(kills):
+        with process(recipe_file, *overrides) as child:
+            assert child.stdout is not None
+            wanted, spin = draw.randint(1, 3), draw.randrange(200_000)
+            lines = [child.stdout.readline() for _ in range(wanted)]
+            for _ in range(spin):  # a moment anywhere within the step and the checkpoint that follow
+                pass
+            child.send_signal(signal.SIGKILL)
+            rest = child.stdout.read()
+            assert all(line.strip().isdigit() for line in lines), child.stderr and child.stderr.read()
+        before, newest = newest, max((int(folder.name[5:]) for folder in run.whole_checkpoints()), default=0)
+        assert newest >= before
+        assert newest == 0 or checkpoint.verify(run.checkpoint(newest)) is None
+        if "finished" in rest:
+            break
+    train(load(Recipe, recipe_file, overrides=overrides))
+    assert hashes(tmp_path / "run", 3 * kills) == hashes(tmp_path / "whole", 3 * kills)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_full_checkpoint_and_exit_code_3(
+    recipe_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "llmtrainer", "train", str(recipe_file), "duration=100000 steps", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "step" in line:
+                break
+        child.send_signal(number)
+        out, _ = child.communicate(timeout=60)
+    told = json.loads(out)
+    assert child.returncode == 3 and told["stopped"] == number.name
+    folder = RunDir(tmp_path / "run").newest_checkpoint()
+    assert folder.name == f"step-{told['step']:08d}" and checkpoint.verify(folder) is None
+    assert read_events(tmp_path / "run/events.jsonl")[-1]["kind"] == "stop"
