@@ -42,18 +42,18 @@ def test_the_public_name_the_ground_floor_and_the_command_line_load_no_torch() -
     assert list(size().heavy_at_start(ROOT)) == []
 
 
-def test_budgets_notice_a_long_file_a_long_function_and_a_wide_line(tmp_path: Path) -> None:
+def test_budgets_notice_a_long_file_a_long_function_and_a_line_that_is_not_ascii(tmp_path: Path) -> None:
     package = tmp_path / "llmtrainer" / "training"
     package.mkdir(parents=True)
     (package / "trainer.py").write_text("x = 1\n" * 251)
     (package / "long.py").write_text("def f():\n" + "    x = 1\n" * 60 + "y = 2\n" * 339)
-    (package / "wide.py").write_text("x = '" + "a" * 106 + "'\n")
+    (package / "foreign.py").write_text("x = 1\ny = '\u00e9'\n", encoding="utf-8")
     (package / "fine.py").write_text("def f():\n" + "    x = 1\n" * 59 + "y = 2\n" * 340)
     assert list(size().too_long(tmp_path)) == [
         "llmtrainer/training/long.py:1: f has 61 lines, budget 60",
         "llmtrainer/training/trainer.py: 251 lines, budget 250",
     ]
-    assert list(size().not_plain(tmp_path)) == ["llmtrainer/training/wide.py:1: 112 columns, at most 110"]
+    assert list(size().not_plain(tmp_path)) == ["llmtrainer/training/foreign.py:2: not ASCII"]
 
 
 def distribution(requirement: str) -> str:

@@ -18,7 +18,11 @@ FLOAT64_NATS = 1e-9
 """Surprise per token against the same policy worked out in numpy, float64."""
 MUON_SINGULAR_VALUES = (0.5, 1.3)
 """Range of singular values after five quintic steps in bfloat16; exact orthogonality would be 1."""
+MUON_UPDATE_RELATIVE = 5e-2
+"""Two bfloat16 orthogonalisations that round their norm differently, relative to an update's size."""
 SCALED_GRADIENT_RELATIVE = 1e-7
 """Dividing by the count before or after backward, float32: relative to the largest element."""
 CLIPPED_NORM_RELATIVE = 1e-6
 """Norm of float32 gradients after clipping, relative to the limit."""
+FLOAT64_PROBABILITY = 1e-12
+"""What is drawn from, against the definition worked out number by number, float64."""

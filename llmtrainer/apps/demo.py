@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zstandard
 from pydantic import Field
@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrainer.base.config import Config, load
-from llmtrainer.base.errors import UserError
+from llmtrainer.base.errors import RunStopped
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.data.open import documents, find
-from llmtrainer.training.console import amount, bar, say, short, span
+from llmtrainer.training.console import amount, bar, say, short, span, voice
 from llmtrainer.training.prepare import prepared, receipt, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import open_trainer, train
@@ -87,7 +87,7 @@ class Demo(Config):
     """Everything random is a function of this number and the step."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Told(Result):
     """What the demo found out, stage by stage; what was not run is None."""
 
@@ -109,11 +109,14 @@ class Told(Result):
         return "\n\n".join(part for part in parts if part)
 
 
+Act = Callable[[Demo], dict[str, Any]]
+"""A stage: what it found out, by the names of Told."""
+
+
 def demo(settings: Demo) -> Told:
     """Run the stages in their order, each with its title, and sum up."""
     started = time.perf_counter()
-    told = Told(settings.run, dict.fromkeys(("model", *COMPRESSORS)), 0.0)
-    acts: dict[Stage, tuple[str, Callable[[Demo, Told], None]]] = {
+    acts: dict[Stage, tuple[str, Act]] = {
         "tokenizer": ("learn a vocabulary: which pieces of text deserve a number of their own", _tokenizer),
         "prepare": ("turn the text into those numbers, once", _prepare),
         "train": ("train: guess the next piece, over and over, and learn from every miss", _train),
@@ -123,41 +126,39 @@ def demo(settings: Demo) -> Told:
         "plot": ("draw the curves", _plot),
     }
     chosen = [stage for stage in STAGES if stage in settings.stages]
+    found: dict[str, Any] = {"bits_per_byte": dict.fromkeys(("model", *COMPRESSORS))}
     for number, stage in enumerate(chosen, start=1):
         title, act = acts[stage]
         say(f"\n{number} of {len(chosen)}: {title}")
-        act(settings, told)
-    told.seconds = time.perf_counter() - started
-    return told
+        for name, value in act(settings).items():
+            found[name] = {**found.get(name, {}), **value} if isinstance(value, dict) else value
+    return Told(run=settings.run, seconds=time.perf_counter() - started, **found)
 
 
-def _tokenizer(settings: Demo, told: Told) -> None:
+def _tokenizer(settings: Demo) -> dict[str, Any]:
     files = find(settings.data)
-    told.corpus |= {"files": len(files), "bytes": sum(file.bytes for file in files)}
     folder = trained_tokenizer(settings.data, settings.vocabulary, Path(settings.cache))
-    told.vocabulary |= receipt(folder)
+    learned = receipt(folder)
+    return {
+        "corpus": {"files": len(files), "bytes": sum(file.bytes for file in files)},
+        "vocabulary": {name: learned[name] for name in ("vocabulary", "bytes_per_token")},
+    }
 
 
-def _prepare(settings: Demo, told: Told) -> None:
+def _prepare(settings: Demo) -> dict[str, Any]:
     folder = trained_tokenizer(settings.data, settings.vocabulary, Path(settings.cache))
     figures = receipt(prepared(settings.data, folder, Path(settings.cache)))
-    told.corpus |= {"documents": int(figures["documents"]), "tokens": int(figures["tokens"])}
+    return {"corpus": {name: figures[name] for name in ("documents", "tokens")}}
 
 
-def _train(settings: Demo, told: Told) -> None:
+def _train(settings: Demo) -> dict[str, Any]:
+    steps = _steps(settings)
     started = time.perf_counter()
-    result = train(_recipe(settings, _steps(settings)))
-    told.training |= {
-        "steps": result.step, "tokens": result.tokens, "loss": result.loss,
-        "seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    result = train(_recipe(settings, steps))
+    seconds = time.perf_counter() - started
     if result.stopped:
-        raise UserError(
-            f"the demo was stopped at step {result.step:,}",
-            where=settings.run,
-            why="the model is not finished; everything up to this step is saved",
-            fix="the same command goes on from there",
-        )
+        raise RunStopped(f"the demo was stopped at step {result.step:,}; the same command goes on from there")
+    return {"training": {"steps": result.step, "tokens": result.tokens, "loss": result.loss, "seconds": seconds}}
 
 
 def _steps(settings: Demo) -> int:
@@ -167,11 +168,15 @@ def _steps(settings: Demo) -> int:
     begun = RunDir(Path(settings.run)).recipe
     if begun.is_file():
         return int(load(Recipe, str(begun)).duration.value)
-    with tempfile.TemporaryDirectory(prefix="llmtrainer-demo-") as place:
+    trials = WARM_STEPS + TIMED_STEPS
+    with bar("measuring the speed", trials, "steps") as advance, tempfile.TemporaryDirectory() as place:
+        laps = []
         trial = _recipe(settings, 10_000).model_copy(update={"run": place})
-        with open_trainer(trial) as trainer:
-            trials = itertools.islice(trainer.steps(), WARM_STEPS + TIMED_STEPS)
-            laps = [info.seconds["total"] for info in trials]
+        # The bar stands for this run: its own view would promise 10,000 steps.
+        with voice(quiet=True), open_trainer(trial) as trainer:
+            for info in itertools.islice(trainer.steps(), trials):
+                laps.append(info.seconds["total"])
+                advance(1)
     lap = statistics.median(laps[WARM_STEPS:])
     steps = max(int(SPARE * settings.seconds / lap), 1)
     say(f"one step takes {lap * 1000:,.0f} ms here, so {steps:,} steps fit {span(settings.seconds)}")
@@ -190,12 +195,12 @@ def _recipe(settings: Demo, steps: int) -> Recipe:
         "tokenizer": {"vocabulary": settings.vocabulary},
         "data": {
             "train": {"path": settings.data}, "sequence_length": 256, "tokens_per_batch": 4096,
-            "tokens_per_step": 4096, "held_out": 0.01,
+            "tokens_per_step": 4096, "held_out": 0.01 if len(find(settings.data)) >= 1000 else 0.1,
         },
         "optim": {
             "rule": {"kind": "muon"},
             "schedule": {
-                "kind": "cosine", "peak": 3e-3, "warmup": f"{min(tenth, 50)} steps", "final_ratio": 0.02,
+                "kind": "cosine", "peak": 3e-3, "warmup": f"{min(steps // 10, 50)} steps", "final_ratio": 0.02,
             },
         },
         "engine": {"kind": "single", "compile": _has_compiler()},
@@ -216,16 +221,20 @@ def _has_compiler() -> bool:
     return found
 
 
-def _evaluate(settings: Demo, told: Told) -> None:
+def _evaluate(settings: Demo) -> dict[str, Any]:
     figures = evaluate(Evaluation(model=settings.run, data=settings.held_out)).json()
-    told.evaluation |= {name: figures[name] for name in ("loss", "tokens", "bits_per_byte")}
-    told.bits_per_byte["model"] = figures["bits_per_byte"]
+    return {
+        "evaluation": {name: figures[name] for name in ("loss", "tokens", "perplexity")},
+        "bits_per_byte": {"model": figures["bits_per_byte"]},
+    }
 
 
-def _compress(settings: Demo, told: Told) -> None:
+def _compress(settings: Demo) -> dict[str, Any]:
     texts = [document.text.encode() for document in documents(find(settings.held_out))]
-    told.corpus |= {"held_out_files": len(texts), "held_out_bytes": sum(map(len, texts))}
-    told.bits_per_byte |= bits_per_byte_of(texts)
+    return {
+        "corpus": {"held_out_files": len(texts), "held_out_bytes": sum(map(len, texts))},
+        "bits_per_byte": bits_per_byte_of(texts),
+    }
 
 
 def bits_per_byte_of(texts: list[bytes]) -> dict[str, float]:
@@ -240,20 +249,21 @@ def bits_per_byte_of(texts: list[bytes]) -> dict[str, float]:
     return {name: 8 * size / max(total, 1) for name, size in packed.items()}
 
 
-def _sample(settings: Demo, told: Told) -> None:
+def _sample(settings: Demo) -> dict[str, Any]:
     wish = Generation(
         model=settings.run, prompt=settings.prompt, max_new_tokens=settings.new_tokens, temperature=0.7,
-        top_p=0.95, seed=settings.seed,
+        top_p=0.95, seed=settings.seed, stream=False,
     )  # fmt: skip
     (completion,) = generate(wish).json()["completions"]
-    told.sample = {"prompt": completion["prompt"], "text": completion["text"]}
     samples = RunDir(Path(settings.run)).samples
     samples.mkdir(parents=True, exist_ok=True)
-    (samples / "function.txt").write_text(completion["prompt"] + completion["text"] + "\n", encoding="utf-8")
+    text = completion["prompt"] + completion["text"]
+    (samples / "function.txt").write_text(text + "\n", encoding="utf-8")
+    return {"sample": {"prompt": completion["prompt"], "text": completion["text"]}}
 
 
-def _plot(settings: Demo, told: Told) -> None:
-    told.plot = plot(Plot(runs=(settings.run,))).json()["path"]
+def _plot(settings: Demo) -> dict[str, Any]:
+    return {"plot": plot(Plot(runs=(settings.run,))).json()["path"]}
 
 
 def _figures(told: Told) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +10,10 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.part import Config, Kind, forget_reads, leaves, part_at, unread
+from llmtrainer.base.part import Config, Kind, forget_reads, known_keys, leaves, part_at, unread
 from llmtrainer.base.refusal import all_keys, refusal, unknown_key, value_at
 from llmtrainer.base.result import plain
-from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, nearest, read_flow, read_yaml_file
+from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, nearest, read_flow, read_yaml_file, write_yaml
 
 __all__ = [
     "Config", "Kind", "dump", "forget_reads", "leaves", "load", "load_with_origins", "schema", "sorted_words",
@@ -57,7 +56,7 @@ def load_with_origins(
     except ValidationError as error:
         raise refusal(error, config_type, data, origins) from None
     forget_reads(config)
-    return config, {name: _origin(name, data, origins) for name, _ in leaves(config)}
+    return config, {name: _origin(config_type, name, data, origins) for name, _ in leaves(config)}
 
 
 def sorted_words(
@@ -95,15 +94,7 @@ def sorted_words(
 
 def dump(config: Config) -> str:
     """YAML that loads back equal. Every value is written, defaults and None included."""
-    from ruamel.yaml import YAML
-
-    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False   # type: ignore[assignment]   # ruamel leaves it untyped
-    yaml.width = 2**20      # no folding: a folded text is hard to search for
-    yaml.allow_unicode = True
-    yaml.dump(config.plain(), stream)
-    return stream.getvalue()
+    return write_yaml(config.plain())
 
 
 def schema(config_type: type[Config]) -> dict[str, Any]:
@@ -146,6 +137,10 @@ def _override(
 ) -> None:
     path = tuple(key.split("."))
     annotation = part_at(config_type, path, data)
+    owner = part_at(config_type, path[:-1], data)
+    if annotation is None and owner is not None and not known_keys(owner, {}):
+        # Said here for a key below a plain value; below a part, a later override may choose a kind that has it.
+        raise unknown_key(config_type, path, data, COMMAND_LINE)
     value: Any = Text(text)
     given = {key: COMMAND_LINE}
     if text.startswith(("[", "{")) and not is_text(annotation):
@@ -189,13 +184,13 @@ def _put(
         )
 
 
-def _origin(name: str, data: Any, origins: dict[str, str]) -> str:
+def _origin(config_type: type[Config], name: str, data: Any, origins: dict[str, str]) -> str:
     """Where a leaf was given: under its own name, in pieces inside it, or as the bare text of its part."""
     if name in origins:
         return origins[name]
-    path = name.split(".")
-    if isinstance(value_at(data, path[:-1]), str) and path[-1] != "kind":
-        return origins[".".join(path[:-1])]
+    *above, last = name.split(".")
+    if isinstance(value_at(data, above), str) and part_at(config_type, above, data).shorthand == last:
+        return origins[".".join(above)]
     return next((origin for key, origin in origins.items() if key.startswith(name + ".")), "default")
 
 

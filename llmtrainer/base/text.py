@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -67,6 +68,31 @@ def read_flow(text: str, dotted: str, origin: str) -> tuple[Any, dict[str, str]]
     return data["value"], {dotted + key.removeprefix("value"): origin for key in inner}
 
 
+def write_yaml(data: dict[str, Any]) -> str:
+    """Block YAML of plain values that `read_yaml` reads back, each text quoted where it would be something else."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.representer import SafeRepresenter
+
+    class Representer(SafeRepresenter):
+        """A class of its own: representers belong to a class, and ruamel's may be in use elsewhere."""
+
+    Representer.add_representer(str, _represented)
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.Representer = Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False   # type: ignore[assignment]   # ruamel leaves it untyped
+    yaml.width = 2**20      # no folding: a folded text is hard to search for
+    yaml.allow_unicode = True
+    yaml.dump(data, stream)
+    return stream.getvalue()
+
+
+def _represented(representer: Any, text: str) -> Any:    # Any: ruamel leaves both untyped
+    # Outside double quotes some characters are line ends to YAML, U+0085 among them, and come back as a blank.
+    style = None if text.isprintable() else '"'
+    return representer.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 def _built(node: Any, file: str, at: tuple[str, ...], origins: dict[str, str], above: frozenset[int]) -> Any:
     """A node of ruamel's tree as dicts, lists and scalars."""
     line = f"{file}:{node.start_mark.line + 1}"
@@ -122,7 +148,8 @@ def typed(annotation: Any, value: Any) -> Any:
         return {str(key): typed(Any, inner) for key, inner in value.items()}
     if Any in wanted and isinstance(value, list):
         return [typed(Any, inner) for inner in value]
-    if isinstance(value, str) and Path in wanted and str not in wanted:
+    # An empty path would be the working directory: left as text, it is refused.
+    if isinstance(value, str) and value and Path in wanted and str not in wanted:
         return Path(value)
     return value
 
@@ -188,5 +215,4 @@ def _scalar(wanted: tuple[Any, ...], text: Text) -> Any:
         arguments = get_args(item)
         if get_origin(item) is tuple and arguments[1:] == (...,) and text not in _NULL:
             return tuple(typed(arguments[0], Text(piece.strip())) for piece in text.split(","))
-    # An empty path would be the working directory: left as text, it is refused.
     return Path(text) if Path in wanted and text else str(text)

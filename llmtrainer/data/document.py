@@ -56,7 +56,7 @@ class Reading:
                     f"a record has no field {' or '.join(f'`{name}`' for name in self.fields)}",
                     where=where,
                     why=f"it has: {', '.join(f'`{name}`' for name in list(record)[:12]) or 'none'}",
-                    fix="data.fields=[NAME], the field that holds the text",
+                    fix="fields=[NAME], the field that holds the text (in a recipe data.train.fields)",
                 )
             record, where = record[found], f"{where}, field `{found}`"
         if not isinstance(record, str):
@@ -64,7 +64,7 @@ class Reading:
                 f"a record's text is {_name_of(record)}",
                 where=where,
                 why="a document is one text",
-                fix="data.fields=[NAME], a field that holds text in every record",
+                fix="fields=[NAME], a field that holds text in every record (in a recipe data.train.fields)",
             )
         return record
 
@@ -73,7 +73,8 @@ class Reading:
         if not self.allow_truncated:
             raise UserError(
                 what, where=where, why=why,
-                fix="fetch the file again, or data.allow_truncated=true to leave the broken record out",
+                fix="fetch the file again, or leave the broken record out: allow_truncated=true (in a recipe "
+                "data.allow_truncated=true)",
             )
         if self.warn is not None:
             self.warn(f"{what}: left out ({where}: {why})")
@@ -112,5 +113,5 @@ def text_in(content: bytes, reading: Reading, path: Path, *, byte: int = 0, line
             "bytes that are no UTF-8",
             where=f"{path}, line {line:,}, byte {byte + error.start:,}",
             why=f"0x{content[error.start]:02x}: {error.reason}",
-            fix="convert the file (iconv -f LATIN1 -t UTF-8), or data.errors=replace to read U+FFFD there",
+            fix=f"convert the file, for example: iconv -f LATIN1 -t UTF-8 {path.name} > converted",
         ) from error

@@ -56,11 +56,11 @@ class ShardWriter:
     def __init__(self, partial: Path, *, key: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         assert shard_tokens > 0
         self.partial, self.dtype, self.shard_tokens = partial, dtype, shard_tokens
-        self.closed = _closed_shards(partial, key, dtype.itemsize)
-        """The journal's line of each closed shard."""
-        if self.closed is None:
-            self.closed = []
+        closed = _closed_shards(partial, key, dtype.itemsize)
+        if closed is None:
             _start(partial, key)
+        self.closed = closed or []
+        """The journal's line of each closed shard."""
         self.documents = sum(line["documents"] for line in self.closed)
         self.tokens = sum(line["tokens"] for line in self.closed)
         self.text_bytes = sum(line["text_bytes"] for line in self.closed)
@@ -109,7 +109,7 @@ class ShardWriter:
         size = self.dtype.itemsize
         shards = {
             shard_name(index): {"bytes": line["tokens"] * size, "sha256": line["sha256"]}
-            for index, line in enumerate(self.closed or ())
+            for index, line in enumerate(self.closed)
         }
         offsets = {"bytes": 8 * (self.documents + 1), "sha256": sha256_of(self.partial / DOCUMENTS)}
         manifest = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -127,7 +128,7 @@ class DiskSource:
         return [
             # Every rank joins every collective: one that has run out of rows gets a row of padding.
             collate(rows[start:stop] or [filler(self.rows_per_step + self._first)])
-            for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+            for start, stop in itertools.pairwise(cuts)
         ]
 
     def _row(self, place: int, epoch: int, row: int) -> Row:

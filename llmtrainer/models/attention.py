@@ -282,10 +282,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
         self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
 
-    def forward(self, x_BTD: Tensor, rotary: RotaryTable, visible: Visible, path: str) -> Tensor:
-        q_BTHC, k_BTKC, v_BTKC = self.project(x_BTD, rotary)
-        return self.o_proj(PATHS[path](q_BTHC, k_BTKC, v_BTKC, visible).flatten(2))
-
     def project(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two normalised (if asked) and rotated."""
         B, T, _ = x_BTD.shape

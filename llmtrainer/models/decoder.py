@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtrainer.core import vocab_head
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.randomness import derive, dropout
-from llmtrainer.models.attention import Attention, AttentionShape, RotaryTable, Visible
+from llmtrainer.models.attention import PATHS, Attention, AttentionShape, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm, Rotary
 
@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         self._window, self._dropout = family.sliding_window, family.dropout
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
         self._rotary = Rotary(family.rotary_size, family.rope_theta)
+        self._pieces = _PLAIN
 
     @property
     def module(self) -> nn.Module:
@@ -118,13 +119,26 @@ class Decoder(nn.Module):
         def drop(x_BTD: Tensor, site: int) -> Tensor:
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
+        pieces = self._pieces
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
         for index, block in enumerate(self.model.blocks()):
-            attended = block.self_attn(block.input_layernorm(x_BTD, self.compute), rotary, visible, path)
-            x_BTD = x_BTD + drop(attended, 2 * index + 1)
-            mixed = block.mlp(block.post_attention_layernorm(x_BTD, self.compute))
-            x_BTD = x_BTD + drop(mixed, 2 * index + 2)
+            attended = PATHS[path](*pieces.project(block, x_BTD, *rotary, self.compute), visible)
+            if rate == 0.0:
+                x_BTD = pieces.finish(block, x_BTD, attended, self.compute)
+                continue
+            x_BTD = x_BTD + drop(block.self_attn.o_proj(attended.flatten(2)), 2 * index + 1)
+            x_BTD = x_BTD + drop(block.mlp(block.post_attention_layernorm(x_BTD, self.compute)), 2 * index + 2)
         return x_BTD
+
+    def compile_pieces(self) -> None:
+        """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
+
+        Attention itself stays as it is: which keys it needs differs from batch to batch, and nothing is
+        compiled again for that. Other last digits than without; needs a C++ compiler on a CPU.
+        """
+        # Sizes are dynamic from the start: kernels then depend on no history of shapes, and a resumed run has
+        # the bits of one that was not interrupted.
+        self._pieces = _Pieces(*(torch.compile(part, dynamic=True) for part in (_project, _finish)))
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows, none read yet.
@@ -142,6 +156,27 @@ class Decoder(nn.Module):
     def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
         """Rotary factors of positions below `longest`, float32 or wider."""
         return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
+
+
+def _project(
+    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first part of a block: queries, keys and values."""
+    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin))
+
+
+def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype) -> Tensor:
+    """The rest of a block, without dropout."""
+    x_BTD = x_BTD + block.self_attn.o_proj(attended_BTHC.flatten(2))
+    return x_BTD + block.mlp(block.post_attention_layernorm(x_BTD, compute))
+
+
+class _Pieces(NamedTuple):
+    project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+    finish: Callable[[Block, Tensor, Tensor, torch.dtype], Tensor]
+
+
+_PLAIN = _Pieces(_project, _finish)
 
 
 def shape_of(family: Llama) -> AttentionShape:

@@ -26,9 +26,7 @@ class Group(Config):
     """Factor on the rule's weight decay. Left out: 1 for matrices, 0 for norms and biases."""
 
 
-def group(
-    parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group] = ()
-) -> list[dict[str, Any]]:
+def group(parameters: Iterable[tuple[str, nn.Parameter]], groups: Sequence[Group] = ()) -> list[dict[str, Any]]:
     """Sort the trainable parameters into what a `Rule` builds its optimizer from.
 
     Every dict holds `params`, their `param_names`, `rate_multiplier` and `decay_multiplier`. By default a

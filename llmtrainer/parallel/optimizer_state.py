@@ -77,9 +77,7 @@ def _sample_states(optimizer: Optimizer, rule: Rule) -> dict[str, dict[str, Tens
             stand_ins[name] = nn.Parameter(small)
             stand_ins[name].grad = torch.zeros_like(small)
     groups = optimizer.param_groups
-    sample = rule.build(
-        [{**group, "params": [stand_ins[name] for name in group["param_names"]]} for group in groups]
-    )
+    sample = rule.build([{**group, "params": [stand_ins[name] for name in group["param_names"]]} for group in groups])
     sample.step()
     return {name: dict(sample.state[parameter]) for name, parameter in stand_ins.items()}
 

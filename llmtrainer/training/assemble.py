@@ -54,10 +54,9 @@ class Assembled:
     """Code version, precision, fingerprints: part of every checkpoint's manifest."""
 
 
-def assemble(recipe: Recipe, view: View, stop: StopRequests) -> Assembled:
+def assemble(recipe: Recipe, log: EventLog, view: View, stop: StopRequests) -> Assembled:
     """Everything a run needs. Call under the run's lock."""
     run = RunDir(Path(recipe.run))
-    log = EventLog(run.events)
 
     def warn(text: str) -> None:
         log.append("warning", text=text)
@@ -160,7 +159,8 @@ def evaluations_of(
         write_samples(run, progress, told)
 
     return Evaluations(
-        policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read, held_out=held_out_of(recipe, store, engine), sample=sample if settings.prompts else None,
+        policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
+        held_out=held_out_of(recipe, store, engine), sample=sample if settings.prompts else None,
     )  # fmt: skip
 
 

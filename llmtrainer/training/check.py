@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrainer.base.errors import DONE, MENDABLE, UserError
+from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
@@ -154,8 +155,8 @@ class _DryRun:
 @contextmanager
 def _trainer(recipe: Recipe) -> Iterator[Trainer]:
     run = RunDir(Path(recipe.run))
-    with run.locked():
-        trainer = assemble(recipe, lambda event: None, StopRequests(run.control)).trainer
+    with run.locked(), EventLog(run.events) as log:
+        trainer = assemble(recipe, log, lambda event: None, StopRequests(run.control)).trainer
         try:
             yield trainer
         finally:

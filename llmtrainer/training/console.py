@@ -36,7 +36,8 @@ Advance = Callable[[float], None]
 @dataclass
 class _Voice:
     quiet: bool = False
-    json: bool = False
+    stdout: bool = False
+    """Whether stdout may be written to before the result: where nobody said so, it belongs to the caller."""
     clock: Callable[[], float] = time.monotonic
     given: Console | None = None
 
@@ -65,7 +66,7 @@ def voice(
     # A module's variable and not a context variable: a checkpoint writer's thread speaks the same way.
     global _voice
     before = _voice
-    _voice = _Voice(quiet, json, clock, screen)
+    _voice = _Voice(quiet, not quiet and not json, clock, screen)
     try:
         yield
     finally:
@@ -73,8 +74,8 @@ def voice(
 
 
 def stdout_is_for_people() -> bool:
-    """Whether text may be streamed to stdout as it comes: a terminal, where no JSON object is due."""
-    return sys.stdout.isatty() and not _voice.json and not _voice.quiet
+    """Whether text may be streamed to stdout as it comes: within a command, to a terminal, without `--json`."""
+    return _voice.stdout and sys.stdout.isatty()
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -79,11 +80,11 @@ def draw(curves: Sequence[Curve], path: Path, scale: Scale = "step") -> list[str
     panels = _panels(curves, scale)
     rows = math.ceil((len(panels) - 1) / 4)
     columns = math.ceil((len(panels) - 1) / rows)
-    figure = Figure(figsize=(13, 5.4 + 3.0 * rows), dpi=110, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(13, 5.4 + 3.0 * rows), dpi=110, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     # Two pictures of their own, so that the scale at the right of the loss takes no room from what is below it.
-    above, below = figure.subfigures(2, 1, height_ratios=[5.4, 3.0 * rows])
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.4, 3.0 * rows]).flat
     above.suptitle(_headline(curves), fontsize=13, x=0.012, ha="left", fontweight="bold")
     frames = [above.subplots(), *below.subplots(rows, columns, squeeze=False).flat]
     for index, (axes, panel) in enumerate(zip(frames, panels, strict=False)):

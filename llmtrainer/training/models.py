@@ -10,11 +10,11 @@ from typing import Literal
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.precision import DTYPES
-from llmtrainer.core.protocols import Tokenizer
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import load_policy
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
+from llmtrainer.tokenizer.tokenizer import FileTokenizer
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
@@ -26,15 +26,15 @@ class Opened:
     folder: Path
     """Where its weights are."""
     policy: Decoder
-    tokenizer: Tokenizer
+    tokenizer: FileTokenizer
     precision: str
 
 
 def open_model(
     path: str | Path, precision: Precision = "auto", device: str = "auto", tokenizer: str | None = None
 ) -> Opened:
-    """A model and its tokenizer on a device. `auto` computes in the type the checkpoint was trained in, so that a
-    loss can be compared with that of the training; float32 for a folder that does not say.
+    """A model and its tokenizer on a device. `auto` computes in the type the checkpoint was trained in, so that
+    a loss can be compared with that of the training; float32 for a folder that does not say.
 
     UserError if there is no model, or the tokenizer has ids that the model has no row for.
     """
@@ -61,7 +61,7 @@ def load_model(path: str | Path, precision: Precision = "float32", device: str =
     return load_policy(folder, DTYPES[chosen]).to(find_device(device, chosen))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> FileTokenizer:
     """The tokenizer of a folder that holds one, or of a run's newest checkpoint."""
     return tokenizers.load_tokenizer(model_folder(Path(path)))
 

@@ -55,7 +55,8 @@ def plan_steps(
     One pass serves rows // (batch * world_size) micro-batches to each rank; what is left of a pass is too
     small for every rank to have one. A rollout stage turns each of them into
     rollouts.epochs * batch * group_size / rollouts.batch micro-batches of answers. `accumulation`
-    micro-batches make one step; a last step that they do not fill is not taken.
+    micro-batches make one step; a last step that they do not fill is not taken. A source that carries the
+    rest of one pass over into the next, as ours on disk does, may come to more steps in several passes.
 
     Raises UserError if not even one step comes of it.
     """

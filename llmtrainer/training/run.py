@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmtrainer.base.config import dump
 from llmtrainer.base.errors import DONE, STOPPED
+from llmtrainer.base.events import EventLog
 from llmtrainer.base.events import steps as logged_steps
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.result import Result
@@ -62,9 +63,12 @@ def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
 def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
     """Hold the run's lock, its signals and its view around an assembled trainer."""
     run = RunDir(Path(recipe.run))
-    with run.locked(), StopRequests(run.control) as stop, TrainingView(recipe.duration) as view:
+    with (
+        run.locked(), EventLog(run.events) as log, StopRequests(run.control) as stop,
+        TrainingView(recipe.duration) as view,
+    ):  # fmt: skip
         run.clear_leftovers()
-        assembled = assemble(recipe, view, stop)
+        assembled = assemble(recipe, log, view.show, stop)
         _write_recipe(run, recipe)
         trainer, resumption = assembled.trainer, assembled.resumption
         if resumption is None:

@@ -74,9 +74,7 @@ def flops_per_token(policy: Decoder, sequence_length: int) -> float:
     return 6.0 * weights + 6.0 * family.layers * family.heads * family.channels * sequence_length
 
 
-def palm_flops_per_token(
-    parameters: int, layers: int, heads: int, head_size: int, sequence_length: int
-) -> float:
+def palm_flops_per_token(parameters: int, layers: int, heads: int, head_size: int, sequence_length: int) -> float:
     """The same by the PaLM convention (arXiv:2204.02311, appendix B), for comparison with published figures:
     every parameter counts, vectors and tables too, and attention is not halved."""
     return 6.0 * parameters + 12.0 * layers * heads * head_size * sequence_length
@@ -88,9 +86,7 @@ def utilisation(tokens_per_second: float, flops_per_token: float, peak: float | 
     return tokens_per_second * flops_per_token / peak if peak else None
 
 
-def memory_report(
-    policy: nn.Module, engine_state: Mapping[str, Tensor], device: torch.device
-) -> dict[str, int]:
+def memory_report(policy: nn.Module, engine_state: Mapping[str, Tensor], device: torch.device) -> dict[str, int]:
     """Bytes of weights, of gradients (whether they exist at the moment or not) and of the engine's state, and
     the largest amount held so far."""
     parameters = list(policy.parameters())

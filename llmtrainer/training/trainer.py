@@ -87,11 +87,10 @@ class Trainer:
         return StepInfo(self.progress, loss, metrics, rate, grad_norm, int(counts["input"]), seconds, skipped)
 
     def close(self) -> None:
-        """Wait for the last checkpoint and let go of files and threads."""
+        """Wait for the last checkpoint and let go of threads and devices."""
         self.parts.saver.wait()
         self.parts.source.close()
         self.parts.engine.close()
-        self.parts.log.close()
 
     def evaluate(self) -> dict[str, float]:
         """Every evaluation of the recipe, written as one event."""

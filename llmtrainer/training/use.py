@@ -20,6 +20,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.suite import Suite
 from llmtrainer.data.open import Document, SourceFile, documents, find
 from llmtrainer.evals.perplexity import Perplexity, Score, Totals, figures
+from llmtrainer.generation.sampling import Sampling
 from llmtrainer.training.console import bar, number, span, stdout_is_for_people, warn
 from llmtrainer.training.models import Opened, Precision, load_model, load_tokenizer, open_model
 from llmtrainer.training.writing import Completed, write
@@ -213,11 +214,11 @@ class Generation(Config):
     temperature: float = Field(default=0.8, ge=0.0)
     """0 always takes the likeliest token; 1 draws as the model has learned; more is more daring."""
 
-    top_k: int | None = Field(default=None, ge=1)
-    """Draw from the k likeliest tokens only."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from this many likeliest tokens only. 0: from all."""
 
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Draw from the fewest likeliest tokens whose probabilities add up to this."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the fewest likeliest tokens that together have this probability. 1: from all."""
 
     samples: int = Field(default=1, ge=1)
     """How many continuations to write, side by side."""
@@ -255,8 +256,8 @@ class Generated(Result):
             return ""
         if len(self.completions) == 1:
             return self.completions[0].prompt + self.completions[0].text
-        titles = (f"--- {index} of {len(self.completions)}" for index in range(1, len(self.completions) + 1))
-        return "\n".join(f"{title}\n{item.prompt}{item.text}" for title, item in zip(titles, self.completions, strict=True))
+        told = enumerate(self.completions, start=1)
+        return "\n".join(f"--- {n} of {len(self.completions)}\n{item.prompt}{item.text}" for n, item in told)
 
 
 def generate(settings: Generation) -> Generated:
@@ -264,7 +265,13 @@ def generate(settings: Generation) -> Generated:
     opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
     started = time.perf_counter()
     stream = settings.stream and settings.samples == 1 and stdout_is_for_people()
-    completions = write(opened, settings, stream)
+    sampling = Sampling(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    completions = write(
+        opened, settings.prompt, sampling, samples=settings.samples, seed=settings.seed, stream=stream
+    )
     return Generated(completions, time.perf_counter() - started, streamed=stream)
 
 

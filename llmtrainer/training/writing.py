@@ -10,7 +10,8 @@ from typing import Any, Literal
 from llmtrainer.core.protocols import Tokenizer
 from llmtrainer.generation.loop import generate
 from llmtrainer.generation.sampling import Sampling
-from llmtrainer.training.console import bar, say, span
+from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.training.console import bar
 from llmtrainer.training.models import Opened
 
 
@@ -32,8 +33,11 @@ class Completed:
         return {**told, "ids": list(self.ids)}
 
 
-def write(opened: Opened, prompt: str, samples: int, sampling: Sampling, seed: int, stream: bool) -> list[Completed]:
-    """Continue a prompt `samples` times, side by side. With `stream`, the first is written to stdout as it grows."""
+def write(
+    opened: Opened, prompt: str, sampling: Sampling, *, samples: int = 1, seed: int = 0, stream: bool = False
+) -> list[Completed]:
+    """Continue a prompt `samples` times, side by side. `stream`: the only one goes to stdout as it grows."""
+    assert not stream or samples == 1
     tokenizer = opened.tokenizer
     before = tokenizer.encode(prompt)
     drawn: list[list[int]] = [[] for _ in range(samples)]
@@ -72,3 +76,25 @@ def visible(text: str) -> str:
         letter if letter in "\n\t" or (letter >= " " and not "\x7f" <= letter < "\xa0") else f"\\x{ord(letter):02x}"
         for letter in text
     )
+
+
+class _Screen:
+    """Writes a prompt and what follows it to stdout, a character as soon as its last token is there."""
+
+    def __init__(self, tokenizer: FileTokenizer, prompt: str, before: Sequence[int]) -> None:
+        self._text = tokenizer.stream()
+        self._silent = set(tokenizer.control.values())
+        for token in before:    # what comes next may depend on it
+            self._text.feed(token)
+        self._put(prompt)
+
+    def show(self, token: int) -> None:
+        if token not in self._silent:
+            self._put(self._text.feed(token))
+
+    def close(self) -> None:
+        self._put(self._text.close() + "\n")
+
+    def _put(self, text: str) -> None:
+        sys.stdout.write(visible(text))
+        sys.stdout.flush()

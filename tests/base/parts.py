@@ -1,4 +1,4 @@
-"""Small configs with every kind of annotation, for the tests of the ground floor."""
+"""A small config with every kind of annotation, for the tests of the ground floor."""
 
 from __future__ import annotations
 
@@ -7,38 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmtrainer.base.config import Config, Kind
+from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Bytes, Duration, Every
-
-
-class Flavour(Kind):
-    """What an ice tastes of."""
-
-    folder: ClassVar[str] = "tests.base.flavours"
-    default_kind: ClassVar[str] = "vanilla"
-
-
-class Outsider(Flavour):
-    """A kind that lives outside the folder."""
-
-    heat: float = 1.0
-    """How it burns."""
-
-
-class Cone(Config):
-    """What the ice stands in."""
-
-    shorthand: ClassVar[str] = "shape"
-
-    shape: str = "round"
-    """Its form."""
-
-    crisp: bool = True
-    """Whether it breaks."""
-
-    height: float = 8.0
-    """In centimetres."""
+from tests.base.flavours.vanilla import Vanilla
+from tests.base.taste import Cone, Flavour
 
 
 class Order(Config):
@@ -52,7 +25,7 @@ class Order(Config):
     tables: tuple[int, ...] = ()
     """Where they sit."""
 
-    flavour: Flavour = Flavour.model_validate({})
+    flavour: Flavour = Vanilla()
     """What it tastes of."""
 
     more: tuple[Flavour, ...] = ()

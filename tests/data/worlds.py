@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,4 +67,4 @@ def make_store(
 def counting(lengths: Sequence[int]) -> list[list[int]]:
     """Documents of these lengths whose tokens count up from 1 over all of them, so that a token names its place."""
     edges = np.concatenate([[0], np.cumsum(lengths)])
-    return [list(range(start + 1, stop + 1)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [list(range(start + 1, stop + 1)) for start, stop in itertools.pairwise(edges)]

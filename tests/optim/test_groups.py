@@ -90,9 +90,7 @@ def test_a_pattern_that_an_earlier_one_leaves_nothing_is_refused() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     model = small()
     model.get_submodule("embed").requires_grad_(False)
-    assert "embed.weight" not in [
-        name for entry in group(model.named_parameters()) for name in entry["param_names"]
-    ]
+    assert "embed.weight" not in [name for entry in group(model.named_parameters()) for name in entry["param_names"]]
     with pytest.raises(UserError) as caught:
         group(model.named_parameters(), [Group(match="embed.*")])
     assert "frozen" in str(caught.value.why)

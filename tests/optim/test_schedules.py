@@ -92,9 +92,7 @@ def test_a_run_that_slows_down_has_no_jump_at_the_end_of_its_warmup() -> None:
 def test_the_rate_is_never_negative_and_never_above_the_peak(
     peak: float, warmup: int, length: int, final_ratio: float, decay_share: float, step: int
 ) -> None:
-    schedule = Cosine(
-        peak=peak, warmup=Duration(warmup, "steps"), final_ratio=final_ratio, decay_share=decay_share
-    )
+    schedule = Cosine(peak=peak, warmup=Duration(warmup, "steps"), final_ratio=final_ratio, decay_share=decay_share)
     rate = rate_at(schedule, step, Duration(length, "steps"))
     assert 0.0 <= rate <= peak
     if step >= warmup:

@@ -41,9 +41,7 @@ class TinyPolicy(nn.Module):
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
         hidden = torch.tanh(self.layers.get_submodule("layers.0")(self.embed(batch.tokens_BT)))
-        return Outputs(
-            logp_BT=self.head(hidden).log_softmax(-1).gather(-1, batch.targets_BT[..., None])[..., 0]
-        )
+        return Outputs(logp_BT=self.head(hidden).log_softmax(-1).gather(-1, batch.targets_BT[..., None])[..., 0])
 
 
 def rows(step: int, count: int = 6) -> Batch:
@@ -69,9 +67,7 @@ def loss_of(engine: SingleEngine, batch: Batch) -> Tensor:
     return -(batch.weights_BT * out.logp_BT).sum()
 
 
-def started(
-    rule: dict[str, Any], precision: str = "float32", **engine: Any
-) -> tuple[SingleEngine, TinyPolicy]:
+def started(rule: dict[str, Any], precision: str = "float32", **engine: Any) -> tuple[SingleEngine, TinyPolicy]:
     policy = TinyPolicy(torch.float64 if precision == "float64" else torch.float32)
     made = Single(device="cpu", **engine).start(precision)
     made.prepare(policy, Rule.model_validate(rule), group(policy.named_parameters()))
@@ -88,9 +84,7 @@ def train(engine: SingleEngine, first: int, last: int, clip: float | None = 0.5)
 
 
 def gradient(policy: nn.Module) -> Tensor:
-    return torch.cat(
-        [parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None]
-    )
+    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
 
 
 def weights(policy: nn.Module) -> dict[str, Tensor]:
@@ -119,9 +113,7 @@ def same_threads_afterwards() -> Iterator[None]:
 
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("precision", ["float32", "float16", "float64"])
-def test_the_norm_is_that_before_clipping_and_the_gradients_end_at_the_limit(
-    precision: str, pieces: int
-) -> None:
+def test_the_norm_is_that_before_clipping_and_the_gradients_end_at_the_limit(precision: str, pieces: int) -> None:
     engine, policy = started({"kind": "adamw"}, precision)
     expected = TinyPolicy(torch.float64)
     for step in range(pieces):
@@ -206,9 +198,7 @@ def test_scaling_the_loss_before_or_the_gradient_after_is_the_same() -> None:
         after.backward(loss_of(after, rows(step)))
     difference = (gradient(policy) - gradient(other) / targets).abs().max()
     assert difference / gradient(policy).abs().max() < 4 * SCALED_GRADIENT_RELATIVE
-    assert float(before.clip(None)) == pytest.approx(
-        float(after.clip(None)) / targets, rel=SCALED_GRADIENT_RELATIVE
-    )
+    assert float(before.clip(None)) == pytest.approx(float(after.clip(None)) / targets, rel=SCALED_GRADIENT_RELATIVE)
 
 
 # float16
@@ -258,9 +248,7 @@ def test_at_a_scale_of_one_a_bad_gradient_is_no_overflow_but_an_error() -> None:
 
 
 def test_only_float16_rescales() -> None:
-    assert [
-        started({"kind": "adamw"}, precision)[0].rescales for precision in ("float16", "bfloat16", "float32")
-    ] == [
+    assert [started({"kind": "adamw"}, precision)[0].rescales for precision in ("float16", "bfloat16", "float32")] == [
         True,
         False,
         False,

@@ -23,7 +23,7 @@ data:
   sequences_per_step: 5
   held_out: 0.1
 optim:
-  schedule: {{peak: 3e-3, warmup: 4 steps}}
+  schedule: {{peak: 3e-3, warmup: 0 steps}}
 precision: float32
 duration: 12 steps
 evaluate: {{every: 4 steps, held_out_rows: 8}}

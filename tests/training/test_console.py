@@ -241,9 +241,12 @@ def test_the_shape_of_the_loss_survives_infinity_and_a_flat_run() -> None:
 
 
 def test_text_streams_to_stdout_only_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not console.stdout_is_for_people()
+    with voice():
+        assert not console.stdout_is_for_people(), "a file"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert console.stdout_is_for_people()
+    assert not console.stdout_is_for_people(), "somebody's own program"
+    with voice():
+        assert console.stdout_is_for_people()
     with voice(json=True):
         assert not console.stdout_is_for_people()
     with voice(quiet=True):

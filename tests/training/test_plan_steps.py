@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.source import DiskSource
 from llmtrainer.models.layers import intermediate_size
 from llmtrainer.training.plan_steps import Rollouts, plan_steps
+from tests.data.worlds import counting, make_store
 
 
 @pytest.mark.parametrize(
@@ -45,11 +48,25 @@ from llmtrainer.training.plan_steps import Rollouts, plan_steps
         ),
     ],
 )
-def test_steps_are_those_of_the_hand_formula(
-    stage: Any, settings: dict[str, Any], batches: int, steps: int
-) -> None:
+def test_steps_are_those_of_the_hand_formula(stage: Any, settings: dict[str, Any], batches: int, steps: int) -> None:
     plan = plan_steps(stage, **settings)
     assert (plan.batches, plan.steps) == (batches, steps)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 3), (3, 2)])
+def test_the_batches_counted_are_the_batches_served(tmp_path: Path, world_size: int, accumulation: int) -> None:
+    # 24 rows of 8 tokens and one more to predict; 2 rows a micro-batch, so that every combination comes out even.
+    store = make_store(tmp_path / "store", counting([24 * 8 + 1]))
+    plan = plan_steps("pretrain", epochs=2, rows=24, batch=2, world_size=world_size, accumulation=accumulation)
+    for rank in range(world_size):
+        source = DiskSource(
+            store, sequence_length=8, rows_per_step=2 * world_size * accumulation, tokens_per_batch=16, seed=0,
+            documents="flowing", rank=rank, world_size=world_size, cache=tmp_path, prefetch=False,
+        )  # fmt: skip
+        assert source.rows_per_epoch == 24 and source.steps_per_epoch * 2 == plan.steps
+        served = [batch for step in range(plan.steps) for batch in source.batches(step)]
+        assert len(served) == plan.batches
+        assert all(batch.tokens_BT.shape == (2, 8) for batch in served)
 
 
 def test_warmup_and_decay_share_the_steps() -> None:

@@ -27,7 +27,8 @@ from llmtrainer.training.prepare import (
     trained_tokenizer,
 )
 
-WORDS = "the quick brown fox jumps over the lazy dog and writes a line of code in every file it finds".split()
+TEXT = "the quick brown fox jumps over the lazy dog and writes a line of code in every file it finds"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,14 @@ def curve(run: Path) -> list[tuple[int, int, float, float, float]]:
     ]
 
 
+def train_until(recipe: Recipe, step: int) -> None:
+    """Ask the run to stop after a step, as a signal would."""
+    with open_trainer(recipe) as trainer:
+        for info in trainer.steps():
+            if info.progress.step == step:
+                trainer.parts.stop.request("test")
+
+
 def test_stopping_at_every_step_of_three_epochs_changes_nothing(recipe: Make, tmp_path: Path) -> None:
     """Also at the last step of an epoch, where others do zero steps and call it done (S38)."""
     whole = train(recipe("duration=3 epochs", f"run={tmp_path / 'whole'}", "save.every=never"))
@@ -88,20 +96,20 @@ def test_an_extended_run_keeps_the_schedule_it_began_with_and_says_so(recipe: Ma
     ],
 )
 def test_anything_else_that_differs_is_refused_by_name(recipe: Make, override: str, named: str) -> None:
-    train(recipe("duration=3 steps"))
+    train_until(recipe(), 3)
     with pytest.raises(UserError, match="differs") as caught:
         train(recipe(override))
     assert f"`{named}`" in str(caught.value)
 
 
 def test_what_allow_names_may_differ(recipe: Make) -> None:
-    train(recipe("duration=3 steps"))
+    train_until(recipe(), 3)
     assert train(recipe("optim.schedule.peak=1e-4", "allow=[optim.schedule]")).step == 12
 
 
 @pytest.mark.parametrize("override", ["data.tokens_per_batch=160", "save.every=1 steps", "evaluate.every=never"])
 def test_what_the_contract_lets_change_may_change(recipe: Make, override: str) -> None:
-    train(recipe("duration=3 steps"))
+    train_until(recipe(), 3)
     assert train(recipe(override)).step == 12
 
 
@@ -111,7 +119,7 @@ def test_other_data_is_refused(recipe: Make, world: Path, tmp_path: Path) -> Non
     shutil.copytree(world / "text", tmp_path / "text")
     tokens = tmp_path / "store"
     prepare(Preparation(data=str(tmp_path / "text"), out=str(tokens), tokenizer=str(world / "tokenizer"), workers=1))
-    train(recipe("duration=3 steps", f"data.train={tokens}"))
+    train_until(recipe(f"data.train={tokens}"), 3)
     shutil.rmtree(tokens)
     (tmp_path / "text" / "000.txt").write_text("something else entirely")
     prepare(Preparation(data=str(tmp_path / "text"), out=str(tokens), tokenizer=str(world / "tokenizer"), workers=1))
@@ -125,7 +133,7 @@ def test_a_lost_piece_of_state_means_an_older_checkpoint_and_the_same_end(
     recipe: Make, tmp_path: Path, lost: str
 ) -> None:
     train(recipe(f"run={tmp_path / 'whole'}"))
-    train(recipe("duration=7 steps"))
+    train_until(recipe(), 7)
     (RunDir(tmp_path / "run").checkpoint(7) / lost).unlink()
     train(recipe())
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "whole", 12)
@@ -134,7 +142,7 @@ def test_a_lost_piece_of_state_means_an_older_checkpoint_and_the_same_end(
 
 
 def test_never_refuses_to_touch_a_run_that_has_begun(recipe: Make) -> None:
-    train(recipe("duration=3 steps"))
+    train_until(recipe(), 3)
     with pytest.raises(UserError, match="already holds checkpoints"):
         train(recipe("resume=never"))
 
@@ -146,17 +154,25 @@ def test_a_run_may_continue_elsewhere_from_a_named_checkpoint(recipe: Make, tmp_
     assert hashes(tmp_path / "other", 12) == hashes(tmp_path / "run", 12)
 
 
-def test_resuming_opens_the_same_files_however_far_the_run_is(recipe: Make) -> None:
-    """O(1) resume: nothing is read again to find the place."""
-    opened: list[int] = []
-    for duration in ("1 steps", "12 steps"):
-        with open_trainer(recipe(f"duration={duration}", "save.every=never")) as trainer:
-            before = len(opened)
-            trainer.parts.source.batches(trainer.progress.step)
-            opened.append(before)
-            for _ in trainer.steps():
-                pass
-    assert trainer.progress.step == 12
+def test_resuming_reads_no_more_of_the_data_the_later_it_happens(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O(1) resume: the rows of a step are looked up, not walked to."""
+    from llmtrainer.data.packed import Store
+
+    read: list[int] = []
+    original = Store.read
+    monkeypatch.setattr(
+        Store, "read", lambda self, document, start, stop: (read.append(1), original(self, document, start, stop))[1]
+    )
+    calls = []
+    for step in (0, 10_000):
+        with open_trainer(recipe(f"run={tmp_path / str(step)}")) as trainer:
+            trainer.parts.source.close()
+            read.clear()
+            trainer.parts.source._batches(step)  # type: ignore[attr-defined]
+            calls.append(len(read))
+    assert calls[1] <= 2 * calls[0]
 
 
 def test_the_resumption_knows_its_scores(recipe: Make, tmp_path: Path) -> None:

@@ -58,9 +58,7 @@ def test_a_tied_head_counts_once_and_an_untied_input_table_not_at_all() -> None:
 
 
 def test_attention_is_counted_with_its_own_width_where_heads_are_wider_than_the_model() -> None:
-    narrow, wide = (
-        Llama(hidden_size=16, intermediate_size=32, layers=2, heads=2, head_size=size) for size in (8, 32)
-    )
+    narrow, wide = (Llama(hidden_size=16, intermediate_size=32, layers=2, heads=2, head_size=size) for size in (8, 32))
     grown = flops_per_token(on_meta(wide, 50), 10) - flops_per_token(on_meta(narrow, 50), 10)
     assert grown == 6 * 2 * 4 * 16 * (64 - 16) + 6 * 2 * (64 - 16) * 10
 

@@ -40,7 +40,7 @@ def _lines(stream: BinaryIO, path: Path, reading: Reading) -> Iterator[tuple[Any
             try:
                 yield _value(content, path, reading, byte, number), number
             except UserError as error:
-                if line.endswith(b"\n") or isinstance(error.__cause__, UnicodeDecodeError) and _more(content):
+                if line.endswith(b"\n") or (isinstance(error.__cause__, UnicodeDecodeError) and _more(content)):
                     raise
                 reading.broken_off("the last line breaks off", f"{path}, line {number:,}", error.why or error.what)
         byte += len(line)

@@ -69,9 +69,7 @@ class SingleEngine:
         parameters = [parameter for group in groups for parameter in group["params"]]
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.float64}), f"{dtypes} are no masters of one type"
-        assert {id(parameter) for parameter in parameters} <= {
-            id(parameter) for parameter in policy.parameters()
-        }
+        assert {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in policy.parameters()}
         self._rule = rule
         self._parameters: list[nn.Parameter] = parameters
         self._forward: Callable[..., Outputs] = torch.compile(policy) if self._compile else policy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.base.parts import Cone, Flavour
+from tests.base.taste import Cone, Flavour
 
 
 class Chocolate(Flavour):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.base.parts import Flavour
+from tests.base.taste import Flavour
 
 
 class Vanilla(Flavour):

@@ -1,0 +1,220 @@
+"""inspect: the rows of a step as the model sees them, each token coloured by how much it counts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from llmtrainer.base.config import Config, load
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.result import Result
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.core.protocols import Tokenizer
+from llmtrainer.data.collate import Row
+from llmtrainer.data.open import documents, find
+from llmtrainer.data.packed import Store, is_store
+from llmtrainer.parallel.engines.single import Single
+from llmtrainer.training.assemble import held_out_of, source_of, tokenizer_of
+from llmtrainer.training.console import number, warn
+from llmtrainer.training.models import load_tokenizer
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.writing import visible
+
+RESET = "\x1b[0m"
+READ_ONLY, PARTLY, LEARNED, CRITICAL = "\x1b[2m", "\x1b[36m", "\x1b[32m", "\x1b[1;30;43m"
+
+
+class Inspection(Config):
+    """Which rows to show: of a step of a recipe, or the documents of some data."""
+
+    words: ClassVar[tuple[str, ...]] = ("source",)
+    file_is_word: ClassVar[bool] = True
+
+    source: str
+    """A recipe or a run directory, whose rows are shown as a step has them; or text, or a token store, whose
+    documents are shown whole."""
+
+    step: int = Field(default=0, ge=0)
+    """Which step, counted from 0. For text: documents step * rows and following."""
+
+    rows: int = Field(default=4, ge=1)
+    """How many rows."""
+
+    part: Literal["train", "held_out"] = "train"
+    """Which part of a recipe's data."""
+
+    tokenizer: str | None = None
+    """A folder with tokenizer.json: for text and token stores. A recipe has its own."""
+
+    fields: tuple[str, ...] = ("text", "content")
+    """For text: where a record's text is, the first of these fields that it has."""
+
+    overrides: tuple[str, ...] = ()
+    """Changes to the recipe: `overrides=[data.sequence_length=64]`."""
+
+    boundaries: bool = False
+    """Write a `|` between tokens."""
+
+    color: Literal["auto", "always", "never"] = "auto"
+    """auto: on a terminal. Without colour, the weight stands in front of the text."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row, five lists of one length."""
+
+    tokens: list[int]
+    pieces: list[str]
+    """The text of each token; joined they are the row's text."""
+    weights: list[float]
+    """How much each token counts as a target: 0 is only read."""
+    positions: list[int]
+    """Place in its document; restarts with every document."""
+    document: list[int]
+    """Which document of the row."""
+
+
+@dataclass(frozen=True)
+class Inspected(Result):
+    """The rows, and where they are from."""
+
+    source: str
+    step: int
+    rows: list[Shown]
+    boundaries: bool = False
+    colored: bool = False
+
+    def json(self) -> dict[str, Any]:
+        return {"source": self.source, "step": self.step, "rows": [vars(row) for row in self.rows]}
+
+    def text(self) -> str:
+        parts = [_legend()] if self.colored else []
+        for index, row in enumerate(self.rows):
+            shown = _painted if self.colored else _plain
+            parts += [_title(index, row), shown(row, self.boundaries)]
+        return "\n".join(parts).rstrip("\n")
+
+
+def inspect(settings: Inspection) -> Inspected:
+    """Rows as training would see them. UserError where the data has no such step or the recipe no such part."""
+    path = Path(settings.source)
+    recipe = path if path.suffix in (".yaml", ".yml") else RunDir(path).recipe
+    if recipe.is_file() or path.suffix in (".yaml", ".yml"):
+        rows = list(_of_recipe(settings, load(Recipe, recipe, settings.overrides)))
+    else:
+        rows = list(_of_documents(settings))
+        if not rows:
+            raise UserError(
+                f"there are no documents {settings.step * settings.rows:,} and following", where=settings.source,
+                fix="step=0",
+            )
+    colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
+    return Inspected(settings.source, settings.step, rows, settings.boundaries, colored)
+
+
+def _of_recipe(settings: Inspection, recipe: Recipe) -> Iterator[Shown]:
+    if settings.tokenizer is not None:
+        raise UserError(
+            "the recipe has its own tokenizer", fix=f"overrides=[tokenizer.path={settings.tokenizer}] changes it"
+        )
+    # Its rank and world size are all that rows depend on: one process sees the rows of the whole step.
+    engine = Single(device="cpu").start("float32")
+    folder, tokenizer = tokenizer_of(recipe)
+    source = source_of(recipe, folder, engine)
+    if settings.part == "held_out":
+        held_out = held_out_of(recipe, source.store, engine)
+        if held_out is None:
+            raise UserError("the recipe holds nothing out", fix="overrides=[data.held_out=0.01]")
+        source = held_out
+    for place in range(min(settings.rows, source.rows_per_step)):
+        row = source.row(settings.step, place)
+        yield Shown(pieces=tokenizer.pieces(row["tokens"]), **row)
+
+
+def _of_documents(settings: Inspection) -> Iterator[Shown]:
+    if settings.overrides or settings.part != "train":
+        key = "overrides" if settings.overrides else "part"
+        raise UserError(f"`{key}` is for recipes", where=settings.source, fix=f"leave {key} out, or name a recipe")
+    if settings.tokenizer is None:
+        raise UserError(
+            "text alone has no tokens", where=settings.source,
+            fix=f"llmtrainer inspect {settings.source} tokenizer=FOLDER, the folder of a tokenizer or a model",
+        )
+    tokenizer = load_tokenizer(settings.tokenizer)
+    first = settings.step * settings.rows
+    found = islice(_ids(settings, tokenizer), first, first + settings.rows)
+    for count, ids in enumerate(found):
+        row = Row(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int32), first + count)
+        yield Shown(
+            tokens=ids, pieces=tokenizer.pieces(ids), weights=row.weights.tolist(), positions=row.positions.tolist(),
+            document=row.document.tolist(),
+        )
+
+
+def _ids(settings: Inspection, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Documents as a store holds them: their ids, then the end."""
+    if is_store(Path(settings.source)):
+        store = Store(settings.source)
+        store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
+        for document in range(store.documents):
+            yield store.read(document).tolist()
+    else:
+        for text in documents(find(settings.source, warn), fields=settings.fields, warn=warn):
+            yield [*tokenizer.encode(text.text), tokenizer.end]
+
+
+def _title(index: int, row: Shown) -> str:
+    targets, total = sum(weight > 0 for weight in row.weights), sum(row.weights)
+    count = len(set(row.document))
+    weighed = "" if total == targets else f", their weights add up to {number(float(total))}"
+    return (
+        f"row {index}: {len(row.tokens):,} tokens in {count:,} document{'s' if count != 1 else ''}, "
+        f"{targets:,} of them learned{weighed}"
+    )
+
+
+def _stretches(row: Shown, boundaries: bool) -> Iterator[tuple[int, float, str]]:
+    """(document, weight, text) of each run of tokens that have both in common."""
+    joint = "|" if boundaries else ""
+    for (document, weight), places in groupby(range(len(row.tokens)), lambda i: (row.document[i], row.weights[i])):
+        yield document, weight, joint.join(row.pieces[place] for place in places) + joint
+
+
+def _painted(row: Shown, boundaries: bool) -> str:
+    shown: list[str] = []
+    last = None
+    for document, weight, text in _stretches(row, boundaries):
+        if last is not None and document != last:
+            shown.append(f"\n{READ_ONLY}-- document {document}{RESET}\n")
+        last = document
+        # Line by line: a pager forgets a colour at the end of a line.
+        shown.append("\n".join(f"{_style(weight)}{line}{RESET}" for line in visible(text).split("\n")))
+    return "".join(shown) + "\n"
+
+
+def _style(weight: float) -> str:
+    return READ_ONLY if weight <= 0 else PARTLY if weight < 1 else LEARNED if weight == 1 else CRITICAL
+
+
+def _legend() -> str:
+    kinds = ((0.0, "0: only read"), (0.5, "below 1"), (1.0, "1: learned"), (2.0, "above 1: critical"))
+    return "weights  " + "  ".join(f"{_style(weight)}{text}{RESET}" for weight, text in kinds) + "\n"
+
+
+def _plain(row: Shown, boundaries: bool) -> str:
+    lines: list[str] = []
+    last = 0
+    for document, weight, text in _stretches(row, boundaries):
+        if document != last:
+            lines.append(f"-- document {document}")
+        last = document
+        first, *others = visible(text).removesuffix("\n").split("\n")
+        lines += [f"{weight:>6g} | {first}", *(f"       | {line}" for line in others)]
+    return "\n".join(lines) + "\n"

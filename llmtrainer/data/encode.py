@@ -1,0 +1,279 @@
+"""Documents -> token store, by several processes; killed at any moment it goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.data.document import SourceFile
+from llmtrainer.data.open import documents
+from llmtrainer.data.packed import MANIFEST, Store, dtype_for, sha256_of
+from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
+
+if TYPE_CHECKING:    # core imports torch, which a process that only tokenises would wait for in vain
+    from llmtrainer.core.protocols import Tokenizer
+
+LoadTokenizer = Callable[[Path], "Tokenizer"]
+
+SHARD_TOKENS = 2**26
+"""128 MiB of two-byte ids: what a kill can cost at most, and a count of files that a folder bears."""
+_BATCH_DOCUMENTS = 2**14
+_IN_FLIGHT = 3
+"""Batches on their way per process: one in work, one waiting, one coming back."""
+
+
+def write_store(
+    files: Sequence[SourceFile],
+    tokenizer_folder: Path,
+    load_tokenizer: LoadTokenizer,
+    out: Path,
+    *,
+    workers: int = 0,
+    batch_bytes: int = 2**20,
+    shard_tokens: int = SHARD_TOKENS,
+    fields: tuple[str, ...] = ("text", "content"),
+    errors: Literal["strict", "replace"] = "strict",
+    allow_truncated: bool = False,
+    report: Callable[[int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Store:
+    """Tokenise every document of the files, in order, each followed by the end id, into the folder `out`.
+
+    The bytes of the store are a function of files, tokenizer, reading settings and `shard_tokens` alone: not of
+    `workers` (0: in this process), not of `batch_bytes` of text that a process gets at a time, not of how often it
+    was killed. `out` appears by a rename once it is whole; if it is there and was made of the same, nothing is done.
+    `load_tokenizer` is a function that other processes can import. `report` hears bytes of text.
+    Raises UserError for text that cannot be read, another store at `out`, a full disk or a worker that died; what
+    was written stays and is used by the next try.
+    """
+    out = Path(out)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    facts = {"tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end}
+    states, sources = _hashed(files)
+    key = _key([facts, shard_tokens, fields, errors, allow_truncated, sources])
+    partial = partial_of(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_full_explained(partial), locked(partial):
+        if _is_complete(out, key):
+            partial.rmdir()
+            return Store(out)
+        _require_free(out)
+        if not _is_complete(partial, key):
+            dtype = dtype_for(tokenizer.vocabulary)
+            writer = ShardWriter(partial, key=key, dtype=dtype, shard_tokens=shard_tokens)
+            try:
+                if report is not None and writer.text_bytes:
+                    report(writer.text_bytes)
+                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, {
+                    "fields": fields, "errors": errors, "allow_truncated": allow_truncated, "warn": warn,
+                })    # fmt: skip
+                encoded = (
+                    _encoded_here(batches, tokenizer)
+                    if workers == 0 or sum(file.bytes for file in files) <= batch_bytes
+                    else _encoded_by(workers, batches, load_tokenizer, tokenizer_folder)
+                )
+                with closing(encoded):
+                    for batch, (ids, lengths) in encoded:
+                        writer.append(ids, lengths, np.array(batch.sources), np.array(batch.sizes))
+                        if report is not None:
+                            report(sum(batch.sizes))
+                _require_documents(writer, files)
+                writer.finish({"key": key, **facts}, sources)
+            finally:
+                writer.abandon()
+        publish(partial, out)
+    return Store(out)
+
+
+@dataclass
+class _Batch:
+    """Texts that go to a process together, with the source and the UTF-8 bytes of each."""
+
+    texts: list[str] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+
+Encoded = tuple[NDArray[Any], NDArray[np.int64]]
+"""Ids of several documents end to end, and the number of ids of each."""
+
+
+def _batches(
+    files: Sequence[SourceFile], states: list[tuple[int, int]], done: list[int], batch_bytes: int,
+    reading: dict[str, Any],
+) -> Iterator[_Batch]:
+    """What is left to do behind the `done` documents of each file."""
+    last = max((source for source, count in enumerate(done) if count), default=0)
+    batch, held = _Batch(), 0
+    for source in range(last, len(files)):
+        for document in documents([files[source]], **reading):
+            if document.record <= done[source]:
+                continue
+            batch.texts.append(document.text)
+            batch.sources.append(source)
+            batch.sizes.append(document.bytes)
+            held += document.bytes
+            if held >= batch_bytes or len(batch.texts) >= _BATCH_DOCUMENTS:
+                yield batch
+                batch, held = _Batch(), 0
+        if _state(files[source].path) != states[source]:
+            raise UserError(
+                "a file changed while it was read",
+                where=str(files[source].path),
+                why="the store would hold some of its old text and some of its new",
+                fix="let the file come to rest, then run the same command again",
+            )
+    if batch.texts:
+        yield batch
+
+
+def _encoded_here(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Generator[tuple[_Batch, Encoded]]:
+    for batch in batches:
+        yield batch, _encode(tokenizer, batch.texts)
+
+
+def _encoded_by(
+    workers: int, batches: Iterator[_Batch], load_tokenizer: LoadTokenizer, folder: Path
+) -> Generator[tuple[_Batch, Encoded]]:
+    """Batches and their ids by several processes, in the order of the batches."""
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(load_tokenizer, folder)
+    )
+    waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode_as_worker, batch.texts)))
+            if len(waiting) >= _IN_FLIGHT * workers:    # memory is bounded by what is on its way
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenises has died",
+            why="it was killed, by a person or for want of memory, or it could not start (a script must call "
+            'this below `if __name__ == "__main__":`)',
+            fix="run the same command again: it goes on where it was; with fewer processes: workers=1",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_tokenizer: Tokenizer | None = None
+"""Of a worker process; never set in any other."""
+
+
+def _begin(load_tokenizer: LoadTokenizer, folder: Path) -> None:
+    """Make a fresh process a worker."""
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tokenizer = load_tokenizer(folder)
+
+
+def _end_with_parent() -> None:
+    # A pool's worker waits for work on a pipe whose other end it holds itself: when the parent is killed, nothing
+    # would ever wake it.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_as_worker(texts: list[str]) -> Encoded:
+    assert _tokenizer is not None
+    return _encode(_tokenizer, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    # One by one: `encode_batch` would start a thread per core in each of the processes.
+    documents = [tokenizer.encode(text) for text in texts]
+    lengths = np.array([len(ids) + 1 for ids in documents], dtype=np.int64)
+    end = (tokenizer.end,)
+    flat = chain.from_iterable(chain(ids, end) for ids in documents)
+    ids = np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum()))
+    assert ids.max(initial=0) < tokenizer.vocabulary, "the tokenizer gave an id beyond its vocabulary"
+    return ids.astype(dtype_for(tokenizer.vocabulary)), lengths
+
+
+def _hashed(files: Sequence[SourceFile]) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    """(size and time, manifest entry) of each file; hashing leaves Python's lock alone, so threads help."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        states = [_state(file.path) for file in files]
+        hashes = list(threads.map(lambda file: sha256_of(file.path), files))
+    sources = [
+        {"path": str(file.path), "bytes": state[0], "sha256": digest}
+        for file, state, digest in zip(files, states, hashes, strict=True)
+    ]
+    return states, sources
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _key(facts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_complete(folder: Path, key: str) -> bool:
+    """Whether the folder holds the whole store of this key. A manifest is written last, so it vouches for the rest."""
+    try:
+        return bool(json.loads((folder / MANIFEST).read_bytes())["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _require_documents(writer: ShardWriter, files: Sequence[SourceFile]) -> None:
+    if writer.documents == 0:
+        raise UserError(
+            "there is no document to tokenise",
+            where=", ".join(str(file.path) for file in files[:3]) or "no file was given",
+            fix="name text that is not empty",
+        )
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(
+            "there is something else already",
+            where=str(out),
+            why="it is not the store of this text and tokenizer, and nothing is overwritten",
+            fix=f"rm -r {out}, or write to another folder",
+        )
+
+
+@contextmanager
+def _disk_full_explained(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "the disk is full",
+                where=str(partial),
+                why=error.strerror,
+                fix="make room, then run the same command again: it goes on where it was",
+            ) from error
+        raise

@@ -1,0 +1,113 @@
+"""The demo, small: every stage leaves what it promises, and its rivals are the programs everybody has."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llmtrainer.apps import demo as module
+from llmtrainer.apps.demo import Demo, bits_per_byte_of, demo
+from llmtrainer.base.config import load
+from llmtrainer.training.console import voice
+from llmtrainer.training.recipe import Recipe
+
+TEXTS = [b"def f(x):\n    return x + 1\n" * 40, b"import os\n" * 3, bytes(range(32, 127)) * 20]
+PROGRAMS = {"gzip": ["gzip", "-9", "-n"], "xz": ["xz", "-9"], "zstd": ["zstd", "-19", "-q"]}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with voice(quiet=True):
+        yield
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
+    """A demo of a few steps on a few small files, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_has_compiler", lambda: False)
+    for part, count in (("train", 40), ("held_out", 3)):
+        (tmp_path / part).mkdir()
+        for number in range(count):
+            body = "".join(f"def f{line}(x):\n    return x * {number + line}\n\n" for line in range(30))
+            (tmp_path / part / f"{part}{number}.py").write_text(body)
+    return Demo(data="train", held_out="held_out", vocabulary=320, steps=4, new_tokens=8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_rival_is_the_program_of_that_name(name: str) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed here")
+    sizes = [len(subprocess.run(PROGRAMS[name], input=text, capture_output=True, check=True).stdout) for text in TEXTS]
+    ours = bits_per_byte_of(TEXTS)[name]
+    # The programs and the libraries differ in a few bytes of header.
+    assert abs(ours - 8 * sum(sizes) / sum(map(len, TEXTS))) < 8 * 8 * len(TEXTS) / sum(map(len, TEXTS))
+
+
+def test_every_text_is_compressed_alone() -> None:
+    together = bits_per_byte_of([b"".join([TEXTS[0]] * 5)])
+    apart = bits_per_byte_of([TEXTS[0]] * 5)
+    assert all(apart[name] > 2 * together[name] for name in apart)
+
+
+def test_the_whole_demo_leaves_everything_it_promises(small: Demo) -> None:
+    told = demo(small)
+    run = Path("runs/demo")
+    assert (run / "recipe.yaml").is_file() and (run / "events.jsonl").is_file()
+    assert [path.name for path in (run / "checkpoints").iterdir()].count("step-00000004") == 1
+    assert told.plot and Path(told.plot).read_bytes().startswith(b"\x89PNG")
+    written = (run / "samples" / "function.txt").read_text()
+    assert told.sample and written.startswith(small.prompt) and told.sample["text"] in written
+    found = told.json()
+    assert set(found) >= {"run", "bits_per_byte", "seconds"}
+    assert set(found["bits_per_byte"]) == {"model", "gzip", "xz", "zstd"}
+    assert all(bits > 0 for bits in found["bits_per_byte"].values())
+    assert found["training"]["steps"] == 4
+    text = told.text()
+    for name in ("this model", "gzip -9", "xz -9", "zstd -19"):
+        assert name in text
+    assert f"{found['bits_per_byte']['model']:.3f}" in text and "4 steps" in text
+
+
+def test_a_model_that_knows_nothing_yet_costs_as_much_as_guessing(small: Demo) -> None:
+    told = demo(small.model_copy(update={"steps": 1, "stages": ("tokenizer", "train", "evaluate")}))
+    assert abs(told.evaluation["loss"] - math.log(320)) < 0.5
+
+
+def test_stages_select_and_what_is_missing_is_null(small: Demo) -> None:
+    told = demo(small.model_copy(update={"stages": ("compress",)}))
+    assert told.bits_per_byte["model"] is None and told.bits_per_byte["xz"]
+    assert told.sample is None and not Path("runs").exists()
+
+
+def test_a_finished_demo_shows_its_figures_again_without_training(small: Demo) -> None:
+    first = demo(small.model_copy(update={"stages": ("train", "evaluate")}))
+    events = Path("runs/demo/events.jsonl").read_text().count('"step"')
+    again = demo(small.model_copy(update={"steps": None, "stages": ("train", "evaluate")}))
+    assert again.bits_per_byte == first.bits_per_byte
+    assert Path("runs/demo/events.jsonl").read_text().count('"kind": "step"') <= events
+
+
+def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    laps = iter([9.0, 5.0, 3.0, *[0.5, 0.25, 0.5, 4.0, 0.5, 0.5, 0.25, 0.5, 0.5]])
+
+    @contextmanager
+    def opened(recipe: Recipe):
+        yield SimpleNamespace(steps=lambda: (SimpleNamespace(seconds={"total": lap}) for lap in laps))
+
+    monkeypatch.setattr(module, "open_trainer", opened)
+    steps = module._steps(small.model_copy(update={"steps": None, "seconds": 100.0}))
+    assert steps == int(module.SPARE * 100.0 / 0.5)
+
+
+def test_the_saved_recipe_is_the_run(small: Demo) -> None:
+    demo(small.model_copy(update={"stages": ("train",)}))
+    saved = load(Recipe, "runs/demo/recipe.yaml")
+    assert saved.duration.value == 4 and saved.data.train.path == "train" and saved.tokenizer.vocabulary == 320
