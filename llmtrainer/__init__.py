@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmtrainer.base.verbs import VERBS
+from llmtrainer.base.version import VERSION
 
 if TYPE_CHECKING:
     from llmtrainer.base.config import load as load
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from llmtrainer.training.run import open_trainer as open_trainer
     from llmtrainer.training.run import train as train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _NAMES = {
     "load": "llmtrainer.base.config",
@@ -31,8 +32,8 @@ _NAMES = {
     "loss_of": "llmtrainer.core.objective",
     "Recipe": "llmtrainer.training.recipe",
     "open_trainer": "llmtrainer.training.run",
-    "load_model": "llmtrainer.training.use",
-    "load_tokenizer": "llmtrainer.training.use",
+    "load_model": "llmtrainer.training.models",
+    "load_tokenizer": "llmtrainer.training.models",
     "TokenizerTraining": "llmtrainer.training.prepare",
     "Preparation": "llmtrainer.training.prepare",
     "Evaluation": "llmtrainer.training.use",
@@ -65,10 +66,11 @@ def __dir__() -> list[str]:
 def _objective(name: str) -> Any:
     if name[:1].isupper():
         from llmtrainer.base.kinds import find_kind, kinds_in
-        from llmtrainer.core.objective import Objective
 
-        for kind in kinds_in(Objective.folder):
-            found = find_kind(Objective, Objective.folder, kind)
+        # By name, as everything here: an import statement would tie this module to torch.
+        base: Any = importlib.import_module("llmtrainer.core.objective").Objective
+        for kind in kinds_in(base.folder):
+            found = find_kind(base, base.folder, kind)
             if found.__name__ == name:
                 return found
     raise AttributeError(f"module `llmtrainer` has no `{name}`")

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, RunStopped, UserError
 from llmtrainer.base.verbs import VERBS, Verb, verb_named
+from llmtrainer.base.version import VERSION
 
 INTERRUPTED = 128 + 2
 """What a shell expects of a process that Ctrl-C ended."""
@@ -62,9 +63,7 @@ def _act(before: list[str], rest: list[str], as_json: bool, quiet: bool, out: Te
         print(overview(), file=out)
         return DONE
     if before[0] == "--version":
-        from llmtrainer import __version__
-
-        print(json.dumps({"version": __version__}) if as_json else f"llmtrainer {__version__}", file=out)
+        print(json.dumps({"version": VERSION}) if as_json else f"llmtrainer {VERSION}", file=out)
         return DONE
     name, *words = before
     verb = verb_named(name)

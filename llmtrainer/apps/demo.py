@@ -7,7 +7,6 @@ import io
 import itertools
 import lzma
 import math
-import shutil
 import statistics
 import tempfile
 import time
@@ -27,7 +26,8 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.data.open import documents, find
-from llmtrainer.training.console import amount, bar, say, short, span, voice
+from llmtrainer.training.console import bar, say, voice
+from llmtrainer.training.figures import amount, short, span
 from llmtrainer.training.prepare import prepared, receipt, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import open_trainer, train
@@ -203,7 +203,8 @@ def _recipe(settings: Demo, steps: int) -> Recipe:
                 "kind": "cosine", "peak": 3e-3, "warmup": f"{min(steps // 10, 50)} steps", "final_ratio": 0.02,
             },
         },
-        "engine": {"kind": "single", "compile": _has_compiler()},
+        # Uncompiled: the time goes into training, and no C++ compiler is needed.
+        "engine": {"kind": "single", "compile": False},
         "duration": Duration(steps, "steps"),
         "evaluate": {
             "every": Every(Duration(tenth, "steps")), "held_out_rows": 64, "prompts": (settings.prompt,),
@@ -212,13 +213,6 @@ def _recipe(settings: Demo, steps: int) -> Recipe:
         "seed": settings.seed,
         "cache": settings.cache,
     })  # fmt: skip
-
-
-def _has_compiler() -> bool:
-    found = any(map(shutil.which, ("c++", "g++", "clang++")))
-    if not found:
-        say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
-    return found
 
 
 def _evaluate(settings: Demo) -> dict[str, Any]:
@@ -258,7 +252,7 @@ def _sample(settings: Demo) -> dict[str, Any]:
     samples = RunDir(Path(settings.run)).samples
     samples.mkdir(parents=True, exist_ok=True)
     text = completion["prompt"] + completion["text"]
-    (samples / "function.txt").write_text(text + "\n", encoding="utf-8")
+    (samples / "function.txt").write_bytes(text.encode())    # as it is: a text file would turn its line ends
     return {"sample": {"prompt": completion["prompt"], "text": completion["text"]}}
 
 
@@ -308,7 +302,9 @@ def _comparison(told: Told) -> str:
 def _written(told: Told) -> str:
     if told.sample is None:
         return ""
-    lines = (told.sample["prompt"] + told.sample["text"]).splitlines()
+    # A young model also writes control characters, which a terminal would obey.
+    text = (told.sample["prompt"] + told.sample["text"]).expandtabs(4)
+    lines = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).split("\n")
     return "\n".join(["A function, as the model writes it:", *(f"    {line}" for line in lines)])
 
 

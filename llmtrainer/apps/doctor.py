@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from pydantic import Field
 
-import llmtrainer
 from llmtrainer.base.config import Config
 from llmtrainer.base.result import Result
 from llmtrainer.base.units import Bytes
+from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import multiplies_bfloat16, resolve
 
 PACKAGES = (
@@ -100,7 +100,7 @@ def doctor(examination: Examination) -> Diagnosis:
         for dtype in (torch.float32, torch.bfloat16)
     }
     return Diagnosis(
-        llmtrainer=llmtrainer.__version__,
+        llmtrainer=VERSION,
         python=sys.version.split()[0],
         platform=platform.platform(),
         packages=packages,

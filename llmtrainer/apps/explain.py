@@ -44,6 +44,8 @@ class Explained(Result):
         return {"keys": [{item.name: getattr(entry, item.name) for item in fields(entry)} for entry in self.keys]}
 
     def text(self) -> str:
+        if len(self.keys) == 1 and self.keys[0].file is not None:
+            return f"{self.keys[0].text()}\n    {self.keys[0].file}"
         return "\n".join(entry.text() for entry in self.keys)
 
 

@@ -22,7 +22,8 @@ from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store, is_store
 from llmtrainer.parallel.engines.single import Single
 from llmtrainer.training.assemble import held_out_of, source_of, tokenizer_of
-from llmtrainer.training.console import number, warn
+from llmtrainer.training.console import warn
+from llmtrainer.training.figures import number
 from llmtrainer.training.models import load_tokenizer
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.writing import visible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +83,7 @@ def sorted_words(
             overrides.append(word[2:] if equals else f"{word[2:]}={_value_of(config_type, word, rest, data)}")
         elif equals and _is_key(config_type, key, data):
             overrides.append(word)
-        elif equals and (near := nearest(key, all_keys(config_type, data), cutoff=0.8)):
+        elif equals and _is_name(key) and (near := nearest(key, all_keys(config_type, data), cutoff=0.8)):
             raise UserError(
                 f"unknown key `{key}`", where=COMMAND_LINE, why=f"as a word, `{word}` would be taken as it stands",
                 fix=f"did you mean `{near}`? If it is no key: `-- '{word}'`",
@@ -99,7 +100,8 @@ def dump(config: Config) -> str:
 
 def schema(config_type: type[Config]) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of the YAML file: help texts included, one alternative per kind of a folder."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **config_type.model_json_schema(schema_generator=_Schema)}
+    found = config_type.model_json_schema(schema_generator=_Schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
 class _Schema(GenerateJsonSchema):
@@ -127,7 +129,7 @@ def _no_such_word(config_type: type[Config], word: str) -> UserError:
     names = config_type.words
     why = f"the words here are: {', '.join(names)}" if names else "no bare words are taken here"
     key, equals, _ = word.partition("=")
-    if equals and key.replace(".", "_").isidentifier():
+    if equals and _is_name(key):
         return unknown_key(config_type, key.split("."), {}, COMMAND_LINE)
     return UserError(f"`{word}` is one word too many", where=COMMAND_LINE, why=why)
 
@@ -200,11 +202,15 @@ def _spelled(config_type: type[Config], key: str, data: Any) -> str:
     return key if known else key.replace("-", "_")
 
 
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"\w+([.-]\w+)*", text) is not None
+
+
 def _is_key(config_type: type[Config], key: str, data: Any) -> bool:
     """Whether `key` is known, or lies inside a known part: `optim.shedule.peak` is a key misspelled, no word."""
     path = _spelled(config_type, key, data).split(".")
     head = part_at(config_type, path[:1], data)
-    return head is not None and (len(path) == 1 or isinstance(head, type) and issubclass(head, Config))
+    return head is not None and (len(path) == 1 or bool(known_keys(head, {})))
 
 
 def _as_far_as_known(config_type: type[Config], file: Path | None, arguments: Sequence[str]) -> dict[str, Any]:

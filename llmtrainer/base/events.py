@@ -84,9 +84,9 @@ def follow(
         time.sleep(poll_seconds)
 
 
-def _events(file: BinaryIO, path: Path, number: int) -> Iterator[tuple[Event, int]]:
-    """Events with their size in bytes, up to the last newline; `number` is that of the first line."""
-    for number, line in enumerate(file, start=number):
+def _events(file: BinaryIO, path: Path, first: int) -> Iterator[tuple[Event, int]]:
+    """Events with their size in bytes, up to the last newline; `first` is the number of the first line."""
+    for number, line in enumerate(file, start=first):
         if not line.endswith(b"\n"):
             return
         event = _event(line)

@@ -39,7 +39,7 @@ class Entry:
         shown = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
         head = f"{self.key} = {shown}" + ("" if self.origin == "default" else f"    <- {self.origin}")
         lines = textwrap.wrap(f"{self.type}. {self.help}", WIDTH - 4)
-        return "\n".join([head, *(f"    {line}" for line in [*lines, *([self.file] if self.file else [])])])
+        return "\n".join([head, *(f"    {line}" for line in lines)])
 
 
 def entries(config: Config, origins: Mapping[str, str]) -> list[Entry]:
@@ -102,9 +102,8 @@ def _parts_below(annotation: Any, value: Any, whole: bool) -> Iterator[tuple[str
 
 
 def _kind_entry(owner: type[Kind], prefix: str) -> Entry:
-    base = next(item for item in owner.__mro__ if "folder" in item.__dict__)
-    kinds = f"kind of {base.__name__}: {' | '.join(kinds_in(owner.folder))}, or a dotted path"
-    name = REQUIRED if owner is base else name_of(owner, owner.folder)
+    kinds = f"kind of {owner.base().__name__}: {' | '.join(kinds_in(owner.folder))}, or a dotted path"
+    name = REQUIRED if owner is owner.base() else name_of(owner, owner.folder)
     return Entry(f"{prefix}kind", name, kinds, summary(owner), file=inspect.getsourcefile(owner))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -20,6 +19,8 @@ from pydantic_core import CoreSchema
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in, name_of
 from llmtrainer.base.text import item_type, members, typed
+
+_attribute = object.__getattribute__    # bound once: every read of a setting comes through here
 
 
 class Config(BaseModel):
@@ -62,10 +63,10 @@ class Config(BaseModel):
 
     def __getattribute__(self, name: str) -> Any:
         if name[0] != "_" and name in type(self).__pydantic_fields__:
-            private = object.__getattribute__(self, "__pydantic_private__")
+            private = _attribute(self, "__pydantic_private__")
             if private is not None:     # None while pydantic still builds the instance
                 private["_reads"].add(name)
-        return super().__getattribute__(name)
+        return _attribute(self, name)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -100,10 +101,13 @@ class Kind(Config):
     @classmethod
     def chosen(cls, data: Mapping[str, Any]) -> type[Self]:
         """The class that `data` describes: by its `kind`, else by the default of the folder."""
-        is_base = "folder" in cls.__dict__
+        is_base = cls is cls.base()
         kind = data.get("kind") or (cls.default_kind if is_base else None)
         if kind is not None:
-            return find_kind(cls, cls.folder, str(kind))
+            found = find_kind(cls.base(), cls.folder, str(kind))
+            if not issubclass(found, cls):
+                raise UserError(f"`kind` is `{kind}`, and only `{name_of(cls, cls.folder)}` fits here")
+            return found
         if is_base:
             known = kinds_in(cls.folder)
             raise UserError(
@@ -112,6 +116,11 @@ class Kind(Config):
                 fix=f"kind: {known[0]}" if known else None,
             )
         return cls
+
+    @classmethod
+    def base(cls) -> type[Kind]:
+        """The class that sets `folder`, of which this one is a kind."""
+        return next(item for item in cls.__mro__ if "folder" in item.__dict__)
 
     @property
     def kind(self) -> str:
@@ -125,7 +134,7 @@ class Kind(Config):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        if "folder" not in cls.__dict__:
+        if cls is not cls.base():
             return _with_kind(cls, handler.resolve_ref_schema(handler(core)))
         found = (find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder))
         schemas = ((item, handler.resolve_ref_schema(handler(item.__pydantic_core_schema__))) for item in found)

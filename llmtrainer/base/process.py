@@ -42,8 +42,8 @@ class StopRequests:
 
     Requests are SIGTERM, SIGINT (the second Ctrl-C interrupts at once) and the file `stop` in a control folder,
     whose text, if it has any, is added to the reason. The file is removed when the block ends in order, and kept
-    when it ends with an error: a process that is started again then still knows. Off the main thread only the file counts, because
-    Python delivers signals to the main thread alone.
+    when it ends with an error: a process that is started again then still knows. Off the main thread only the
+    file counts, because Python delivers signals to the main thread alone.
     """
 
     def __init__(self, control: Path | None = None) -> None:

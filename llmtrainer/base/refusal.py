@@ -118,7 +118,8 @@ def value_at(data: Any, path: Sequence[str]) -> Any:
 
 def _help(config_type: type[Config], path: Sequence[str], data: Any) -> str | None:
     owner = part_at(config_type, path[:-1], data)
-    text = owner.model_fields[path[-1]].description if isinstance(owner, type) else None
+    assert isinstance(owner, type) and issubclass(owner, Config)
+    text = owner.model_fields[path[-1]].description
     return " ".join(text.split()) if text else None
 
 

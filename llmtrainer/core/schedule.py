@@ -46,13 +46,15 @@ class Schedule(Kind):
         Steps are optimizer steps, so micro-batches and ranks cannot move the rate.
         """
         warm = self.warmup.share(after)
-        multiplier = warm if warm < 1.0 else self.shape(length.share(after), self._warm_share(after, length))
+        # The shape is asked during the warm-up too: a field that it reads counts as read from the first step on.
+        shape = self.shape(length.share(after), self._warm_share(after, length))
+        multiplier = warm if warm < 1.0 else shape
         assert 0.0 <= multiplier <= 1.0, f"multiplier {multiplier} of {self!r} at {after}"
         return self.peak * multiplier
 
     def shape(self, share: float, warm_share: float) -> float:
-        """Fraction of `peak`, 0..1, when `share` of the length has passed and the warm-up ended at
-        `warm_share`; both may exceed 1."""
+        """Fraction of `peak`, 0..1, when `share` of the length has passed and the warm-up ends at `warm_share`;
+        both may exceed 1. Asked during the warm-up too, where only the answer's range matters."""
         raise NotImplementedError
 
     def require_fit(self, length: Duration) -> None:
@@ -67,11 +69,12 @@ class Schedule(Kind):
 
     def _warm_share(self, after: Progress, length: Duration) -> float:
         """Share of `length` that had passed when the warm-up ended."""
-        if self.warmup.value == 0.0 or length.value == 0.0:
+        warm = self.warmup.share(after)
+        if 0.0 in (self.warmup.value, length.value, warm):
             return 0.0
         if self.warmup.unit == length.unit:
             return self.warmup.value / length.value
         # In two different units (a warm-up in steps, a length in minutes) the end of the warm-up is known in
         # its own only. The ratio of both so far carries it over: exact at a steady pace, without state to
         # save, and without a jump at the end of the warm-up, where both ways agree.
-        return length.share(after) / self.warmup.share(after)
+        return length.share(after) / warm

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,26 @@ WANTS = ("logp", "entropy", "log_partition")
 
 _CHUNK_BYTES = 128 * 2**20
 """Size of one chunk of logits where nobody names a chunk. A batch that fits keeps its logits for backward."""
+_SLICE_BYTES = 16 * 2**20
+"""A chunk is worked through in slices of this size: C libraries return larger blocks to the system each time,
+and pages that come back cost more than the arithmetic on them."""
+_SLICE_ROWS = 1024
+"""But no fewer positions than this: each slice passes once over the gradient [V, D] of the weight."""
 _TILE_ELEMENTS = 2**19
 """Element-wise work goes over tiles of about this many logits, which stay in a core's cache."""
+
+Reduced = tuple[Tensor, Tensor, Tensor | None]
+"""logp, log_partition and, if asked for, entropy of some rows of logits."""
+
+
+class Arithmetic(NamedTuple):
+    """What is done to logits between the matrix products. Two ways, equal but for last digits."""
+
+    reduce: Callable[[Tensor, Tensor, bool], Reduced]
+    """(logits, targets, whether the entropy is wanted) -> Reduced."""
+    differentiate: Callable[..., None]
+    """(logits, targets, log_partition, logp_grad, partition_grad, entropy, entropy_grad): overwrite the logits
+    by their gradient."""
 
 
 def score(
@@ -52,12 +71,13 @@ def score_gathered(
     chosen_N: Tensor | None,
     wants: tuple[str, ...],
     chunk: int | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Outputs:
     """As `score`, for hidden states already gathered at `chosen_N`."""
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk)
+    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic)
 
     def spread(value_N: Tensor | None) -> Tensor | None:
         if value_N is None or chosen_N is None:
@@ -78,107 +98,146 @@ def log_probabilities(
     targets_N: Tensor,
     wants: tuple[str, ...] = ("logp",),
     chunk: int | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> dict[str, Tensor]:
     """Per position [N], float32 or wider, whatever of WANTS is asked for.
 
     The product runs in hidden's type, every reduction over the vocabulary in float32 (float64 for float64).
     With more than one chunk, backward computes the logits again instead of keeping them.
     """
+    row_bytes = max(1, weight_VD.shape[0] * hidden_ND.element_size())
     if chunk is None:
-        chunk = max(1024, _CHUNK_BYTES // max(1, weight_VD.shape[0] * hidden_ND.element_size()))
+        chunk = max(_SLICE_ROWS, _CHUNK_BYTES // row_bytes)
     assert chunk > 0
-    values = _Head.apply(hidden_ND, weight_VD, targets_N, chunk, "entropy" in wants)
-    return {name: value for name, value in zip(WANTS, values, strict=True) if name in wants}
+    rows = min(chunk, max(_SLICE_ROWS, _SLICE_BYTES // row_bytes))
+    keep = hidden_ND.shape[0] <= chunk
+    logp_N, log_partition_N, entropy_N = _Head.apply(
+        hidden_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN
+    )
+    values = {"logp": logp_N, "entropy": entropy_N, "log_partition": log_partition_N}
+    return {name: values[name] for name in WANTS if name in wants}
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        rows: int,
+        keep: bool,
+        entropy: bool,
+        arithmetic: Arithmetic,
+    ) -> Reduced:
         N = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight = weight_VD.to(hidden_ND.dtype)
-        logp_N = hidden_ND.new_empty(N, dtype=wide)
-        log_partition_N = hidden_ND.new_empty(N, dtype=wide)
+        logp_N, log_partition_N = hidden_ND.new_empty(N, dtype=wide), hidden_ND.new_empty(N, dtype=wide)
         entropy_N = hidden_ND.new_empty(N, dtype=wide) if entropy else None
-        logits = None
-        for start in range(0, N, chunk):
-            logits = hidden_ND[start : start + chunk] @ weight.t()
-            for first, last in _tiles(logits):
-                rows = slice(start + first, start + last)
-                tile = logits[first:last].to(wide)
-                log_partition_N[rows] = torch.logsumexp(tile, dim=-1)
-                partition_n1 = log_partition_N[rows, None]
-                logp_N[rows] = (tile.gather(1, targets_N[rows, None]) - partition_n1).squeeze(1)
-                if entropy_N is not None:
-                    # From log-probabilities, not from logits: their common offset would cost digits.
-                    every_logp = tile - partition_n1
-                    entropy_N[rows] = -(every_logp.exp() * every_logp).sum(-1)
+        keep = keep and any(ctx.needs_input_grad)
+        ctx.kept = []
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            logits = hidden_ND[part] @ weight.t()
+            logp_N[part], log_partition_N[part], entropy_n = arithmetic.reduce(logits, targets_N[part], entropy)
+            if entropy_N is not None and entropy_n is not None:
+                entropy_N[part] = entropy_n
+            ctx.kept.append(logits if keep else None)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N)
-        ctx.chunk = chunk
-        ctx.kept = logits if chunk >= N and any(ctx.needs_input_grad) else None
-        return logp_N, entropy_N, log_partition_N
+        ctx.rows, ctx.arithmetic = rows, arithmetic
+        return logp_N, log_partition_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, logp_grad_N: Tensor, entropy_grad_N: Tensor | None, partition_grad_N: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        ctx: Any, logp_grad_N: Tensor, partition_grad_N: Tensor, entropy_grad_N: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N = ctx.saved_tensors
         weight = weight_VD.to(hidden_ND.dtype)
         hidden_grad = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        weight_grad = None
-        for start in range(0, hidden_ND.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
+        weight_grad = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        for index, logits in enumerate(ctx.kept):
+            part = slice(index * ctx.rows, (index + 1) * ctx.rows)
             # Kept logits are overwritten by their own gradient, so a second backward computes them again.
-            logits, ctx.kept = ctx.kept, None
+            ctx.kept[index] = None
             if logits is None:
-                logits = hidden_ND[rows] @ weight.t()
-            _logits_to_gradient(
-                logits, targets_N[rows], log_partition_N[rows], logp_grad_N[rows], partition_grad_N[rows],
-                None if entropy_N is None else entropy_N[rows],
-                None if entropy_grad_N is None else entropy_grad_N[rows],
+                logits = hidden_ND[part] @ weight.t()
+            ctx.arithmetic.differentiate(
+                logits, targets_N[part], log_partition_N[part], logp_grad_N[part], partition_grad_N[part],
+                None if entropy_N is None else entropy_N[part],
+                None if entropy_grad_N is None else entropy_grad_N[part],
             )
             if hidden_grad is not None:
-                torch.mm(logits, weight, out=hidden_grad[rows])
-            if ctx.needs_input_grad[1]:
-                share = logits.t() @ hidden_ND[rows]
-                # Shares of chunks add up in the master's type: bfloat16 sums would depend on the chunk.
-                weight_grad = share.to(weight_VD.dtype) if weight_grad is None else weight_grad.add_(share)
-        if weight_grad is None and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight_VD)
-        return hidden_grad, weight_grad, None, None, None
+                torch.mm(logits, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
+                weight_grad += logits.t() @ hidden_ND[part]
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
-def _logits_to_gradient(
-    logits: Tensor,
-    targets_n: Tensor,
-    log_partition_n: Tensor,
-    logp_grad_n: Tensor,
-    partition_grad_n: Tensor,
-    entropy_n: Tensor | None,
+def _reduce(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_partition_n = torch.logsumexp(wide, dim=-1)
+    logp_n = wide.gather(1, targets_n[:, None]).squeeze(1) - log_partition_n
+    if not entropy:
+        return logp_n, log_partition_n, None
+    # From log-probabilities, not from logits: their common offset would cost digits.
+    every_logp = wide - log_partition_n[:, None]
+    return logp_n, log_partition_n, -(every_logp.exp() * every_logp).sum(-1)
+
+
+def _reduce_by_tiles(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
+    done = [_reduce(logits[tile], targets_n[tile], entropy) for tile in _tiles(logits)]
+    logp, log_partition, entropies = zip(*done, strict=True)
+    return torch.cat(logp), torch.cat(log_partition), torch.cat(entropies) if entropy else None
+
+
+def _scale(
+    every_logp: Tensor, logp_grad_n: Tensor, partition_grad_n: Tensor, entropy_n: Tensor | None,
     entropy_grad_n: Tensor | None,
-) -> None:
-    """Overwrite logits z by the gradient of what was computed from them.
+) -> Tensor:
+    """What p = softmax(z) is multiplied by in the gradient of logits z; the target's place adds logp_grad.
 
-    With p = softmax(z) and entropy H: d logp / dz = onehot - p, d log_partition / dz = p,
-    d H / dz = -p (log p + H).
+    d logp / dz = onehot - p, d log_partition / dz = p, and with entropy H: d H / dz = -p (log p + H).
     """
-    wide = log_partition_n.dtype
-    for first, last in _tiles(logits):
-        part = slice(first, last)
-        every_logp = logits[part].to(wide) - log_partition_n[part, None]
-        scale = (partition_grad_n[part] - logp_grad_n[part])[:, None]
-        if entropy_grad_n is not None:
-            assert entropy_n is not None
-            scale = scale - entropy_grad_n[part, None] * (every_logp + entropy_n[part, None])
+    scale = (partition_grad_n - logp_grad_n)[:, None]
+    if entropy_grad_n is None:
+        return scale
+    assert entropy_n is not None
+    return scale - entropy_grad_n[:, None] * (every_logp + entropy_n[:, None])
+
+
+def _differentiate_by_tiles(
+    logits: Tensor, targets_n: Tensor, log_partition_n: Tensor, logp_grad_n: Tensor, *others: Tensor | None
+) -> None:
+    for tile in _tiles(logits):
+        every_logp = logits[tile].to(log_partition_n.dtype) - log_partition_n[tile, None]
+        scale = _scale(every_logp, logp_grad_n[tile], *(None if x is None else x[tile] for x in others))  # type: ignore[arg-type]
         gradient = every_logp.exp_().mul_(scale)
-        gradient.scatter_add_(1, targets_n[part, None], logp_grad_n[part, None])
-        logits[part] = gradient
+        gradient.scatter_add_(1, targets_n[tile, None], logp_grad_n[tile, None])
+        logits[tile] = gradient
 
 
-def _tiles(logits: Tensor) -> list[tuple[int, int]]:
+def _differentiate_at_once(
+    logits: Tensor, targets_n: Tensor, log_partition_n: Tensor, logp_grad_n: Tensor, *others: Tensor | None
+) -> None:
+    # The target's place by comparison: a compiler fuses that, and could not fuse a scatter.
+    every_logp = logits.to(log_partition_n.dtype) - log_partition_n[:, None]
+    at_target = torch.arange(logits.shape[1], device=logits.device) == targets_n[:, None]
+    gradient = every_logp.exp() * _scale(every_logp, logp_grad_n, *others)  # type: ignore[arg-type]
+    logits.copy_(gradient + at_target * logp_grad_n[:, None])
+
+
+PLAIN = Arithmetic(_reduce_by_tiles, _differentiate_by_tiles)
+
+
+def compiled() -> Arithmetic:
+    """The same arithmetic by torch.compile: one pass over the logits in each direction."""
+    return Arithmetic(torch.compile(_reduce, dynamic=True), torch.compile(_differentiate_at_once, dynamic=True))
+
+
+def _tiles(logits: Tensor) -> list[slice]:
     count, width = logits.shape
-    step = max(1, _TILE_ELEMENTS // width) if logits.device.type == "cpu" else max(1, count)
-    return [(first, min(first + step, count)) for first in range(0, count, step)]
+    step = max(1, _TILE_ELEMENTS // width) if logits.device.type == "cpu" else count
+    return [slice(first, first + step) for first in range(0, count, max(1, step))]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -20,9 +19,10 @@ from llmtrainer.base.errors import UserError
 
 SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 _BLOCK = 2**17
+_PACKED_BLOCK = 2**14
 
-Damage = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-"""What reading a damaged file may raise; bz2 raises a plain OSError, told apart below."""
+Damage = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+"""What reading a damaged file may raise."""
 
 
 @contextmanager
@@ -36,8 +36,8 @@ def opened(path: Path, *, seeks: bool = False) -> Iterator[BinaryIO]:
         if suffix not in SUFFIXES:
             yield packed
             return
-        if not packed.peek(1):
-            raise EOFError("the file is empty")
+        if len(packed.peek(2)) < 2:
+            raise EOFError("the file ends before its content begins")
         with _unpacked(packed, suffix) as stream:
             if not seeks:
                 yield stream
@@ -58,46 +58,42 @@ def damage(error: Exception, path: Path) -> UserError:
     )
 
 
-def _unpacked(packed: io.BufferedReader, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=packed, mode="rb"), _BLOCK))
-    raw = {".zst": _zstd, ".xz": _xz, ".bz2": _bz2}[suffix](packed)
-    return cast(BinaryIO, io.BufferedReader(_Unpacker(raw), _BLOCK))
+def _unpacked(packed: BinaryIO, suffix: str) -> BinaryIO:
+    blocks = _members(packed, _UNPACKERS[suffix])
+    return cast(BinaryIO, io.BufferedReader(_Unpacker(blocks), _BLOCK))
 
 
-def _zstd(packed: BinaryIO) -> Iterator[bytes]:
-    # zstandard's own stream reader takes a frame that breaks off for the end of the file.
-    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-    started = False
-    while block := packed.read(_BLOCK):
+_UNPACKERS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+    ".xz": lzma.LZMADecompressor,
+    ".bz2": bz2.BZ2Decompressor,
+}
+
+
+def _members(packed: BinaryIO, begin: Callable[[], Any]) -> Iterator[bytes]:
+    """A file is one member after another, each unpacked by an object of its own; zeros may follow the last.
+
+    The libraries' own file readers would not do: zstd's takes a frame that breaks off for the end of the file, those
+    of bz2 and xz leave out whatever they do not understand behind the first member.
+    """
+    unpacker = begin()
+    # A little at a time: a few bytes of a very regular file become megabytes at once.
+    while block := packed.read(_PACKED_BLOCK):
         while block:
-            if unpacker.eof:    # the next frame
-                unpacker = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            started = True
-            yield unpacker.decompress(block)
-            block = unpacker.unused_data if unpacker.eof else b""
-    if started and not unpacker.eof:
-        raise EOFError("the last zstd frame breaks off")
-
-
-def _xz(packed: BinaryIO) -> Iterator[bytes]:
-    with lzma.LZMAFile(packed) as file:
-        while block := file.read(_BLOCK):
-            yield block
-
-
-def _bz2(packed: BinaryIO) -> Iterator[bytes]:
-    with bz2.BZ2File(packed) as file:
-        while True:
+            if unpacker.eof:
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                unpacker = begin()
             try:
-                block = file.read(_BLOCK)
-            except OSError as error:
-                if error.errno is not None:    # the disk's fault, not the file's
-                    raise
+                content = unpacker.decompress(block)
+            except OSError as error:    # what bz2 says of a damaged file
                 raise zlib.error(str(error)) from error
-            if not block:
-                return
-            yield block
+            yield content
+            block = unpacker.unused_data if unpacker.eof else b""
+    if not unpacker.eof:
+        raise EOFError("its last part has no end")
 
 
 class _Unpacker(io.RawIOBase):

@@ -80,22 +80,15 @@ def write_store(
         if not _is_complete(partial, key):
             dtype = dtype_for(tokenizer.vocabulary)
             writer = ShardWriter(partial, key=key, dtype=dtype, shard_tokens=shard_tokens)
+            reading = {"fields": fields, "errors": errors, "allow_truncated": allow_truncated, "warn": warn}
             try:
-                if report is not None and writer.text_bytes:
-                    report(writer.text_bytes)
-                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, {
-                    "fields": fields, "errors": errors, "allow_truncated": allow_truncated, "warn": warn,
-                })    # fmt: skip
+                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, reading)
                 encoded = (
                     _encoded_here(batches, tokenizer)
                     if workers == 0 or sum(file.bytes for file in files) <= batch_bytes
                     else _encoded_by(workers, batches, load_tokenizer, tokenizer_folder)
                 )
-                with closing(encoded):
-                    for batch, (ids, lengths) in encoded:
-                        writer.append(ids, lengths, np.array(batch.sources), np.array(batch.sizes))
-                        if report is not None:
-                            report(sum(batch.sizes))
+                _write_all(writer, encoded, report)
                 _require_documents(writer, files)
                 writer.finish({"key": key, **facts}, sources)
             finally:
@@ -115,6 +108,18 @@ class _Batch:
 
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 """Ids of several documents end to end, and the number of ids of each."""
+
+
+def _write_all(
+    writer: ShardWriter, encoded: Generator[tuple[_Batch, Encoded]], report: Callable[[int], None] | None
+) -> None:
+    heard = report if report is not None else lambda count: None
+    if writer.text_bytes:
+        heard(writer.text_bytes)    # what an earlier try has done
+    with closing(encoded):    # an error here ends the processes at once, not when the traceback is forgotten
+        for batch, (ids, lengths) in encoded:
+            writer.append(ids, lengths, np.array(batch.sources), np.array(batch.sizes))
+            heard(sum(batch.sizes))
 
 
 def _batches(

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 8
-SMALLEST_HALF = 4
-"""Bits of half an index at least: with fewer, a round has too few functions to choose from to mix well."""
+SMALL = 2**12
+"""Up to this size the order is drawn whole, by sorting hashes: exactly fair, and a network over few bits is not."""
 
 
 class Permutation:
@@ -17,15 +17,19 @@ class Permutation:
 
     A balanced Feistel network (Luby and Rackoff 1988) over the next even power of two; an image outside the
     range is sent through again until it falls inside (cycle walking: Black and Rogaway 2002), at most four times
-    on average, since the domain is less than four times the size (or 256).
+    on average, since the domain is less than four times the size.
     """
 
     def __init__(self, size: int, key: int) -> None:
         assert 0 < size < 2**62, f"a permutation of {size} elements"
         self.size = size
-        self._half = np.uint64(max(((size - 1).bit_length() + 1) // 2, SMALLEST_HALF))
+        hashed_key = hashed(np.array([key], dtype=np.uint64))
+        self._table = None
+        if size <= SMALL:
+            self._table = np.argsort(hashed(np.arange(size, dtype=np.uint64) + hashed_key), kind="stable")
+        self._half = np.uint64(((size - 1).bit_length() + 1) // 2)
         self._mask = (np.uint64(1) << self._half) - np.uint64(1)
-        self._keys = hashed(np.arange(ROUNDS, dtype=np.uint64) + hashed(np.array([key], dtype=np.uint64)))
+        self._keys = hashed(np.arange(ROUNDS, dtype=np.uint64) + hashed_key)
 
     def __len__(self) -> int:
         return self.size
@@ -39,11 +43,14 @@ class Permutation:
         place = np.atleast_1d(np.asarray(index, dtype=np.int64))
         if place.size and (place.min() < 0 or place.max() >= self.size):
             raise IndexError(f"place {index} of a permutation of {self.size}")
+        found = self._walk(place) if self._table is None else self._table[place]
+        return found if isinstance(index, np.ndarray) else int(found[0])
+
+    def _walk(self, place: NDArray[np.int64]) -> NDArray[np.int64]:
         image = self._network(place.astype(np.uint64))
         while (outside := image >= self.size).any():
             image[outside] = self._network(image[outside])
-        found = image.astype(np.int64)
-        return found if isinstance(index, np.ndarray) else int(found[0])
+        return image.astype(np.int64)
 
     def _network(self, value: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = value >> self._half, value & self._mask

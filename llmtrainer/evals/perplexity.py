@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,11 +188,8 @@ def _score_group(
     report: Report | None,
 ) -> Iterator[Score]:
     nats = [[0.0] * max(len(document) - 1, 0) for document in ids]
-    bytes_of = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
+    bytes_of = [len(text.encode()) for text in texts]
     rows = [row for index, document in enumerate(ids) for row in windows(index, len(document) - 1, window)]
-    unread = Counter(row.document for row in rows)
-    if report is not None:
-        report(sum(size for index, size in enumerate(bytes_of) if not unread[index]))
     device = next(policy.module.parameters()).device
     with _measuring(policy):
         for batch in _by_length(rows, budget):
@@ -202,9 +198,12 @@ def _score_group(
             for row, logp_T in zip(batch, values.double().cpu(), strict=True):
                 counted_N = logp_T[row.first - row.start : row.stop - row.start]
                 nats[row.document][row.first : row.stop] = (-counted_N).tolist()
-                unread[row.document] -= 1
-                if report is not None and not unread[row.document]:
-                    report(bytes_of[row.document])
+                if report is not None:
+                    # A row's part of its document, rounded so that the parts add up to the whole.
+                    size, positions = bytes_of[row.document], len(nats[row.document])
+                    report(size * row.stop // positions - size * row.first // positions)
+    if report is not None:
+        report(sum(size for size, values in zip(bytes_of, nats, strict=True) if not values))
     for document, surprise, size in zip(ids, nats, bytes_of, strict=True):
         yield Score(tuple(document), tuple(surprise), size)
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.protocols import Tokenizer
 from llmtrainer.generation.sampling import Sampling, choose, uniform
 
 
@@ -22,9 +21,19 @@ class Reader(Protocol):
     def cache(self, rows: int, capacity: int) -> Any: ...
 
     def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Any) -> Tensor:
-        """Append the first `lengths_B` of each row's tokens to that row; logits [B, V] of what follows them. A row
-        of length 0 stays as it is, and its logits mean nothing."""
+        """Append the first `lengths_B` of each row's tokens to that row; logits [B, V] of what follows them.
+        A row of length 0 stays as it is, and its logits mean nothing."""
         ...
+
+
+class Vocabulary(Protocol):
+    """What generation asks of a tokenizer."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -41,23 +50,29 @@ def generate(
     policy: Reader,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    tokenizer: Tokenizer,
+    tokenizer: Vocabulary,
     *,
     seed: int = 0,
     first_row: int = 0,
 ) -> Iterator[tuple[int, int]]:
     """(row, token) as they are chosen, row after row, one token each a round.
 
-    Prompts of different lengths are read together. A row stops by itself: with the tokenizer's end token, which is
-    given out too, after `max_new_tokens`, or where the model's context is full. `first_row` is the number of the
-    first prompt, for a caller that cuts many prompts into batches: a draw is a function of (seed, row, position).
+    Prompts of different lengths are read together. A row stops by itself: with the tokenizer's end token,
+    which is given out too, after `max_new_tokens`, or where the model's context is full. `first_row` is the
+    number of the first prompt, for a caller that cuts many prompts into batches: a draw is a function of
+    (seed, row, position).
     """
     _require_prompts(prompts, policy.context_length, first_row)
     return _generate(policy, [list(prompt) for prompt in prompts], sampling, tokenizer, seed, first_row)
 
 
 def _generate(
-    policy: Reader, prompts: list[list[int]], sampling: Sampling, tokenizer: Tokenizer, seed: int, first_row: int
+    policy: Reader,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    tokenizer: Vocabulary,
+    seed: int,
+    first_row: int,
 ) -> Iterator[tuple[int, int]]:
     if not prompts:
         return
@@ -89,7 +104,7 @@ def complete(
     policy: Reader,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    tokenizer: Tokenizer,
+    tokenizer: Vocabulary,
     *,
     seed: int = 0,
     rows_at_once: int | None = None,

@@ -33,7 +33,8 @@ class Sampling(Config):
 
 
 def suppressed(logits_BV: Tensor, ids: Sequence[int], vocabulary: int | None = None) -> Tensor:
-    """Logits in which some ids, and all at or above `vocabulary` (rows that only pad the head), are impossible."""
+    """Logits in which some ids, and all at or above `vocabulary` (rows that only pad the head), are
+    impossible."""
     V = logits_BV.shape[1]
     if not ids and (vocabulary is None or vocabulary >= V):
         return logits_BV
@@ -54,7 +55,8 @@ def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0.0:
         return torch.zeros_like(logits_BV).scatter_(1, greedy(logits_BV)[:, None], 1.0)
-    # The largest logit is subtracted first: a tiny temperature would take the quotient past the largest float.
+    # The largest logit is subtracted first: a tiny temperature would take the quotient past the largest
+    # float.
     scaled_BV = (logits_BV - logits_BV.max(dim=1, keepdim=True).values) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[1]:
         least_B1 = scaled_BV.topk(sampling.top_k, dim=1).values[:, -1:]
@@ -85,15 +87,15 @@ def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     beside it.
     """
     running_BV = probability_BV.double().cumsum(dim=1)
-    # Divided by its own end, the sum ends at exactly 1, above every uniform number: the search cannot run over,
-    # and as it looks for what exceeds, it never stops at an id of probability 0.
+    # Divided by its own end, the sum ends at exactly 1, above every uniform number: the search cannot run
+    # over, and as it looks for what exceeds, it never stops at an id of probability 0.
     running_BV = running_BV / running_BV[:, -1:]
     return torch.searchsorted(running_BV, uniform_B.to(running_BV)[:, None], right=True)[:, 0]
 
 
 def uniform(seed: int, row: int, position: int) -> float:
-    """A number in [0, 1) that is a function of (seed, row, position): what a row says depends on no other row, nor
-    on how rows share batches."""
+    """A number in [0, 1) that is a function of (seed, row, position): what a row says depends on no other
+    row, nor on how rows share batches."""
     return (derive(seed, "draw", row, position) >> 9) * 2.0**-53
 
 

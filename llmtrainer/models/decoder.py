@@ -103,7 +103,9 @@ class Decoder(nn.Module):
         # The last norm and the head see the positions that count, and no other.
         hidden_ND = vocab_head.gather(self.residual(batch), chosen_N)
         hidden_ND = self.model.norm(hidden_ND, self.compute)
-        return vocab_head.score_gathered(hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk)
+        return vocab_head.score_gathered(
+            hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk, self._pieces.arithmetic
+        )
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the head reads: [B, T, D] in the compute type."""
@@ -138,7 +140,9 @@ class Decoder(nn.Module):
         """
         # Sizes are dynamic from the start: kernels then depend on no history of shapes, and a resumed run has
         # the bits of one that was not interrupted.
-        self._pieces = _Pieces(*(torch.compile(part, dynamic=True) for part in (_project, _finish)))
+        self._pieces = _Pieces(
+            torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True), vocab_head.compiled()
+        )
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows, none read yet.
@@ -174,9 +178,10 @@ def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.d
 class _Pieces(NamedTuple):
     project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
     finish: Callable[[Block, Tensor, Tensor, torch.dtype], Tensor]
+    arithmetic: vocab_head.Arithmetic
 
 
-_PLAIN = _Pieces(_project, _finish)
+_PLAIN = _Pieces(_project, _finish, vocab_head.PLAIN)
 
 
 def shape_of(family: Llama) -> AttentionShape:

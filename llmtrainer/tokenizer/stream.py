@@ -9,16 +9,16 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2): printable Latin-1 stands for
-    itself, the other bytes follow from U+0100 on."""
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2): printable Latin-1 stands
+    for itself, the other bytes follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class ByteStream:
-    """Text from tokens that are bytes. A character appears with its last byte; bytes that are no character appear
-    as U+FFFD as soon as that is certain."""
+    """Text from tokens that are bytes. A character appears with its last byte; bytes that are no character
+    appear as U+FFFD as soon as that is certain."""
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of
@@ -36,8 +36,8 @@ class ByteStream:
 class WindowStream:
     """Text from tokens of any decoder, by decoding the last few tokens with and without the new one.
 
-    A decoder may treat a token by what stands before it (a leading blank is dropped only at the start), so the
-    window always begins one whole piece of text back.
+    A decoder may treat a token by what stands before it (a leading blank is dropped only at the start), so
+    the window always begins one whole piece of text back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import tokenizers
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.tokenizer.split import CONTROL_NAMES, END, PAD, ROLES, SPLIT_RULE, cut
+from llmtrainer.tokenizer.files import CONFIG_FILE, FILE, MAP_FILE, pre_tokenizer
+from llmtrainer.tokenizer.split import END, PAD, cut
 from llmtrainer.tokenizer.stream import ByteStream, TextStream, WindowStream, byte_alphabet
 
 Allowed = Literal["none", "none_raise", "all"] | Set[str]
 
-FILE = "tokenizer.json"
-CONFIG_FILE, MAP_FILE = "tokenizer_config.json", "special_tokens_map.json"
 COMPANIONS = (CONFIG_FILE, MAP_FILE, "added_tokens.json", "chat_template.jinja")
 """What may stand beside tokenizer.json and is passed on, byte for byte, when a tokenizer is saved."""
 
@@ -28,10 +27,12 @@ LONG_TEXT = 1_000_000
 
 
 class FileTokenizer:
-    """A tokenizer.json with its companions. Holds any model the `tokenizers` library knows; ours is byte-level BPE.
+    """A tokenizer.json with its companions. Holds any model the `tokenizers` library knows; ours is
+    byte-level BPE.
 
-    Text is encoded by a copy of the tokenizer that knows no added token at all: whatever a text says, it becomes
-    ordinary ids. No id is put before or after a text. `allowed` is the one way in, and names what may pass.
+    Text is encoded by a copy of the tokenizer that knows no added token at all: whatever a text says, it
+    becomes ordinary ids. No id is put before or after a text. `allowed` is the one way in, and names what may
+    pass.
     """
 
     def __init__(self, files: Mapping[str, str], where: str = "a tokenizer in memory") -> None:
@@ -48,7 +49,9 @@ class FileTokenizer:
             self._whole = tokenizers.Tokenizer.from_str(files[FILE])
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(bare))
         except Exception as error:  # the library raises a plain Exception for every kind of damage
-            raise UserError(f"{FILE} is not one the tokenizers library can read", where=where, why=str(error)) from error
+            raise UserError(
+                f"{FILE} is not one the tokenizers library can read", where=where, why=str(error)
+            ) from error
         for tokenizer in (self._whole, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -69,7 +72,8 @@ class FileTokenizer:
 
     @property
     def pad(self) -> int:
-        """`end` where the files name none: a padding position is read by nobody, so it needs no id of its own."""
+        """`end` where the files name none: a padding position is read by nobody, so it needs no id of its
+        own."""
         return self._pad
 
     @property
@@ -78,19 +82,22 @@ class FileTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the model, what prepares text for it, the added tokens and the id that ends a document. The
-        layout of the files does not count, nor their names for the other control tokens."""
+        """SHA-256 over the model, what prepares text for it, the added tokens and the id that ends a
+        document. The layout of the files does not count, nor their names for the other control tokens."""
         decides = {key: self._bare.get(key) for key in ("normalizer", "pre_tokenizer")}
         model = {**self._bare["model"]}
-        model["merges"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())]
+        model["merges"] = [
+            " ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())
+        ]
         decides |= {"model": model, "control": self._control, "end": self._end}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str, *, allowed: Allowed = "none") -> list[int]:
         """Ids of a text.
 
-        `allowed` decides about control names in it: "none" reads them as text, "none_raise" refuses them, "all" turns
-        each into its id, a set only those it names. Only for text that a program wrote, never for a user's.
+        `allowed` decides about control names in it: "none" reads them as text, "none_raise" refuses them,
+        "all" turns each into its id, a set only those it names. Only for text that a program wrote, never for
+        a user's.
         """
         if not self._names(allowed):
             return self.encode_batch([text])[0]
@@ -115,7 +122,9 @@ class FileTokenizer:
         """Ids of each text, on all cores. A control name in a text is text."""
         parts = [list(cut(text, LONG_TEXT)) if self._ours else [text] for text in texts]
         try:
-            done = iter(self._plain.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False))
+            done = iter(
+                self._plain.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False)
+            )
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_unicode(texts, error) from error
         batches: list[list[int]] = []
@@ -134,8 +143,8 @@ class FileTokenizer:
         return b"".join(map(self._bytes_of, shown)).decode("utf-8", "replace")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """One text per id; joined they are the decoded text. A token that is part of a character shows "" until the
-        character's last token; a control token shows its name."""
+        """One text per id; joined they are the decoded text. A token that is part of a character shows ""
+        until the character's last token; a control token shows its name."""
         pieces: list[str] = []
         stream = self.stream()
         control = set(self._control.values())
@@ -198,11 +207,15 @@ class FileTokenizer:
         """Which control names to look for."""
         if isinstance(allowed, str):
             if allowed not in ("none", "none_raise", "all"):
-                raise UserError(f"allowed={allowed!r}", fix='"none", "none_raise", "all", or a set of control names')
+                raise UserError(
+                    f"allowed={allowed!r}", fix='"none", "none_raise", "all", or a set of control names'
+                )
             return frozenset() if allowed == "none" else frozenset(self._control)
         unknown = sorted(set(allowed) - set(self._control))
         if unknown:
-            raise UserError(f"no control token is called {unknown[0]}", why=f"there are: {', '.join(self._control)}")
+            raise UserError(
+                f"no control token is called {unknown[0]}", why=f"there are: {', '.join(self._control)}"
+            )
         return frozenset(allowed)
 
     @staticmethod
@@ -236,67 +249,14 @@ class FileTokenizer:
                 raise UserError(
                     f"text could forge {name}",
                     where=self._where,
-                    why=f"the {description['model'].get('type')} model itself reads these characters as id {number}",
+                    why=f"its {description['model'].get('type')} model itself reads this as id {number}",
                     fix="use a vocabulary whose control tokens are not words of its model",
                 )
 
 
-def pre_tokenizer() -> dict[str, Any]:
-    """Our split rule, as tokenizer.json holds it."""
-    split = {"type": "Split", "pattern": {"Regex": SPLIT_RULE}, "behavior": "Isolated", "invert": False}
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [split, to_bytes]}
-
-
-def byte_level(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> FileTokenizer:
-    """A byte-level BPE tokenizer from its base vocabulary; the 13 control tokens come directly after it."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": len(vocabulary) + place, "content": name, **flags, "special": True}
-        for place, name in enumerate(CONTROL_NAMES)
-    ]
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
-        "merges": [list(merge) for merge in merges],
-    }
-    description = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer(),
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "model": model,
-    }
-    others = [name for name in CONTROL_NAMES if name not in ROLES.values()]
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,  # transformers' way to say that a tokenizer sets no limit
-        "additional_special_tokens": others,
-        **ROLES,
-    }
-    return FileTokenizer(
-        {
-            FILE: json.dumps(description, ensure_ascii=False, indent=1) + "\n",
-            CONFIG_FILE: json.dumps(config, indent=2) + "\n",
-            MAP_FILE: json.dumps({**ROLES, "additional_special_tokens": others}, indent=2) + "\n",
-        }
-    )
-
-
 def load_tokenizer(folder: str | Path) -> FileTokenizer:
-    """The tokenizer of a folder that holds a tokenizer.json: ours, a checkpoint's, or a Hugging Face model's."""
+    """The tokenizer of a folder that holds a tokenizer.json: ours, a checkpoint's, or a Hugging Face
+    model's."""
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise UserError(
@@ -310,26 +270,30 @@ def load_tokenizer(folder: str | Path) -> FileTokenizer:
             try:
                 files[name] = (folder / name).read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{name} is not UTF-8", where=f"{folder / name}, byte {error.start:,}") from error
+                raise UserError(
+                    f"{name} is not UTF-8", where=f"{folder / name}, byte {error.start:,}"
+                ) from error
     return FileTokenizer(files, where=str(folder))
 
 
 def padded_vocabulary(vocabulary: int, multiple: int = 64) -> int:
-    """Rows of the embedding and the head: matrix products are fastest when their sizes are multiples of 64. The rows
-    above the vocabulary have no token: they are never a target and never sampled."""
+    """Rows of the embedding and the head: matrix products are fastest when their sizes are multiples of 64.
+    The rows above the vocabulary have no token: they are never a target and never sampled."""
     return -(-vocabulary // multiple) * multiple
 
 
 def _without_control(description: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, Any]:
     """The same tokenizer with every added token removed, special or not.
 
-    GPT-2 and others list their control tokens among the words of the model too. There they go as well, unless a
-    merge makes them: a pre-token that is a word as a whole may become its id without any merge.
+    GPT-2 and others list their control tokens among the words of the model too. There they go as well, unless
+    a merge makes them: a pre-token that is a word as a whole may become its id without any merge.
     """
     bare = {**description, "added_tokens": [], "post_processor": None}
     model = bare["model"]
     if model.get("type") == "BPE":
-        made = {"".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model["merges"]}
+        made = {
+            "".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model["merges"]
+        }
         kept = made | {model.get("unk_token")} | (set(model["vocab"]) - set(control))
         bare["model"] = {**model, "vocab": {token: i for token, i in model["vocab"].items() if token in kept}}
     return bare
@@ -350,14 +314,17 @@ def _parsed(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(files[name])
     except json.JSONDecodeError as error:
-        raise UserError(f"{name} is no JSON", where=f"{where}, line {error.lineno:,}", why=error.msg) from error
+        raise UserError(
+            f"{name} is no JSON", where=f"{where}, line {error.lineno:,}", why=error.msg
+        ) from error
     if not isinstance(parsed, dict) or (name == FILE and not isinstance(parsed.get("model"), dict)):
         raise UserError(f"{name} does not describe a tokenizer", where=where)
     return parsed
 
 
 def _not_unicode(texts: Sequence[str], error: Exception) -> Exception:
-    """A half of a surrogate pair is no character: no UTF-8 text can hold it, so nothing could give it back."""
+    """A half of a surrogate pair is no character: no UTF-8 text can hold it, so nothing could give it
+    back."""
     for number, text in enumerate(texts):
         surrogates = _surrogates(text)
         for place in surrogates:

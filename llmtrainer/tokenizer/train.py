@@ -14,8 +14,9 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Bytes
+from llmtrainer.tokenizer.files import byte_level_files, pre_tokenizer
 from llmtrainer.tokenizer.split import CONTROL_NAMES
-from llmtrainer.tokenizer.tokenizer import FileTokenizer, byte_level, pre_tokenizer
+from llmtrainer.tokenizer.tokenizer import FileTokenizer
 
 BYTES = 256
 SMALLEST = BYTES + len(CONTROL_NAMES)
@@ -27,12 +28,12 @@ MAXIMUM_TEXT = 48 * 10**6
 RESIDENT = 400 * 2**20
 """What a process with torch imported takes before it learns anything."""
 COST_PER_SYMBOL = 120
-"""Memory for each byte of a distinct word. Measured at 4 thousand and 32 thousand entries, on 5 to 32 MB of Chinese,
-English and Python: 75 to 105."""
+"""Memory for each byte of a distinct word. Measured at 4 thousand and 32 thousand entries, on 5 to 32 MB of
+Chinese, English and Python: 75 to 105."""
 
 PIECE = 32_768
-"""Characters. The library aligns every character of a text while it splits it, for 100 bytes each; a whole file at a
-time cost five times the memory of the words in it."""
+"""Characters. The library aligns every character of a text while it splits it, for 100 bytes each; a whole
+file at a time cost five times the memory of the words in it."""
 
 # Roughly the split rule, in the dialect of the standard library: only the amount of distinct words is wanted.
 _WORD = re.compile(
@@ -71,11 +72,13 @@ def train_vocabulary(
     report: Callable[[int], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> FileTokenizer:
-    """Learn a byte-level BPE vocabulary of `vocabulary` ids: 256 bytes, merges, and 13 control ids after them.
+    """Learn a byte-level BPE vocabulary of `vocabulary` ids: 256 bytes, merges, and 13 control ids after
+    them.
 
-    Peak memory of the process stays below `maximum_memory`, and at most `maximum_text` bytes of text are learned
-    from: where there is more, a uniform sample over all of it, the same on every machine; `warn` is told. `report`
-    gets the UTF-8 bytes read since its last call. Too little text gives a smaller vocabulary, and `warn` is told.
+    Peak memory of the process stays below `maximum_memory`, and at most `maximum_text` bytes of text are
+    learned from: where there is more, a uniform sample over all of it, the same on every machine; `warn` is
+    told. `report` gets the UTF-8 bytes read since its last call. Too little text gives a smaller vocabulary,
+    and `warn` is told.
     """
     sample = take_sample(texts, maximum_memory=maximum_memory, maximum_text=maximum_text, report=report)
     if warn and sample.kept_bytes < sample.read_bytes:
@@ -98,7 +101,8 @@ def take_sample(
 ) -> Sample:
     """Read all text and keep the pieces of lowest priority that fit: a uniform sample, whatever the order.
 
-    A piece's priority is a function of its place in the text alone, so the sample is the same on every machine.
+    A piece's priority is a function of its place in the text alone, so the sample is the same on every
+    machine.
     """
     maximum_memory = _count(maximum_memory)
     if maximum_memory < RESIDENT + 2**26:
@@ -146,8 +150,10 @@ def learn(sample: Sample, vocabulary: int) -> FileTokenizer:
     )
     tokenizer.train_from_iterator(sample.pieces, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    return byte_level(model["vocab"], merges)
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]
+    ]
+    return FileTokenizer(byte_level_files(model["vocab"], merges))
 
 
 class _Reservoir:

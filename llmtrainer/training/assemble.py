@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -54,8 +55,10 @@ class Assembled:
     """Code version, precision, fingerprints: part of every checkpoint's manifest."""
 
 
-def assemble(recipe: Recipe, log: EventLog, view: View, stop: StopRequests) -> Assembled:
-    """Everything a run needs. Call under the run's lock."""
+def assemble(
+    recipe: Recipe, log: EventLog, view: View, stop: StopRequests, *, most_documents: int | None = None
+) -> Assembled:
+    """Everything a run needs. Call under the run's lock. `most_documents` shortens every suite, for a dry run."""
     run = RunDir(Path(recipe.run))
 
     def warn(text: str) -> None:
@@ -94,7 +97,7 @@ def assemble(recipe: Recipe, log: EventLog, view: View, stop: StopRequests) -> A
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine).run, saver=saver,
+        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine, most_documents).run, saver=saver,
         first_step=lambda: require_read(recipe), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
@@ -137,13 +140,15 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 
 def evaluations_of(
-    recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine
+    recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
+    most_documents: int | None,
 ) -> Evaluations:
     """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.train.fields, recipe.evaluate.max_new_tokens
 
     def read(path: str) -> Iterator[str]:
-        return (document.text for document in documents(find(path), fields=fields))
+        found = documents(find(path), fields=fields)
+        return (document.text for document in itertools.islice(found, most_documents))
 
     def sample(progress: Progress) -> None:
         sampling = Sampling(max_new_tokens=tokens, temperature=0.0)

@@ -22,6 +22,10 @@ from llmtrainer.training.recipe import Evaluate, Recipe
 from llmtrainer.training.trainer import Trainer
 
 
+MOST_DOCUMENTS = 4
+"""Documents of each suite that are evaluated: enough to see that it runs."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was tried."""
@@ -113,10 +117,7 @@ class _DryRun:
         return f"{size / 2**20:,.1f} MiB a checkpoint, every hash verified"
 
     def _evaluate(self) -> str:
-        settings = self._recipe.evaluate
-        rows = min(settings.held_out_rows, 4 * self._recipe.data.rows_per_step)
-        short = settings.model_copy(update={"held_out_rows": rows})
-        with _trainer(self._changed("straight", "3 steps", short)) as trainer:
+        with _trainer(self._changed("straight", "3 steps")) as trainer:
             figures = trainer.evaluate()
         return ", ".join(f"{name} {value:.4f}" for name, value in figures.items()) or "nothing to evaluate"
 
@@ -137,7 +138,7 @@ class _DryRun:
             )
         return "2 steps, stop, 1 step: bit-equal to 3 steps in weights and optimizer"
 
-    def _changed(self, name: str, duration: str, evaluate: Evaluate | None = None) -> Recipe:
+    def _changed(self, name: str, duration: str) -> Recipe:
         """The recipe for a few steps in a folder of its own, at the learning rates of the real run."""
         schedule = self._recipe.optim.schedule
         length = schedule.length or self._recipe.duration
@@ -145,18 +146,28 @@ class _DryRun:
             "run": str(self._folder / name),
             "resume": "auto",
             "duration": Duration.parse(duration),
-            "evaluate": evaluate or Evaluate(),
+            "evaluate": self._shortened(),
             "save": self._recipe.save.model_copy(update={"every": Every.parse("never")}),
             "optim": self._recipe.optim.model_copy(update={"schedule": schedule.model_copy(update={"length": length})}),
         }
         return self._recipe.model_copy(update=changes)
+
+    def _shortened(self) -> Evaluate:
+        """The evaluations on a few rows. A setting that nothing will read stays as it is, so that it is found."""
+        settings, data = self._recipe.evaluate, self._recipe.data
+        most = 4 * data.rows_per_step
+        if not data.held_out or settings.held_out_rows <= most:
+            return settings
+        return settings.model_copy(update={"held_out_rows": most})
 
 
 @contextmanager
 def _trainer(recipe: Recipe) -> Iterator[Trainer]:
     run = RunDir(Path(recipe.run))
     with run.locked(), EventLog(run.events) as log:
-        trainer = assemble(recipe, log, lambda event: None, StopRequests(run.control)).trainer
+        trainer = assemble(
+            recipe, log, lambda event: None, StopRequests(run.control), most_documents=MOST_DOCUMENTS
+        ).trainer
         try:
             yield trainer
         finally:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrainer.base.units import Duration, Progress
+from llmtrainer.training.figures import amount, number, remaining, short, span
 
 SECONDS_BETWEEN_LINES = 5.0
 """How often a line is due where there is no terminal: a log file should be readable, not full."""
@@ -229,8 +230,7 @@ class TrainingView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._told and not self._live:
-            say(self._line())
+        self._tell_step()
         self._open.close()
 
     def show(self, event: Mapping[str, Any]) -> None:
@@ -241,8 +241,10 @@ class TrainingView:
             case "resume":
                 say(f"continues after step {event['step']:,}")
             case "stop":
+                self._tell_step()
                 say(f"stopped after step {event['step']:,}: the same command continues")
             case "evaluate":
+                self._tell_step()
                 say(f"step {event['step']:,}: {_evaluation(event)}")
             case "save":
                 say(f"step {event['step']:,}: checkpoint saved")
@@ -259,7 +261,12 @@ class TrainingView:
         self._step, self._told = event, False
         if (loss := event.get("loss")) is not None:
             self._history.add(float(loss))
-        if not self._live and self._pace.due():
+        if self._pace.due():
+            self._tell_step()
+
+    def _tell_step(self) -> None:
+        """One line for the last step, where there is no picture of it and none was told yet."""
+        if not self._told and not self._live:
             say(self._line())
             self._told = True
 
@@ -343,44 +350,3 @@ def _evaluation(event: Mapping[str, Any]) -> str:
             parts.setdefault(suite, []).append(f"{figure.replace('_', ' ')} {number(value)}")
     named = ((suite.replace("_", " "), ", ".join(shown)) for suite, shown in parts.items())
     return "; ".join(f"{suite}: {shown}" if suite else shown for suite, shown in named)
-
-
-def number(value: float) -> str:
-    """Counts with thousands separators, other figures with at least four digits."""
-    if isinstance(value, int) or value.is_integer():
-        return f"{value:,.0f}"
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def amount(value: float, unit: str) -> str:
-    """`1,200 documents`; bytes as kB, MB or GB with three figures."""
-    if unit != "bytes":
-        return f"{value:,.0f} {unit}"
-    for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= 0.9995 * size:  # what rounds up to the next unit is told in it
-            return f"{value / size:.3g} {name}" if value < 999.5 * size else f"{value / size:,.0f} {name}"
-    return f"{value:,.0f} bytes"
-
-
-def short(value: float) -> str:
-    """Three figures and K, M, B or T: 1.25M."""
-    for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:.3g}{name}"
-    return f"{value:.0f}"
-
-
-def span(seconds: float) -> str:
-    """`4.2 s`, `3:07` (minutes and seconds), `2:03:07` (hours)."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def remaining(seconds: float, share: float) -> str | None:
-    """Time left, given the share (0 to 1) that took `seconds`; None before there is a pace."""
-    if seconds <= 0 or share <= 0:
-        return None
-    left = seconds / share * (1.0 - share)
-    return f"0:{round(left):02d}" if left < 59.5 else span(max(left, 60.0))

@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from llmtrainer.training.console import short, span
+from llmtrainer.training.figures import short, span
 
 Numbers = NDArray[np.float64]
 Scale = Literal["step", "tokens", "minutes"]
@@ -170,15 +170,20 @@ def _first_and_last(axes: Axes, places: Numbers, losses: Numbers, colour: str) -
     known = np.flatnonzero(np.isfinite(losses))
     if known.size < 2:
         return
+    axes.margins(y=0.1)
     for index in (known[0], known[-1]):
         axes.plot(places[index], losses[index], "o", color=colour, markersize=5)
-        _value(axes, f"{losses[index]:.2f}", places[index], losses[index], colour, size=11.5)
+        text = f"{losses[index]:.2f}"
+        _value(axes, text, places[index], losses[index], colour, size=11.5, above=index == known[0])
 
 
-def _value(axes: Axes, text: str, x: float, y: float, colour: str, size: float) -> None:
+def _value(
+    axes: Axes, text: str, x: float, y: float, colour: str, size: float, *, above: bool = False
+) -> None:
+    """A number in bold at the right of a point, or above it."""
+    place: dict[str, Any] = {"xytext": (-4, 6), "va": "bottom"} if above else {"xytext": (7, 0), "va": "center"}
     axes.annotate(
-        text, (x, y), xytext=(7, 0), textcoords="offset points", va="center", color=colour, fontsize=size,
-        fontweight="bold",
+        text, (x, y), textcoords="offset points", color=colour, fontsize=size, fontweight="bold", **place
     )
 
 

@@ -33,7 +33,8 @@ from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store, is_store, sha256_of
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
-from llmtrainer.training.console import amount, bar, say, warn
+from llmtrainer.training.console import bar, say, warn
+from llmtrainer.training.figures import amount
 
 VERSION = 1
 """Raised when the same sources and settings would give other bytes: every older key then misses."""

@@ -21,7 +21,8 @@ from llmtrainer.core.suite import Suite
 from llmtrainer.data.open import Document, SourceFile, documents, find
 from llmtrainer.evals.perplexity import Perplexity, Score, Totals, figures
 from llmtrainer.generation.sampling import Sampling
-from llmtrainer.training.console import bar, number, span, stdout_is_for_people, warn
+from llmtrainer.training.console import bar, stdout_is_for_people, warn
+from llmtrainer.training.figures import count, number, span
 from llmtrainer.training.models import Opened, Precision, load_model, load_tokenizer, open_model
 from llmtrainer.training.writing import Completed, write
 
@@ -101,9 +102,9 @@ class Evaluated(Result):
             lines += [
                 f"  loss           {self.loss:.4f}   nats a token",
                 f"  perplexity     {self.perplexity:,.2f}   as unsure as a guess among so many tokens",
-                f"  bits per byte  {self.bits_per_byte:.4f}   a compressor with this model would need so many",
-                f"  read           {number(self.tokens)} tokens, {number(self.bytes)} bytes, "
-                f"{number(self.documents or 0)} documents in {span(self.seconds)}",
+                f"  bits per byte  {self.bits_per_byte:.4f}   what a compressor built on it would need",
+                f"  read           {count(self.tokens, 'token')}, {count(self.bytes, 'byte')}, "
+                f"{count(self.documents or 0, 'document')} in {span(self.seconds)}",
             ]
         for name, told in self.suites.items():
             lines.append(f"  {name}: " + ", ".join(f"{key} {number(value)}" for key, value in told.items()))

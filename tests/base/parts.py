@@ -61,16 +61,16 @@ class Order(Config):
     bill: Path | None = None
     """Where to put the bill."""
 
-    prices: dict[str, float] = {}
+    prices: dict[str, float] = Field(default={})
     """By name."""
 
-    cones: dict[str, Cone] = {}
+    cones: dict[str, Cone] = Field(default={})
     """For friends."""
 
     pair: tuple[int, str] = (0, "")
     """Two things of different type."""
 
-    free: dict[str, Any] = {}
+    free: dict[str, Any] = Field(default={})
     """Whatever else."""
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 import string
@@ -11,10 +12,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from llmtrainer.base.config import Kind, dump, load, load_with_origins, sorted_words
+from llmtrainer.base.config import Config, dump, load, load_with_origins, sorted_words
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.refusal import all_keys
-from llmtrainer.base.units import Duration
 from tests.base.flavours.chocolate import Chocolate
 from tests.base.flavours.vanilla import Vanilla
 from tests.base.parts import Order
@@ -61,7 +61,7 @@ def test_a_value_of_another_type_is_refused_with_its_line(tmp_path: Path, line: 
 
 
 def test_python_values_are_as_strict_as_yaml() -> None:
-    for wrong in ({"scoops": True}, {"scoops": 2.0}, {"cup": 1}, {"guest": 3}, {"chill": "1"}):
+    for wrong in ({"scoops": True}, {"scoops": 2.0}, {"cup": 1}, {"guest": 3}, {"chill": "1"}, {"chill": math.inf}):
         with pytest.raises(ValidationError):
             Order.model_validate(wrong)
     assert Order.model_validate({"tables": [1, 2], "bill": "a/b"}).bill == Path("a/b")
@@ -148,7 +148,7 @@ def test_a_kind_may_be_the_dotted_path_of_a_module_or_a_class() -> None:
 
 
 def test_a_missing_value_is_told_with_its_help() -> None:
-    class Demand(Kind):
+    class Demand(Config):
         """Has no default."""
 
         amount: int
@@ -159,6 +159,9 @@ def test_a_missing_value_is_told_with_its_help() -> None:
     error = caught.value
     told = (error.what, error.why, error.fix)
     assert told == ("`amount` is missing", "How much is wanted.", "amount=<whole number>")
+    # The misspelled key is why the other one is missing, so it is what has to be told.
+    with pytest.raises(UserError, match="unknown key `amont`"):
+        load(Demand, None, ["amont=3"])
 
 
 def test_a_validators_own_error_keeps_its_four_parts(tmp_path: Path) -> None:
@@ -188,7 +191,7 @@ def test_what_is_no_plain_mapping_is_refused(tmp_path: Path, text: str, what: st
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     file = written(tmp_path, "guest: x\n")
-    assert "did you mean `order.yaml`?" == refused(tmp_path / "oder.yaml").fix
+    assert refused(tmp_path / "oder.yaml").fix == "did you mean `order.yaml`?"
     assert "cannot be read" in refused(tmp_path).what
     file.write_bytes(b"guest: \xff\n")
     assert refused(file).where == f"{file}, byte 7"
@@ -219,9 +222,9 @@ def test_equal_configs_are_equal_whatever_was_read() -> None:
 
 
 def test_a_word_is_an_override_only_if_a_key_stands_before_its_first_equal_sign() -> None:
-    arguments = ["x = 1", "def f(a=1): pass", "guest=a=b", "cone.hight=3", "--", "cup=true", "--json"]
+    arguments = ["guests = 1", "def f(a=1): pass", "guest=a=b", "cone.hight=3", "--", "cup=true", "--json"]
     assert sorted_words(Order, arguments) == (
-        None, ["guest=a=b", "cone.hight=3"], ["x = 1", "def f(a=1): pass", "cup=true", "--json"],
+        None, ["guest=a=b", "cone.hight=3"], ["guests = 1", "def f(a=1): pass", "cup=true", "--json"],
     )  # fmt: skip
 
 

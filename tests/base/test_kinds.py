@@ -62,5 +62,5 @@ def test_the_name_of_a_kind_finds_it_again(chosen: type[Flavour]) -> None:
 
 def test_a_concrete_class_takes_its_own_kind_and_no_other() -> None:
     assert Chocolate.model_validate({"kind": "chocolate", "cocoa": 0.5}) == Chocolate(cocoa=0.5)
-    with pytest.raises(ValueError, match="must define exactly one Chocolate|no kind"):
+    with pytest.raises(ValueError, match="only `chocolate` fits here"):
         Chocolate.model_validate({"kind": "vanilla"})

@@ -45,6 +45,6 @@ def test_a_result_is_one_json_object_and_one_line_per_figure() -> None:
 
 def test_json_has_a_word_for_everything_a_verb_may_report() -> None:
     assert plain({1: numpy.float32(0.5), "n": numpy.int64(3)}) == {"1": 0.5, "n": 3}
-    assert plain([Duration(2, "steps"), Vanilla(), {1, 1}, -math.inf]) == [
+    assert plain([Duration(2, "steps"), Vanilla(), {1}, -math.inf]) == [
         "2 steps", {"kind": "vanilla", "pods": 1}, [1], None,
     ]  # fmt: skip

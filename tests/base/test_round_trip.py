@@ -18,9 +18,11 @@ from tests.base.parts import Order
 from tests.base.taste import Cone, Outsider
 
 # Surrogates are no text: a file could not hold them.
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["null", "~", "", "no", "1e-4", "007", "true", " a ", "a: b", "# x", "- x", "'", '"', "a\n\n b\n", "\x85", "\u2028", "\ufeff", "\xa0"]
-)
+ODD = (
+    "null", "~", "", "no", "1e-4", "007", "true", " a ", "a: b", "# x", "- x", "'", '"', "a\n\n b\n", "\x85",
+    "\u2028", "\ufeff", "\xa0", "[a]", "{a: 1}", "a=b", "*x", "&x", "!x", "@", "%", "\t", "\0", "\x1b", "\U0001f600",
+)  # fmt: skip
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(ODD)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 amounts = st.floats(min_value=1e-6, max_value=1e18)
 durations = st.builds(Duration, amounts, st.sampled_from(["steps", "tokens", "epochs", "minutes"]))
@@ -61,7 +63,7 @@ def loaded(text: str) -> Order:
     return Order.model_validate(read_yaml(text, "dump")[0])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(orders)
 def test_a_dump_loads_back_equal(order: Order) -> None:
     again = loaded(dump(order))

@@ -189,3 +189,30 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
         largest[chunk] = tracked.elements
     # The smallest chunk is below the size of hidden itself.
     assert largest == {512: 512 * V, 64: max(64 * V, 512 * D), 16: 512 * D}
+
+
+def test_the_arithmetic_for_the_compiler_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling takes most of a minute; what is compiled is checked here as it stands.
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: part)
+    hidden, weight, targets = inputs()
+    plain, fused = (
+        vocab_head.log_probabilities(hidden, weight, targets, ALL, 7, arithmetic)
+        for arithmetic in (vocab_head.PLAIN, vocab_head.compiled())
+    )
+    for name in ALL:
+        torch.testing.assert_close(fused[name], plain[name], rtol=0, atol=FLOAT64_LOGITS)
+    for one, other in zip(gradients(fused, hidden, weight), gradients(plain, hidden, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
+
+
+def test_slices_within_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs()
+    whole = vocab_head.log_probabilities(hidden, weight, targets, ALL)
+    monkeypatch.setattr(vocab_head, "_SLICE_ROWS", 5)
+    monkeypatch.setattr(vocab_head, "_SLICE_BYTES", 1)
+    monkeypatch.setattr(vocab_head, "_TILE_ELEMENTS", 2 * V)
+    sliced = vocab_head.log_probabilities(hidden, weight, targets, ALL)
+    for name in ALL:
+        torch.testing.assert_close(sliced[name], whole[name], rtol=0, atol=FLOAT64_LOGITS)
+    for one, other in zip(gradients(sliced, hidden, weight), gradients(whole, hidden, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)

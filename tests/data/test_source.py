@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_a_row_of_the_stream_equals_the_plain_slice(store: Store) -> None:
             window = flat[start : start + 17]
             assert tokens == [token for token, _ in window[:-1]]
             assert targets == [token for token, _ in window[1:]]
-            pairs = zip(window[:-1], window[1:], strict=True)
+            pairs = itertools.pairwise(window)
             assert weights == [float(one == other) for (_, one), (_, other) in pairs]
             numbers = [number for _, number in window[:-1]]
             assert documents == [number - numbers[0] for number in numbers]
@@ -82,7 +83,7 @@ def test_packed_targets_are_those_of_the_documents_alone(store: Store) -> None:
     alone = Counter(
         pair
         for document in counting(LENGTHS)
-        for pair in zip(document[:-1], document[1:], strict=True)
+        for pair in itertools.pairwise(document)
         if pair[1] <= read
     )
     assert pairs == alone

@@ -61,6 +61,7 @@ class MeanPolicy(nn.Module):
         self.head = nn.Parameter(torch.randn(8, 256, generator=draw, dtype=torch.float64))
         self.context_length = CONTEXT
         self.areas: list[int] = []
+        self.batches: list[Batch] = []
 
     @property
     def module(self) -> nn.Module:
@@ -71,6 +72,7 @@ class MeanPolicy(nn.Module):
         assert not self.training, "dropout would be on"
         assert not torch.is_grad_enabled()
         self.areas.append(batch.tokens_BT.numel())
+        self.batches.append(batch)
         real_BT = (batch.document_BT >= 0).double()
         sum_BTD = (self.embedding[batch.tokens_BT] * real_BT[..., None]).cumsum(1)
         mean_BTD = sum_BTD / real_BT.cumsum(1).clamp(min=1.0)[..., None]
@@ -138,6 +140,16 @@ def test_no_batch_is_larger_than_the_memory_knob_and_the_largest_comes_first(pol
     run(policy, TEXTS * 20, tokens_per_batch=50)
     assert max(policy.areas) <= 50
     assert policy.areas[0] == 48    # three rows of 16: one more would be 64
+
+
+def test_what_is_padding_is_marked_as_padding(policy: MeanPolicy) -> None:
+    run(policy, ["hello", "hi"])
+    (batch,) = policy.batches
+    assert batch.document_BT.tolist() == [[0, 0, 0, 0], [0, -1, -1, -1]]
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert batch.sequence_BT.tolist() == [[0, 0, 0, 0], [1, -1, -1, -1]]
+    assert batch.weights_BT.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert (batch.input_tokens, batch.sequences, batch.place_B.tolist()) == (5, 2, [0, 1])
 
 
 def test_the_figures_follow_from_the_sums(policy: MeanPolicy) -> None:

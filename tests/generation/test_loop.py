@@ -21,7 +21,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=50)
 
 
 @dataclass
-class Vocabulary:
+class Tokens:
     """As much of a tokenizer as generation needs."""
 
     vocabulary: int = 40
@@ -42,7 +42,8 @@ class Rows:
 
 @dataclass
 class Counting:
-    """A policy that can be worked out by hand: after a row of n tokens that ends with t comes t + n, modulo 40.
+    """A policy that can be worked out by hand: after a row of n tokens that ends with t comes t + n, modulo
+    40.
 
     48 rows in the head for 40 ids; the padding rows are as likely as anything can be.
     """
@@ -63,7 +64,7 @@ class Counting:
             if length:
                 logits_BV[row, self.follows(cache.tokens[row])] = 100.0
             else:
-                logits_BV[row] = torch.nan    # means nothing, so nobody may look at it
+                logits_BV[row] = torch.nan  # means nothing, so nobody may look at it
         return logits_BV
 
     @staticmethod
@@ -88,13 +89,13 @@ def test_each_row_goes_on_until_its_own_end_or_length() -> None:
     assert {completion.finish for completion in expected} == {"end", "length"}
     assert len({len(completion.tokens) for completion in expected}) > 2
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
-    assert complete(Counting(), PROMPTS, sampling, Vocabulary()) == expected  # type: ignore[arg-type]
+    assert complete(Counting(), PROMPTS, sampling, Tokens()) == expected
 
 
 def test_a_finished_row_reads_nothing_more() -> None:
     policy = Counting()
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
-    done = complete(policy, PROMPTS, sampling, Vocabulary())  # type: ignore[arg-type]
+    done = complete(policy, PROMPTS, sampling, Tokens())
     for row, (prompt, completion) in enumerate(zip(PROMPTS, done, strict=True)):
         # The last token of a completion is chosen and never read.
         assert sum(lengths[row] for lengths in policy.rows_read) == len(prompt) + len(completion.tokens) - 1
@@ -102,48 +103,57 @@ def test_a_finished_row_reads_nothing_more() -> None:
 
 
 def test_a_full_context_ends_a_row() -> None:
-    (done,) = complete(Counting(context_length=8), [[5, 5, 5]], GREEDY, Vocabulary())  # type: ignore[arg-type]
+    (done,) = complete(Counting(context_length=8), [[5, 5, 5]], GREEDY, Tokens())
     assert done == by_hand([5, 5, 5], 5)
     assert done.finish == "length"
-    both = complete(Counting(context_length=30), [[9] * 20, [5]], GREEDY, Vocabulary())  # type: ignore[arg-type]
+    both = complete(Counting(context_length=30), [[9] * 20, [5]], GREEDY, Tokens())
     assert both == [by_hand([9] * 20, 10), by_hand([5], 29)]
 
 
 def test_tokens_stream_in_rounds_and_join_to_the_completions() -> None:
     sampling = Sampling(temperature=0.0, max_new_tokens=4)
-    streamed = list(generate(Counting(), PROMPTS, sampling, Vocabulary()))  # type: ignore[arg-type]
+    streamed = list(generate(Counting(), PROMPTS, sampling, Tokens()))
     assert [row for row, _ in streamed[:5]] == [0, 1, 2, 3, 4]
-    done = complete(Counting(), PROMPTS, sampling, Vocabulary())  # type: ignore[arg-type]
+    done = complete(Counting(), PROMPTS, sampling, Tokens())
     for row, completion in enumerate(done):
         assert tuple(token for place, token in streamed if place == row) == completion.tokens
 
 
 def test_a_consumer_of_the_stream_keeps_its_gradients() -> None:
-    for _ in generate(Counting(), [[5]], GREEDY, Vocabulary()):  # type: ignore[arg-type]
+    for _ in generate(Counting(), [[5]], GREEDY, Tokens()):
         assert torch.is_grad_enabled()
         break
 
 
 def test_no_prompts_give_no_completions() -> None:
-    assert complete(Counting(), [], GREEDY, Vocabulary()) == []  # type: ignore[arg-type]
+    assert complete(Counting(), [], GREEDY, Tokens()) == []
 
 
 def test_prompts_that_cannot_be_continued_are_refused_before_anything_is_read() -> None:
     policy = Counting(context_length=8)
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        generate(policy, [[5], []], GREEDY, Vocabulary())  # type: ignore[arg-type]
+        generate(policy, [[5], []], GREEDY, Tokens())
     with pytest.raises(UserError, match="prompt 2 has 8 tokens"):
-        complete(policy, [[5], [6], [1] * 8], GREEDY, Vocabulary(), rows_at_once=1)  # type: ignore[arg-type]
+        complete(policy, [[5], [6], [1] * 8], GREEDY, Tokens(), rows_at_once=1)
     assert policy.rows_read == []
 
 
-def tiny(seed: int = 0, **shape: object) -> Decoder:
-    """A random decoder whose next token depends on all before: large weights, or every row repeats one token."""
+def tiny(**shape: object) -> Decoder:
+    """A random decoder whose next token depends on all before: large weights, or every row repeats one
+    token."""
     family = Llama.model_validate(
-        {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context_length": 96, "init_std": 0.3, **shape}
+        {
+            "hidden_size": 32,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "context_length": 96,
+            "init_std": 0.3,
+            **shape,
+        }
     )
     decoder = family.build(64, torch.float64)
-    decoder.initialise(seed)
+    decoder.initialise(0)
     return decoder
 
 
@@ -155,7 +165,7 @@ def prompts() -> list[list[int]]:
     return [torch.randint(4, 60, (length,), generator=chance).tolist() for length in PROMPT_LENGTHS]
 
 
-def without_cache(decoder: Decoder, prompt: list[int], room: int, vocabulary: Vocabulary) -> list[int]:
+def without_cache(decoder: Decoder, prompt: list[int], room: int, vocabulary: Tokens) -> list[int]:
     """Greedy, by the forward pass of training over the whole row for every token."""
     row = list(prompt)
     decoder.eval()
@@ -176,16 +186,20 @@ def without_cache(decoder: Decoder, prompt: list[int], room: int, vocabulary: Vo
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("shape", [{}, {"sliding_window": 9}, {"dropout": 0.5, "query_key_norm": True}], ids=str)
-def test_greedy_with_the_cache_is_greedy_without_for_rows_of_different_lengths(shape: dict[str, object]) -> None:
-    decoder, vocabulary = tiny(**shape), Vocabulary(vocabulary=60)
-    done = complete(decoder, prompts(), GREEDY, vocabulary)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "shape", [{}, {"sliding_window": 9}, {"dropout": 0.5, "query_key_norm": True}], ids=str
+)
+def test_greedy_with_the_cache_is_greedy_without_for_rows_of_different_lengths(
+    shape: dict[str, object],
+) -> None:
+    decoder, vocabulary = tiny(**shape), Tokens(vocabulary=60)
+    done = complete(decoder, prompts(), GREEDY, vocabulary)
     for prompt, completion in zip(prompts(), done, strict=True):
         assert list(completion.tokens) == without_cache(decoder, prompt, 50, vocabulary)
         assert len(set(completion.tokens)) > 5
     # The same rows, where the first token that row 2 says is the end: rows stop one by one.
-    vocabulary = Vocabulary(vocabulary=60, end=done[2].tokens[4])
-    stopped = complete(decoder, prompts(), GREEDY, vocabulary)  # type: ignore[arg-type]
+    vocabulary = Tokens(vocabulary=60, end=done[2].tokens[4])
+    stopped = complete(decoder, prompts(), GREEDY, vocabulary)
     assert stopped[2].finish == "end" and len(stopped[2].tokens) <= 5
     for prompt, completion in zip(prompts(), stopped, strict=True):
         assert list(completion.tokens) == without_cache(decoder, prompt, 50, vocabulary)
@@ -193,14 +207,14 @@ def test_greedy_with_the_cache_is_greedy_without_for_rows_of_different_lengths(s
 
 
 def test_what_a_row_says_depends_on_no_other_row_and_on_the_seed() -> None:
-    decoder, vocabulary = tiny(), Vocabulary(vocabulary=60)
+    decoder, vocabulary = tiny(), Tokens(vocabulary=60)
     sampling = Sampling(temperature=1.0, top_k=30, top_p=0.95, max_new_tokens=30)
     many = [*prompts(), *prompts()]
-    done = complete(decoder, many, sampling, vocabulary, seed=5)  # type: ignore[arg-type]
+    done = complete(decoder, many, sampling, vocabulary, seed=5)
     for rows_at_once in (1, 3):
-        again = complete(decoder, many, sampling, vocabulary, seed=5, rows_at_once=rows_at_once)  # type: ignore[arg-type]
+        again = complete(decoder, many, sampling, vocabulary, seed=5, rows_at_once=rows_at_once)
         assert again == done
     # The same prompt in another row is another sample, and so is another seed.
     assert done[:4] != done[4:]
-    assert complete(decoder, many, sampling, vocabulary, seed=6) != done  # type: ignore[arg-type]
+    assert complete(decoder, many, sampling, vocabulary, seed=6) != done
     assert max(token for completion in done for token in completion.tokens) < 60

@@ -72,7 +72,9 @@ def test_the_distribution_is_the_definition(sampling: Sampling) -> None:
     assert numpy.abs(found.numpy() - by_hand(LOGITS[0], sampling)).max() < FLOAT64_PROBABILITY
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 10, 1.0), (1.0, 0, 0.8), (1.3, 20, 0.6)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.7, 0, 1.0), (1.0, 10, 1.0), (1.0, 0, 0.8), (1.3, 20, 0.6)]
+)
 def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int, top_p: float) -> None:
     process = pytest.importorskip("transformers.generation.logits_process")
     logits_BV = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
@@ -109,8 +111,10 @@ def test_padding_rows_of_the_vocabulary_and_suppressed_ids_are_never_chosen() ->
     uniform_B = torch.tensor([uniform(1, row, 3) for row in range(10_000)], dtype=torch.float64)
     drawn = choose(logits_BV, Sampling(suppress=(7,)), uniform_B, vocabulary=50)
     assert set(drawn.tolist()) == set(range(50)) - {7}
-    assert choose(logits_BV, Sampling(temperature=0.0, suppress=(0,)), uniform_B, vocabulary=50).unique().tolist() == [1]
-    assert logits_BV[0, 50:].tolist() == [30.0] * 14    # the caller's logits stay as they are
+    assert choose(
+        logits_BV, Sampling(temperature=0.0, suppress=(0,)), uniform_B, vocabulary=50
+    ).unique().tolist() == [1]
+    assert logits_BV[0, 50:].tolist() == [30.0] * 14  # the caller's logits stay as they are
 
 
 def test_a_draw_never_lands_on_an_impossible_id_at_either_end() -> None:
@@ -149,13 +153,21 @@ def test_suppressing_an_id_the_model_does_not_have_is_refused() -> None:
 def test_uniform_numbers_are_uniform_and_a_function_of_seed_row_and_position() -> None:
     numbers = [uniform(3, row, position) for row in range(100) for position in range(100)]
     assert stats.kstest(numbers, "uniform").pvalue > 0.001
-    assert 0.0 <= min(numbers) and max(numbers) < 1.0
+    assert min(numbers) >= 0.0 and max(numbers) < 1.0
     assert uniform(3, 1, 2) == uniform(3, 1, 2)
     assert len({uniform(*place) for place in ((3, 1, 2), (3, 2, 1), (4, 1, 2), (3, 12, 0), (3, 1, 20))}) == 5
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}]
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 0},
+    ],
 )
 def test_settings_outside_their_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises((UserError, ValidationError)):

@@ -222,3 +222,23 @@ def test_shapes_that_cannot_be_are_refused_with_a_fix(fields: dict[str, Any], wo
     with pytest.raises(ValueError, match=words) as caught:
         Llama(**fields)
     assert isinstance(caught.value, UserError) or "fix" in str(caught.value)
+
+
+def test_only_pieces_without_data_dependent_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def spy(part: Any, dynamic: bool) -> Any:
+        assert dynamic, "kernels that depend on the history of shapes would make a resumed run differ"
+        compiled.append(part.__name__)
+        return part
+
+    monkeypatch.setattr(torch, "compile", spy)
+    plain, pieces, batch = decoder(), decoder(), rows([[7, 1, 4], [9]])
+    pieces.compile_pieces()
+    assert set(compiled) == {"_project", "_finish", "_reduce", "_differentiate_at_once"}
+    found = [model(batch, ("logp",)).logp_BT for model in (plain, pieces)]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=FLOAT64_LOGITS)
+    for logp in found:
+        logp.sum().backward()
+    for one, other in zip(plain.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=FLOAT64_LOGITS)

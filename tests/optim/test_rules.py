@@ -131,6 +131,29 @@ def test_weight_decay_shrinks_matrices_and_spares_vectors(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_groups_own_decay_counts_for_every_parameter(kind: str) -> None:
+    model = tiny()
+    before = weights(model)
+    groups = group(model.named_parameters(), [Group(match="*", decay=0.5)])
+    optimizer = Rule.model_validate({"kind": kind}).build(groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for entry in optimizer.param_groups:
+        entry["lr"] = 0.5
+    optimizer.step()
+    for name, after in weights(model).items():
+        torch.testing.assert_close(after, before[name] * (1.0 - 0.5 * 0.5 * 0.1), rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_state_lies_in_one_place(kind: str) -> None:
+    model = tiny()
+    optimizer = Rule.model_validate({"kind": kind}).build(group(model.named_parameters()))
+    run(model, optimizer, 1)
+    assert {id(parameter) for parameter in optimizer.state} == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_group_that_halves_the_rate_equals_half_the_rate(kind: str) -> None:
     slow, half = tiny(), tiny()
     rule = Rule.model_validate({"kind": kind})

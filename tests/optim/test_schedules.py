@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from llmtrainer.base.config import forget_reads, unread
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.core.schedule import Schedule
@@ -107,6 +108,16 @@ def test_after_the_warmup_a_cosine_never_rises(warmup: int, step: int) -> None:
     assert rate_at(schedule, first + 1, length) <= rate_at(schedule, first, length)
 
 
+def test_a_warmup_up_to_the_end_of_the_decay_falls_from_the_peak_to_the_last_rate() -> None:
+    schedule = Cosine(peak=1.0, warmup=Duration(50, "steps"), final_ratio=0.2, decay_share=0.5)
+    length = Duration(100, "steps")
+    assert [rate_at(schedule, step, length) for step in (20, 49, 50, 51)] == [0.4, 0.98, 0.2, 0.2]
+
+
+def test_beyond_a_length_of_nothing_the_last_rate_stays() -> None:
+    assert rate_at(Cosine(peak=1.0, final_ratio=0.2, warmup=Duration(2, "steps")), 3, Duration(0, "steps")) == 0.2
+
+
 def test_a_warmup_by_the_clock_is_refused() -> None:
     with pytest.raises((UserError, ValidationError), match="measured by the clock"):
         Cosine(warmup=Duration(3, "minutes"))
@@ -122,8 +133,20 @@ def test_a_warmup_that_outlasts_the_length_is_refused_with_one_that_fits() -> No
     with pytest.raises(UserError, match="not shorter") as caught:
         Constant(warmup=Duration(1000, "steps")).require_fit(Duration(50, "steps"))
     assert caught.value.fix == "optim.schedule.warmup='5 steps'"
+    with pytest.raises(UserError, match="not shorter"):
+        Constant(warmup=Duration(50, "steps")).require_fit(Duration(50, "steps"))
     Constant(warmup=Duration(49, "steps")).require_fit(Duration(50, "steps"))
     Constant(warmup=Duration(49, "steps")).require_fit(Duration(1, "minutes"))
+
+
+@pytest.mark.parametrize("warmup", ["0 steps", "50 steps", "50 tokens"])
+def test_every_field_that_shapes_the_rate_is_read_in_the_first_step(warmup: str) -> None:
+    # A run refuses fields that were set and not read after its first step, which may well be one of the warm-up.
+    given = {"peak": 1.0, "warmup": warmup, "final_ratio": 0.0, "decay_share": 0.5}
+    schedule = Cosine.model_validate(given)
+    forget_reads(schedule)
+    rate_at(schedule, 1)
+    assert unread(schedule) == []
 
 
 def test_the_kind_of_a_schedule_is_its_file() -> None:

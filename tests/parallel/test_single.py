@@ -247,6 +247,23 @@ def test_at_a_scale_of_one_a_bad_gradient_is_no_overflow_but_an_error() -> None:
         scale.overflowed()
 
 
+def test_the_scale_stops_growing_where_float16_has_no_use_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_scale, "GROW_AFTER", 1)
+    scale = loss_scale.LossScale(scale=loss_scale.LARGEST / 2)
+    for _ in range(3):
+        scale.updated()
+    assert scale.scale == loss_scale.LARGEST
+
+
+def test_the_scale_and_its_count_continue_where_they_were() -> None:
+    old = loss_scale.LossScale()
+    old.overflowed()
+    old.updated()
+    new = loss_scale.LossScale()
+    new.load_state(old.state())
+    assert new == old == loss_scale.LossScale(scale=2.0**15, good_updates=1)
+
+
 def test_only_float16_rescales() -> None:
     assert [started({"kind": "adamw"}, precision)[0].rescales for precision in ("float16", "bfloat16", "float32")] == [
         True,

@@ -24,8 +24,8 @@ def library_source(amount: int) -> list[str]:
 
 
 def chinese(characters: int, seed: int = 0, *, even: bool = False) -> str:
-    """Runs of frequent and rare characters between commas: as in real text, most runs are distinct; with `even`,
-    nearly all."""
+    """Runs of frequent and rare characters between commas: as in real text, most runs are distinct; with
+    `even`, nearly all."""
     chance = random.Random(seed)
     letters = [chr(0x4E00 + chance.randrange(20_000)) for _ in range(3_000)]
     weights = [1 if even else 1 / rank for rank in range(1, 3_001)]
@@ -46,11 +46,13 @@ def trained(texts: list[str]) -> FileTokenizer:
 
 
 def hostile(count: int, seed: int = 0) -> list[str]:
-    """Strings over all of Unicode: plain words, digits, blanks, Chinese, emoji, control characters, control names."""
+    """Strings over all of Unicode: plain words, digits, blanks, Chinese, emoji, control characters, control
+    names."""
     chance = random.Random(seed)
     pools = (
         "abcdefgh ", "0123456789", " \n\t\r\x0b\x85\u2028\u3000", "春眠不觉晓处处闻啼鸟，。", "é漢ñß한글ไทย",
-        "👩‍👩‍👧🇩🇪🏽", "\x00\x01\x7f\ufffd\ufeff\u202e", "'\"_-=<|>(){}[]#", "\u0300\u0301a\u0327", "\U0010ffff\U000e0001",
+        "👩‍👩‍👧🇩🇪🏽",
+        "\x00\x01\x7f\ufffd\ufeff\u202e", "'\"_-=<|>(){}[]#", "\u0300\u0301a\u0327", "\U0010ffff\U000e0001",
     )  # fmt: skip
     strings = []
     for _ in range(count):

@@ -9,8 +9,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrainer.tokenizer.files import pre_tokenizer
 from llmtrainer.tokenizer.split import cut
-from llmtrainer.tokenizer.tokenizer import FileTokenizer, pre_tokenizer
+from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from tests.tokenizer.conftest import library_source
 
 EMPTY = {"type": "BPE", "vocab": {}, "merges": []}
@@ -62,7 +63,9 @@ def test_every_character_is_in_one_piece(text: str) -> None:
     assert "".join(split(text)) == text
 
 
-@pytest.mark.parametrize("unit", ["a", "中", "あ", "0", "=", " ", "\n", "é", "。", "=\n", " \n", "\u0301", "\u2028"])
+@pytest.mark.parametrize(
+    "unit", ["a", "中", "あ", "0", "=", " ", "\n", "é", "。", "=\n", " \n", "\u0301", "\u2028"]
+)
 def test_no_piece_is_longer_than_its_bound(unit: str) -> None:
     pieces = split(unit * 3_000)
     assert "".join(pieces) == unit * 3_000
@@ -70,7 +73,9 @@ def test_no_piece_is_longer_than_its_bound(unit: str) -> None:
 
 
 @given(LETTERS, st.integers(1, 9))
-def test_ids_of_a_text_that_is_cut_are_the_ids_of_the_whole(trained: FileTokenizer, text: str, longest: int) -> None:
+def test_ids_of_a_text_that_is_cut_are_the_ids_of_the_whole(
+    trained: FileTokenizer, text: str, longest: int
+) -> None:
     parts = list(cut(text, longest))
     assert "".join(parts) == text
     assert [number for part in parts for number in trained.encode(part)] == trained.encode(text)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer import tokenizer as module
+from llmtrainer.tokenizer.files import byte_level_files, pre_tokenizer
 from llmtrainer.tokenizer.split import CONTROL_NAMES
-from llmtrainer.tokenizer.tokenizer import FileTokenizer, byte_level, load_tokenizer, padded_vocabulary
+from llmtrainer.tokenizer.stream import byte_alphabet
+from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer, padded_vocabulary
 from tests.tokenizer.conftest import hostile
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -79,7 +81,7 @@ def test_allowed_control_names_become_ids_and_others_stay_text(trained: FileToke
     assert trained.encode("user says ", allowed="none_raise") == words
     with pytest.raises(UserError, match=re.escape("<|im_start|>")):
         trained.encode(text, allowed="none_raise")
-    with pytest.raises(UserError, match="no control token is called <.tool.>"):
+    with pytest.raises(UserError, match=r"no control token is called <.tool.>"):
         trained.encode(text, allowed={"<|tool|>"})
     with pytest.raises(UserError, match="allowed='everything'"):
         trained.encode(text, allowed="everything")  # type: ignore[arg-type]
@@ -93,7 +95,7 @@ def test_control_tokens_show_their_name_unless_skipped(trained: FileTokenizer) -
 
 
 def test_a_piece_is_empty_until_the_last_token_of_its_character(trained: FileTokenizer) -> None:
-    single = byte_level({character: number for character, number in _alphabet().items()}, [])
+    single = FileTokenizer(byte_level_files(byte_alphabet(), []))
     ids = [*single.encode("a中"), single.end, *single.encode("é")]
     assert single.pieces(ids) == ["a", "", "", "中", "<|endoftext|>", "", "é"]
     # A character that never ends is shown by its own tokens, not by the control token after it.
@@ -101,14 +103,10 @@ def test_a_piece_is_empty_until_the_last_token_of_its_character(trained: FileTok
     assert single.pieces(cut_short) == ["", "\ufffd", "<|endoftext|>", "\ufffd"]
 
 
-def _alphabet() -> dict[str, int]:
-    from llmtrainer.tokenizer.stream import byte_alphabet
-
-    return byte_alphabet()
-
-
 @given(st.lists(st.integers(0, 999), max_size=30))
-def test_pieces_and_streams_join_to_the_decoded_text_for_any_ids(trained: FileTokenizer, ids: list[int]) -> None:
+def test_pieces_and_streams_join_to_the_decoded_text_for_any_ids(
+    trained: FileTokenizer, ids: list[int]
+) -> None:
     decoded = trained.decode(ids)
     assert len(trained.pieces(ids)) == len(ids)
     assert "".join(trained.pieces(ids)) == decoded
@@ -178,9 +176,11 @@ def test_what_lies_beside_is_passed_on_byte_for_byte(trained: FileTokenizer, tmp
 def test_the_fingerprint_is_of_meaning_and_not_of_layout(trained: FileTokenizer, tmp_path: Path) -> None:
     model = json.loads(trained._files["tokenizer.json"])["model"]
     joined = {**model, "merges": [" ".join(merge) for merge in model["merges"]]}
-    assert edited(trained, tmp_path / "same", model=joined, truncation=None).fingerprint == trained.fingerprint
+    assert (
+        edited(trained, tmp_path / "same", model=joined, truncation=None).fingerprint == trained.fingerprint
+    )
     fewer = {**model, "merges": model["merges"][:-1]}
-    split = json.loads(json.dumps(module.pre_tokenizer()))
+    split = json.loads(json.dumps(pre_tokenizer()))
     split["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\W"
     config = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
     others = [
@@ -204,8 +204,9 @@ def test_truncation_and_padding_of_a_file_change_no_id(trained: FileTokenizer, t
 
 
 def foreign(tmp_path: Path, **changes: Any) -> FileTokenizer:
-    """Somebody else's byte-level BPE: its end token is word 0 of the model, `<think>` is added but not special."""
-    alphabet = _alphabet()
+    """Somebody else's byte-level BPE: its end token is word 0 of the model, `<think>` is added but not
+    special."""
+    alphabet = byte_alphabet()
     vocabulary = {"<end>": 0} | {character: number + 1 for character, number in alphabet.items()}
     added = [
         {"id": 0, "content": "<end>", **FLAGS, "special": True},
@@ -213,9 +214,12 @@ def foreign(tmp_path: Path, **changes: Any) -> FileTokenizer:
     ]
     description = {
         "version": "1.0", "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "pre_tokenizer": {
+            "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+        },
         "post_processor": {
-            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {"<end>": {"id": "<end>", "ids": [0], "tokens": ["<end>"]}},
         },
@@ -251,7 +255,9 @@ def test_a_model_that_reads_a_control_name_itself_is_refused(tmp_path: Path) -> 
     unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["<end>", -1.0], ["a", -2.0]]}
     added = [{"id": 1, "content": "<end>", **FLAGS, "special": True}]
     with pytest.raises(UserError, match="text could forge <end>"):
-        foreign(tmp_path, model=unigram, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None)
+        foreign(
+            tmp_path, model=unigram, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None
+        )
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_blank_join_to_the_text(tmp_path: Path) -> None:
@@ -296,9 +302,9 @@ def test_damaged_files_are_refused_by_name(
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer.json in"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json in"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no tokenizer.json in") as caught:
+    with pytest.raises(UserError, match=r"no tokenizer\.json in") as caught:
         load_tokenizer(tmp_path / "nowhere")
     assert caught.value.why == "there is no such folder"
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_merge_is_of_a_pair_that_is_most_frequent_at_that_moment(texts: li
     for left, right in merges:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += count
         assert pairs[left, right] == max(pairs.values()) >= 2
         words = Counter({_merged(word, left, right): count for word, count in words.items()})
@@ -72,12 +73,16 @@ def test_the_same_text_gives_the_same_files_in_every_process_with_one_or_two_thr
     (tmp_path / "text").write_text("\n".join(texts)[-1_000_000:], encoding="utf-8", newline="")
     for threads in (1, 2):
         run = [sys.executable, "-c", LEARN, str(tmp_path / "text"), str(tmp_path / str(threads))]
-        subprocess.run(run, env={"RAYON_NUM_THREADS": str(threads), "PYTHONPATH": ":".join(sys.path)}, check=True)
+        subprocess.run(
+            run, env={"RAYON_NUM_THREADS": str(threads), "PYTHONPATH": ":".join(sys.path)}, check=True
+        )
     one, two = ((tmp_path / str(threads) / "tokenizer.json").read_bytes() for threads in (1, 2))
     assert one == two
 
 
-def test_a_vocabulary_has_exactly_the_ids_asked_for_and_compresses(trained: FileTokenizer, texts: list[str]) -> None:
+def test_a_vocabulary_has_exactly_the_ids_asked_for_and_compresses(
+    trained: FileTokenizer, texts: list[str]
+) -> None:
     assert trained.vocabulary == 1_000
     assert len(merges_of(trained)) == 1_000 - 256 - 13
     tokens = sum(map(len, trained.encode_batch(texts)))
@@ -110,7 +115,9 @@ def test_too_little_memory_is_refused_with_an_amount_that_works() -> None:
     with pytest.raises(UserError, match="maximum_memory=100 MiB is too little") as caught:
         take_sample(["abc"], maximum_memory=Bytes.parse("100 MiB"))
     assert caught.value.fix is not None
-    assert take_sample(["abc"], maximum_memory=Bytes.parse(caught.value.fix.partition("=")[2])).kept_bytes == 3
+    assert (
+        take_sample(["abc"], maximum_memory=Bytes.parse(caught.value.fix.partition("=")[2])).kept_bytes == 3
+    )
 
 
 def test_text_that_fits_is_kept_whole_and_in_order(texts: list[str]) -> None:
@@ -156,17 +163,22 @@ def test_the_counts_of_a_sample_are_those_of_its_pieces(texts_: list[str], bound
     words = {word for piece in sample.pieces for word in module._WORD.findall(piece)}
     assert sample.distinct_words == len(words)
     assert sample.kept_bytes == sum(len(piece.encode()) for piece in sample.pieces)
-    assert sample.memory == sample.kept_bytes + module.COST_PER_SYMBOL * sum(len(word.encode()) for word in words)
+    assert sample.memory == sample.kept_bytes + module.COST_PER_SYMBOL * sum(
+        len(word.encode()) for word in words
+    )
     assert sample.kept_bytes <= bound or len(sample.pieces) == 1
 
 
 def test_memory_does_not_grow_with_text_once_the_bound_is_reached() -> None:
     # Chinese of which nearly every run is distinct: what memory grows with.
     amounts = [
-        take_sample((chinese(50_000, seed=place, even=True) for place in range(pieces)), maximum_memory=ROOM).memory
+        take_sample(
+            (chinese(50_000, seed=place, even=True) for place in range(pieces)), maximum_memory=ROOM
+        ).memory
         for pieces in (6, 24)
     ]
-    assert all(0.9 * 2**26 < amount <= 2**26 for amount in amounts)
+    # A piece is a tenth of this bound.
+    assert all(0.8 * 2**26 < amount <= 2**26 for amount in amounts)
 
 
 PEAK = """
@@ -187,7 +199,9 @@ def test_the_peak_of_the_process_stays_below_maximum_memory_and_does_not_grow_wi
     peaks = []
     for pieces in (6, 24):
         run = [sys.executable, "-c", PEAK, str(pieces), str(ROOM)]
-        done = subprocess.run(run, env={"PYTHONPATH": ":".join(sys.path)}, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            run, env={"PYTHONPATH": ":".join(sys.path)}, check=True, capture_output=True, text=True
+        )
         peaks.append(int(done.stdout))
     assert max(peaks) < ROOM
     assert max(peaks) < 1.3 * min(peaks)

@@ -33,7 +33,8 @@ for place, folder in enumerate(sys.argv[3:]):
 json.dump(read, open(sys.argv[2], "w", encoding="utf-8"))
 """
 MODEL_TYPES = (None, "llama", "mistral", "qwen3")
-"""With a model beside it, AutoTokenizer may choose a class by the model's type, and that class a split rule."""
+"""With a model beside it, AutoTokenizer may choose a class by the model's type, and that class a split
+rule."""
 
 
 def test_auto_tokenizer_in_a_new_process_gives_our_ids(trained: FileTokenizer, tmp_path: Path) -> None:
@@ -71,5 +72,7 @@ def test_our_loader_needs_no_transformers(trained: FileTokenizer, tmp_path: Path
         "print(load_tokenizer(sys.argv[1]).encode('def f(x):'), 'torch' in sys.modules)"
     )
     run = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(run, check=True, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run(
+        run, check=True, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert done.stdout.strip() == f"{trained.encode('def f(x):')} False"

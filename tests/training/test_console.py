@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.training import console
-from llmtrainer.training.console import TrainingView, amount, bar, remaining, say, short, span, voice, warn
+from llmtrainer.training.console import TrainingView, bar, say, voice, warn
+from llmtrainer.training.figures import amount, count, remaining, short, span
 
 
 class Clock:
@@ -136,6 +137,18 @@ def test_the_last_step_is_not_told_twice(clock: Clock, capsys: pytest.CaptureFix
     with TrainingView(Duration(1, "steps")) as view:
         view.show(step(1))
     assert len(lines(capsys)) == 1
+
+
+def test_an_evaluation_and_a_stop_come_after_their_step(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingView(Duration(9, "steps")) as view:
+        view.show(step(1))
+        view.show(step(2))
+        view.show({"kind": "evaluate", "step": 2, "held_out/loss": 2.5})
+        view.show({"kind": "stop", "step": 2, "reason": "SIGTERM"})
+    assert [line.split("  ")[0] for line in lines(capsys)] == [
+        "step 1 of 9 (11.1%)", "step 2 of 9 (22.2%)", "step 2: held out: loss 2.5000",
+        "stopped after step 2: the same command continues",
+    ]
 
 
 @pytest.mark.parametrize(("duration", "place"), [
@@ -281,3 +294,8 @@ def test_amounts(value: float, unit: str, text: str) -> None:
 ])
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0 steps"), (1, "1 step"), (1234, "1,234 steps")])
+def test_counts(value: int, text: str) -> None:
+    assert count(value, "step") == text

@@ -27,7 +27,7 @@ from llmtrainer.training.console import voice
 from llmtrainer.training.models import load_model, load_tokenizer, model_folder, open_model
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
 from llmtrainer.training.writing import text_after, visible
-from tests.tolerances import FLOAT64_NATS
+from tests.tolerances import FLOAT32_LOSS, FLOAT64_NATS
 
 CONTEXT = 32
 LINES = [f"def step_{number}(value):\n    return value + {number}  # \u4f60\u597d\n" for number in range(60)]
@@ -95,6 +95,19 @@ def test_a_models_loss_is_the_mean_surprise_worked_out_token_by_token(model: Pat
     assert (found["tokens"], found["bytes"], found["documents"]) == (len(nats), size, 4)
     assert (found["model"], found["data"], found["precision"]) == (str(model), str(data), "float64")
     json.dumps(found, allow_nan=False)
+
+
+def test_the_loss_is_that_of_transformers_on_the_same_folder(model: Path, data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float64)
+    ids = torch.tensor([load_tokenizer(model).encode(LINES[0])])
+    assert ids.shape[1] <= CONTEXT + 1
+    with torch.no_grad():
+        logits = theirs(input_ids=ids).logits    # its own loss is computed in float32
+    expected = float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+    found = evaluate(Evaluation(model=str(model), data=str(data / "a.txt"), precision="float64"))
+    # Its rotary tables and norms are float32 whatever the model is.
+    assert found.loss == pytest.approx(expected, abs=FLOAT32_LOSS)
 
 
 def test_items_are_the_documents_in_order_and_their_sums_are_the_whole(model: Path, data: Path) -> None:

@@ -80,7 +80,7 @@ class _Values:
                 self._next_byte()
             first, line = False, self.line
             end = self._end()
-            if end is None:
+            if end is None or self.at == len(self.buffer):
                 self._broken_off(line)
                 return
             if end == self.at:

@@ -22,6 +22,5 @@ class Cosine(Schedule):
     def shape(self, share: float, warm_share: float) -> float:
         if max(share, warm_share) >= self.decay_share:
             return self.final_ratio
-        # Rounding may place the very end of the warm-up a hair before itself.
-        passed = max(0.0, (share - warm_share) / (self.decay_share - warm_share))
+        passed = (share - warm_share) / (self.decay_share - warm_share)
         return self.final_ratio + (1.0 - self.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * passed))
