@@ -83,7 +83,8 @@ def _entries(owner: type[Config], config: Config | None, prefix: str, above: tup
         if not inner or (isinstance(value, tuple | dict) and config is None):
             yield Entry(key, plain(value), type_name(field.annotation), " ".join((field.description or "").split()))
         for below, part, part_type in inner:
-            if part_type not in above:
+            # Values end somewhere; a class that may hold its own kind does not.
+            if part is not None or part_type not in (*above, owner):
                 yield from _entries(part_type, part, f"{key}{below}.", (*above, owner))
 
 

@@ -158,11 +158,13 @@ def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unread(config: Config, prefix: str = "") -> list[str]:
-    """Dotted names of the fields that were set, not left to their default, and never read since `forget_reads`."""
+    """Dotted names of the fields that were set to something else than their default, and never read since
+    `forget_reads`. The defaults do not count: a saved recipe spells them all out, and must run again."""
     reads = _private(config)["_reads"]
     found: list[str] = []
     for name, value in config.__dict__.items():
-        if name in config.model_fields_set:
+        field = type(config).model_fields[name]
+        if name in config.model_fields_set and value != field.get_default(call_default_factory=True):
             below = [dotted for key, part in _parts(value) for dotted in unread(part, f"{prefix}{name}{key}.")]
             found += below or ([] if name in reads else [prefix + name])
     return found

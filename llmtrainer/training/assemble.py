@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.core.randomness import derive
@@ -117,7 +117,7 @@ def facts_of(recipe: Recipe, precision: str, source: DiskSource, tokenizer: Toke
         "data_fingerprint": source.store.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "precision": precision,
-        "code": f"llmtrainer {version('llmtrainer')}, torch {torch.__version__}",
+        "code": f"llmtrainer {VERSION}, torch {torch.__version__}",
     }
 
 
@@ -276,7 +276,10 @@ def require_read(recipe: Recipe) -> None:
 
 
 def _require_no_shape(recipe: Recipe) -> None:
-    named = sorted(recipe.model.model_fields_set - {"start_from", "freeze"})
+    fields = type(recipe.model).model_fields
+    named = sorted(
+        name for name in fields.keys() - {"start_from", "freeze"} if getattr(recipe.model, name) != fields[name].default
+    )
     if named:
         raise UserError(
             f"`model.{named[0]}` is given beside `model.start_from`",

@@ -21,7 +21,6 @@ from llmtrainer.training.assemble import assemble, engine_of, source_of, tokeniz
 from llmtrainer.training.recipe import Evaluate, Recipe
 from llmtrainer.training.trainer import Trainer
 
-
 MOST_DOCUMENTS = 4
 """Documents of each suite that are evaluated: enough to see that it runs."""
 

@@ -6,12 +6,26 @@ from typing import Any, Literal
 
 import pytest
 
-from llmtrainer.base.config import load_with_origins, schema
+from llmtrainer.base.config import Config, load_with_origins, schema
 from llmtrainer.base.explain import REQUIRED, entries, help_lines, key_entries, summary, type_name
 from llmtrainer.base.refusal import all_keys
 from llmtrainer.base.units import Duration
 from tests.base.parts import Order
 from tests.base.taste import Cone, Flavour
+
+
+class Tree(Config):
+    """A part that holds parts of its own class."""
+
+    branches: tuple[Tree, ...] = ()
+    """Smaller trees."""
+
+
+def test_a_part_that_holds_its_own_class_is_told_once() -> None:
+    assert [entry.key for entry in key_entries(Tree)] == ["branches"]
+    assert all_keys(Tree, {}) == ["branches"]
+    grown, origins = load_with_origins(Tree, None, ["branches=[{branches: [{}]}]"])
+    assert list(origins) == ["branches.0.branches.0.branches"] == [entry.key for entry in entries(grown, origins)]
 
 
 def test_every_value_is_told_with_origin_type_and_help() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llmtrainer.base.config import dump, forget_reads, load, unread
 from llmtrainer.base.explain import entries
 from tests.base.parts import Order
 
-SET = ["guest=x", "cone.height=3", "flavour.kind=vanilla", "more=[{pods: 2}]", "cones={a: {shape: b}}"]
+SET = ["guest=x", "cone.height=3", "flavour.kind=chocolate", "more=[{pods: 2}]", "cones={a: {shape: b}}"]
 
 
 def test_what_was_set_and_not_read_is_told_by_its_dotted_name() -> None:
@@ -15,7 +17,7 @@ def test_what_was_set_and_not_read_is_told_by_its_dotted_name() -> None:
     assert order.guest == "x" and order.cone is not None and order.cone.crisp
     assert unread(order) == ["flavour", "more.0.pods", "cone.height", "cones.a.shape"]
     assert [part.pods for part in order.more] == [2] and order.cone.height == 3
-    assert order.flavour.kind == "vanilla" and order.cones["a"].shape == "b"
+    assert order.flavour.kind == "chocolate" and order.cones["a"].shape == "b"
     assert unread(order) == []
     forget_reads(order)
     assert unread(order) == ["guest", "flavour", "more.0.pods", "cone.height", "cones.a.shape"]
@@ -29,8 +31,16 @@ def test_looking_at_a_config_as_a_whole_is_not_reading() -> None:
 
 
 def test_defaults_and_validators_do_not_count() -> None:
-    assert unread(load(Order)) == []                      # nothing was set
-    assert "cup" in unread(load(Order, None, ["cup=false"]))      # the validator of Order reads `cup`
+    assert unread(load(Order)) == []
+    assert unread(load(Order, None, ["scoops=1", "flavour.pods=1", "cone.height=8"])) == []     # spelt out
+    # The validator of Order reads both, while it is loaded.
+    assert unread(load(Order, None, ["cup=true", "cone=null"])) == ["cone", "cup"]
+
+
+def test_a_dumped_config_has_no_more_to_read_than_the_one_it_was(tmp_path: Path) -> None:
+    order = load(Order, None, SET)
+    (tmp_path / "o.yaml").write_text(dump(order))
+    assert unread(load(Order, tmp_path / "o.yaml")) == unread(order)
 
 
 def test_two_configs_with_the_same_default_part_do_not_share_what_was_set() -> None:

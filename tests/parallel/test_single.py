@@ -185,7 +185,11 @@ def test_a_step_without_clip_is_a_defect() -> None:
     engine.clip(None)
     with pytest.raises(AssertionError, match="already clipped"):
         engine.clip(None)
+    engine.backward(loss_of(engine, rows(1)))  # a new gradient, so the old norm is none of it
+    engine.clip(None)
     engine.step(1e-3)
+    with pytest.raises(AssertionError, match="clip comes first"):
+        engine.step(1e-3)
 
 
 def test_scaling_the_loss_before_or_the_gradient_after_is_the_same() -> None:
@@ -384,6 +388,9 @@ def test_a_parameter_that_never_had_a_gradient_is_no_gap() -> None:
     train(whole, 0, 2)
     state, kept = copied(whole.state()), weights(policy)
     continued, other = with_spare()
+    continued.backward(other.spare.sum())  # here it had one, and must forget it
+    continued.clip(None)
+    continued.step(1e-3)
     other.load_state_dict(kept)
     continued.load_state(state)
     assert equal(state, continued.state())
@@ -432,8 +439,9 @@ def test_float32_means_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_are_set_when_asked_for() -> None:
-    Single(threads=1).start("float32")
-    assert torch.get_num_threads() == 1
+    wanted = torch.get_num_threads() + 1
+    Single(threads=wanted).start("float32")
+    assert torch.get_num_threads() == wanted
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:63", "meta"])

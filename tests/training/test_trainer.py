@@ -68,7 +68,7 @@ def test_a_repeated_pattern_is_learned_and_the_losses_are_the_same_twice(recipe:
 
 def test_a_step_tells_everything_the_contract_names(recipe: Make, tmp_path: Path) -> None:
     train(recipe("duration=4 steps"))
-    names = "kind time step tokens loss learning_rate grad_norm seconds tokens_per_second mfu loss/lm".split()
+    names = ["kind", "time", "step", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "tokens_per_second", "mfu", "loss/lm"]
     told = steps(tmp_path / "run" / "events.jsonl")
     assert all(set(names) <= set(event) for event in told)
     assert [event["tokens"] for event in told] == [160, 320, 480, 640]
@@ -263,3 +263,17 @@ def test_a_shape_beside_start_from_is_a_second_truth(recipe: Make, tmp_path: Pat
     train(recipe("duration=1 steps"))
     with pytest.raises(UserError, match="beside `model.start_from`"):
         train(recipe(f"model={{start_from: {tmp_path / 'run'}, layers: 3}}", f"run={tmp_path / 'next'}"))
+
+
+@pytest.mark.parametrize("beyond", [(), ("model={start_from: %s}",)], ids=["plain", "start_from"])
+def test_a_saved_recipe_runs_again_with_every_default_spelled_out(
+    recipe: Make, tmp_path: Path, beyond: tuple[str, ...]
+) -> None:
+    from llmtrainer.base.config import load
+
+    train(recipe("duration=2 steps"))
+    if beyond:
+        started = (beyond[0] % (tmp_path / "run"), f"run={tmp_path / 'started'}", "duration=2 steps")
+        train(recipe(*started))
+    saved = tmp_path / ("started" if beyond else "run") / "recipe.yaml"
+    assert train(load(Recipe, saved, overrides=[f"run={tmp_path / 'again'}"])).step == 2
