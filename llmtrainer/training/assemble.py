@@ -33,6 +33,7 @@ from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
 from llmtrainer.training import checkpoint
 from llmtrainer.training.evaluation import Evaluations, write_samples
+from llmtrainer.training.models import model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
@@ -256,12 +257,6 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
             )
     freeze(policy, recipe.model.freeze)
     return policy
-
-
-def model_folder(path: Path) -> Path:
-    """A run directory stands for its newest checkpoint; any other folder for itself."""
-    run = RunDir(path)
-    return run.newest_checkpoint() if run.checkpoints.is_dir() else path
 
 
 def require_read(recipe: Recipe) -> None:

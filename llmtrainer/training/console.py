@@ -162,13 +162,19 @@ class _Meter:
         seconds = self.clock() - self.started
         if self.finished:
             return self._summary(seconds)
-        known = "" if self.total is None else f" of {amount(self.total, self.unit)}"
-        parts = [amount(self.done, self.unit) + known]
+        parts = [self._place()]
         if seconds > 0 and self.done:
             parts.append(f"{amount(self.done / seconds, self.unit)}/s")
         if self.share and (left := remaining(seconds, self.share)) is not None:
             parts.append(f"{left} left")
         return "  ".join(parts)
+
+    def _place(self) -> str:
+        """`1.2 MB of 3 MB`, `2 of 40 tokens`."""
+        done = amount(self.done, self.unit)
+        if self.total is None:
+            return done
+        return f"{done if self.unit == 'bytes' else f'{self.done:,.0f}'} of {amount(self.total, self.unit)}"
 
     def line(self) -> str:
         percent = "" if self.share is None else f"{self.share:4.0%}  "
@@ -239,6 +245,7 @@ class TrainingView:
             case "step":
                 self._take(event)
             case "resume":
+                self._minutes = float(event.get("minutes") or 0.0)
                 say(f"continues after step {event['step']:,}")
             case "stop":
                 self._tell_step()

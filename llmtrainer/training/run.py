@@ -74,7 +74,8 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
         if resumption is None:
             trainer.tell("start", step=0, **assembled.facts)
         else:
-            trainer.tell("resume", step=trainer.progress.step, checkpoint=resumption.folder.name, **assembled.facts)
+            at = {"step": trainer.progress.step, "minutes": trainer.progress.minutes}
+            trainer.tell("resume", **at, checkpoint=resumption.folder.name, **assembled.facts)
         try:
             yield run, assembled, stop
         finally:

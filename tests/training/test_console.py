@@ -67,6 +67,13 @@ def test_without_a_terminal_a_bar_is_a_line_every_five_seconds_and_one_at_the_en
     ]
 
 
+def test_a_unit_is_named_once(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with bar("generate", 40, "tokens") as advance:
+        clock.now += 5
+        advance(10)
+    assert lines(capsys)[0] == "generate:  25%  10 of 40 tokens  2 tokens/s  0:15 left"
+
+
 def test_a_bar_whose_end_nobody_knows_promises_no_time(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +156,15 @@ def test_an_evaluation_and_a_stop_come_after_their_step(clock: Clock, capsys: py
         "step 1 of 9 (11.1%)", "step 2 of 9 (22.2%)", "step 2: held out: loss 2.5000",
         "stopped after step 2: the same command continues",
     ]
+
+
+def test_a_continued_runs_minutes_go_on_from_where_they_were(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainingView(Duration(20, "minutes")) as view:
+        view.show({"kind": "resume", "step": 9, "minutes": 5.0})
+        view.show(step(10, seconds=6.0))
+    assert lines(capsys)[1].startswith("step 10, 5.1 of 20 minutes (25.5%)")
 
 
 @pytest.mark.parametrize(("duration", "place"), [
