@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data import shards
+from llmtrainer.data.document import SourceFile
 from llmtrainer.data.encode import write_store
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
@@ -232,17 +234,8 @@ def next_bytes(pipe: int) -> bytes:
 
 def test_another_text_or_setting_never_continues_a_half_store(tmp_path: Path) -> None:
     files = find(make_text(tmp_path / "text"))
-    stopped = 0
-
-    def stop(_: int) -> None:
-        nonlocal stopped
-        stopped += 1
-        if stopped == 8:
-            raise KeyboardInterrupt
-
     settings = {"batch_bytes": 500, "shard_tokens": 700}
-    with pytest.raises(KeyboardInterrupt):
-        write_store(files, tmp_path, load_bytes, tmp_path / "store", report=stop, **settings)  # type: ignore[arg-type]
+    interrupted(files, tmp_path / "store", 8, **settings)
     assert list(partial_of(tmp_path / "store").glob("tokens-*.bin")), "shards are waiting"
     (tmp_path / "text" / "part-0.jsonl").write_text(json.dumps({"text": "now another"}) + "\n")
     files = find(tmp_path / "text")
@@ -339,27 +332,54 @@ def test_a_worker_needs_no_torch(tmp_path: Path) -> None:
 
 
 
-def test_the_parts_of_a_journal_that_was_torn_are_not_believed(tmp_path: Path) -> None:
+def interrupted(files: list[SourceFile], out: Path, batches: int, **settings: int) -> int:
+    """Write until so many batches of text are done, then stop. Returns the bytes that earlier tries had done."""
+    heard: list[int] = []
+
+    def stop(size: int) -> None:
+        heard.append(size)
+        if len(heard) == batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(files, out.parent, load_bytes, out, report=stop, **settings)  # type: ignore[arg-type]
+    return heard[0]
+
+
+def test_half_a_line_in_the_journal_costs_no_work_now_or_later(tmp_path: Path) -> None:
+    files = find(make_text(tmp_path / "text", records=60))
+    settings = {"batch_bytes": 500, "shard_tokens": 700}
+    fresh = write_store(files, tmp_path, load_bytes, tmp_path / "fresh", **settings)  # type: ignore[arg-type]
+    out = tmp_path / "store"
+    interrupted(files, out, 8, **settings)
+    journal = partial_of(out) / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'{"tokens": 7')
+    first = interrupted(files, out, 8, **settings)
+    second = interrupted(files, out, 2, **settings)
+    assert 1000 < first < second - 1000, "both tries went on where the one before was"
+    found = write_store(files, tmp_path, load_bytes, out, **settings)  # type: ignore[arg-type]
+    assert contents(found.path) == contents(fresh.path)
+
+
+def test_a_journal_that_its_files_do_not_bear_out_is_not_believed(tmp_path: Path) -> None:
     files = find(make_text(tmp_path / "text"))
     settings = {"batch_bytes": 500, "shard_tokens": 700}
     fresh = write_store(files, tmp_path, load_bytes, tmp_path / "fresh", **settings)  # type: ignore[arg-type]
-    calls = 0
+    out = tmp_path / "store"
 
-    def stop(_: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 8:
-            raise KeyboardInterrupt
+    def foreign_line(partial: Path) -> None:
+        with (partial / "journal.jsonl").open("ab") as file:
+            file.write(b"not json\n")
 
-    for tear in (b'{"tokens": 7', b"not json\n", b""):
-        calls = 0
-        out = tmp_path / "store"
-        with pytest.raises(KeyboardInterrupt):
-            write_store(files, tmp_path, load_bytes, out, report=stop, **settings)  # type: ignore[arg-type]
-        journal = partial_of(out) / "journal.jsonl"
-        journal.write_bytes(journal.read_bytes() + tear)
-        if not tear:
-            (partial_of(out) / "tokens-00000.bin").write_bytes(b"")
+    spoil: list[Callable[[Path], object]] = [
+        foreign_line,
+        lambda partial: (partial / "tokens-00000.bin").write_bytes(b""),
+        lambda partial: (partial / "tokens-00001.bin").unlink(),
+        lambda partial: (partial / "documents.bin").write_bytes(b""),
+    ]
+    for change in spoil:
+        interrupted(files, out, 8, **settings)
+        change(partial_of(out))
         found = write_store(files, tmp_path, load_bytes, out, **settings)  # type: ignore[arg-type]
         assert contents(found.path) == contents(fresh.path)
         shutil.rmtree(out)

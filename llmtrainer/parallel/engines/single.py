@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.protocols import EngineConfig, Rule
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
@@ -37,6 +38,8 @@ class Single(EngineConfig):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = find_device(self.device, precision)
+        if device.type == "cpu":
+            keep_freed_memory()
         if self.compile:
             require_compiler(device)
         if precision in ("float32", "float64"):
@@ -72,7 +75,7 @@ class SingleEngine:
         assert {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in policy.parameters()}
         self._rule = rule
         self._parameters: list[nn.Parameter] = parameters
-        self._forward: Callable[..., Outputs] = torch.compile(policy) if self._compile else policy
+        self._forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
         self._optimizer: Optimizer = rule.build(groups)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
@@ -205,6 +208,15 @@ def find_device(name: str, precision: str) -> torch.device:
             fix="engine.device=cpu, or precision=float32",
         )
     return device
+
+
+def compiled(policy: nn.Module) -> Callable[..., Outputs]:
+    """The policy, compiled: in the pieces it names itself, where it does, else as a whole."""
+    pieces = getattr(policy, "compile_pieces", None)
+    if pieces is None:
+        return torch.compile(policy)
+    pieces()
+    return policy
 
 
 def require_compiler(device: torch.device) -> None:
