@@ -28,7 +28,7 @@ def table() -> dict[str, list[tuple[str, str]]]:
 
 
 @cache
-def tests_in(path: Path) -> frozenset[str]:
+def functions_of(path: Path) -> frozenset[str]:
     tree = ast.parse(path.read_text())
     return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
@@ -44,7 +44,7 @@ def test_every_item_has_one_state_and_a_settled_item_names_tests_that_exist(item
         assert tests, f"{item} is {state} and names no test"
     for file, name in tests:
         assert (ROOT / file).is_file(), f"{item}: {file} does not exist"
-        assert name in tests_in(ROOT / file), f"{item}: {file} has no {name}"
+        assert name in functions_of(ROOT / file), f"{item}: {file} has no {name}"
 
 
 def test_the_page_speaks_of_nothing_that_is_not_in_the_list() -> None:

@@ -19,7 +19,7 @@ from llmtrainer.base.errors import UserError
 
 SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 _BLOCK = 2**17
-_PACKED_BLOCK = 2**14
+_PACKED_BLOCK = 2**11
 
 Damage = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """What reading a damaged file may raise."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
+import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ from llmtrainer.base.errors import UserError
 
 VERSION = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
+_STRIDE = 4096
+_READS = 256
+"""Reads of a shard until its pages are let go: 64 KiB each at most, or a little more than a row."""
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
 
@@ -33,7 +38,7 @@ def dtype_for(vocabulary: int) -> np.dtype[Any]:
 class Store:
     """Documents as token ids, each closed by the tokenizer's end id, read by random access.
 
-    Nothing is loaded: shards and offsets are memory maps, so RAM does not grow with the corpus.
+    Nothing is loaded: shards are memory maps, offsets are read by position, so RAM does not grow with the corpus.
     Raises UserError if the folder is no store, or if a file is missing, foreign or of another size.
     """
 
@@ -49,12 +54,12 @@ class Store:
         self.end = int(self.manifest["end"])
         self._files: dict[str, dict[str, Any]] = self.manifest["files"]
         self._require_files()
-        self.offsets: NDArray[np.int64] = _map(self.path / DOCUMENTS, np.dtype("<i8"))
+        self.offsets = NumberFile(self.path / DOCUMENTS)
         """First token of each document in the stream of all documents, and the end of the last: [D + 1]."""
         names = [name for name in self._files if name != DOCUMENTS]
         sizes = [self._files[name]["bytes"] // self.dtype.itemsize for name in names]
         self._first_token = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._shard = lru_cache(OPEN_SHARDS)(lambda index: _map(self.path / names[index], self.dtype))
+        self._shard = lru_cache(OPEN_SHARDS)(lambda index: _Shard(self.path / names[index], self.dtype))
         if len(self.offsets) != self.documents + 1 or self.offsets[-1] != self.tokens:
             raise self._damaged(DOCUMENTS, "its offsets do not match the counts of the manifest")
         if self._first_token[-1] != self.tokens:
@@ -69,11 +74,13 @@ class Store:
 
     def length(self, document: int) -> int:
         """Tokens of a document, its end id included."""
-        return int(self.offsets[document + 1] - self.offsets[document])
+        first, last = self.offsets[document : document + 2]
+        return int(last - first)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Tokens start..stop of one document, a copy in the store's dtype."""
-        first, length = int(self.offsets[document]), self.length(document)
+        first, last = map(int, self.offsets[document : document + 2])
+        length = last - first
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length, f"document {document} has {length} tokens, not {start}..{stop}"
         return self.span(first + start, first + stop)
@@ -86,7 +93,7 @@ class Store:
         shard = int(np.searchsorted(self._first_token, start, side="right")) - 1
         while at < stop:
             first, last = self._first_token[shard], min(stop, int(self._first_token[shard + 1]))
-            found[at - start : last - start] = self._shard(shard)[at - first : last - first]
+            found[at - start : last - start] = self._shard(shard).read(at - first, last - first)
             at, shard = last, shard + 1
         return found
 
@@ -167,11 +174,72 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if path.stat().st_size == 0:    # an empty file cannot be mapped
-        return np.empty(0, dtype=dtype)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)    # rows are drawn in random order: reading ahead would fetch for nothing
-    return np.frombuffer(mapped, dtype=dtype)
+class NumberFile:
+    """An ascending array of int64 in a file, indexed and searched like a numpy array; memory holds one in 4,096.
+
+    Read by position instead of mapped: a search ends anywhere, the kernel maps 64 KiB around each place it touches,
+    and before long all of the file counts as this process's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+        self._length = os.fstat(self._handle).st_size // 8
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> np.int64: ...
+    @overload
+    def __getitem__(self, index: slice) -> NDArray[np.int64]: ...
+    def __getitem__(self, index: int | slice) -> np.int64 | NDArray[np.int64]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._length)
+            assert step == 1
+            return self._read(start, max(start, stop))
+        index = index + self._length if index < 0 else index
+        if not 0 <= index < self._length:
+            raise IndexError(f"number {index:,} of {self._length:,}")
+        return np.int64(self._read(index, index + 1)[0])
+
+    def searchsorted(self, value: int, side: Literal["left", "right"] = "left") -> int:
+        """Where `value` would be inserted, as numpy says it: before its equals (left) or behind them (right)."""
+        block = int(np.searchsorted(self._coarse, value, side=side))
+        if block == 0:
+            return 0
+        start = (block - 1) * _STRIDE
+        return start + int(np.searchsorted(self[start : start + _STRIDE], value, side=side))
+
+    @cached_property
+    def _coarse(self) -> NDArray[np.int64]:
+        return np.array([self[place] for place in range(0, self._length, _STRIDE)], dtype=np.int64)
+
+    def _read(self, start: int, stop: int) -> NDArray[np.int64]:
+        content = os.pread(self._handle, 8 * (stop - start), 8 * start)
+        assert len(content) == 8 * (stop - start), "the file was cut while it was open"
+        return np.frombuffer(content, dtype="<i8")
+
+
+class _Shard:
+    """One mapped file of ids."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._ids = np.frombuffer(self._map, dtype=dtype)
+        self._reads = 0
+        # Rows are drawn in random order: reading ahead would fetch for nothing.
+        self._advise("MADV_RANDOM")
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """A view; valid whatever is read later, but meant to be copied."""
+        self._reads += 1
+        if self._reads % _READS == 0:
+            # What was read stays in the kernel's cache, but no longer counts as this process's memory.
+            self._advise("MADV_DONTNEED")
+        return self._ids[start:stop]
+
+    def _advise(self, name: str) -> None:
+        if hasattr(mmap, name):
+            self._map.madvise(getattr(mmap, name))

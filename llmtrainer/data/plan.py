@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.randomness import derive
-from llmtrainer.data.packed import DOCUMENTS, Store
+from llmtrainer.data.packed import DOCUMENTS, NumberFile, Store
 from llmtrainer.data.permutation import hashed
 
 Policy = Literal["stream", "split", "truncate", "sample", "whole"]
@@ -25,8 +25,8 @@ Part = Literal["train", "held_out"]
 HEAD_SHARE = 0.25
 """How often policy `sample` gives the beginning of a long document instead of a random window of it."""
 _SALT = np.uint64(0x68656C642D6F7574)
-_BLOCK = 2**20
-"""Documents looked at a time while a table is built: 8 MiB, however many there are."""
+_BLOCK = 2**17
+"""Documents looked at at a time while a table is built: some MiB, however many there are."""
 
 
 class Piece(NamedTuple):
@@ -53,9 +53,9 @@ class Plan:
     sequence_length: int
     policy: Policy
     seed: int
-    documents: NDArray[np.int64] | None
+    documents: NumberFile | None
     """Numbers of the chosen documents; None: all of them."""
-    starts: NDArray[np.int64]
+    starts: NumberFile
     """Tokens (stream) or rows (else) before each chosen document, and in all: one more than documents."""
 
     @property
@@ -68,7 +68,7 @@ class Plan:
         assert 0 <= row < self.rows, f"row {row} of {self.rows}"
         if self.policy == "stream":
             return self._window(row * self.sequence_length, (row + 1) * self.sequence_length + 1)
-        chosen = int(np.searchsorted(self.starts, row, side="right")) - 1
+        chosen = int(self.starts.searchsorted(row, side="right")) - 1
         document = self._document(chosen)
         length, L = self.store.length(document), self.sequence_length
         if self.policy == "split":
@@ -85,11 +85,11 @@ class Plan:
         return chosen if self.documents is None else int(self.documents[chosen])
 
     def _window(self, start: int, stop: int) -> list[Piece]:
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))
+        first = int(self.starts.searchsorted(start, side="right")) - 1
+        last = int(self.starts.searchsorted(stop, side="left"))
         pieces = []
-        for chosen in range(first, last):
-            before, after = int(self.starts[chosen]), int(self.starts[chosen + 1])
+        edges = self.starts[first : last + 1].tolist()
+        for chosen, (before, after) in enumerate(pairwise(edges), first):
             if before < after:    # a document without tokens leaves no trace
                 pieces.append(Piece(self._document(chosen), max(start - before, 0), min(stop, after) - before))
         return pieces
@@ -111,7 +111,7 @@ def plan(
     cache: Path | None = None,
 ) -> Plan:
     """The plan of a part of a store. Its tables are files in `cache` (default: a hidden folder beside the store),
-    built once in blocks and memory-mapped.
+    built once in blocks.
 
     `held_out` is the share of documents kept from training, chosen by a hash of their number: the same ones in
     every run, whatever the seed. Raises UserError if a row cannot be made.
@@ -125,7 +125,7 @@ def plan(
     documents, starts = folder / f"{name}.documents.bin", folder / f"{name}.starts.bin"
     if not (documents.is_file() and starts.is_file()):
         _build(store, documents, starts, rule, held_out, part)
-    return Plan(store, sequence_length, policy, seed, _read(documents), _read(starts))
+    return Plan(store, sequence_length, policy, seed, NumberFile(documents), NumberFile(starts))
 
 
 def is_held_out(documents: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
@@ -187,10 +187,3 @@ def _build(store: Store, documents: Path, starts: Path, rule: Rule, held_out: fl
     finally:
         for path in growing:
             path.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype="<i8")
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype="<i8")

@@ -95,7 +95,7 @@ def test_a_finished_demo_shows_its_figures_again_without_training(small: Demo) -
 
 
 def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    laps = iter([9.0, 5.0, 3.0, *[0.5, 0.25, 0.5, 4.0, 0.5, 0.5, 0.25, 0.5, 0.5]])
+    laps = iter([9.0, 5.0, 3.0, *[0.25, 0.75, 0.25, 0.75, 0.5, 0.25, 0.75, 0.25, 0.75]])
 
     @contextmanager
     def opened(recipe: Recipe):

@@ -36,11 +36,14 @@ def pieces(array: bool) -> Iterator[bytes]:
 
 def write_large(path: Path) -> None:
     if path.suffix == ".parquet":
-        # One row group, not packed: a reader that fetches or decodes a group at a time would need all of it.
+        # One row group, not packed: a reader that fetches or decodes a group at a time would need all of it. A page
+        # is what a reader cannot do without; the writer looks at its size (1 MiB) once a batch.
         column = pyarrow.array([text(number) for number in range(RECORDS)])
         parquet.write_table(
-            pyarrow.table({"text": column}), path, row_group_size=RECORDS, use_dictionary=False, compression="none"
-        )
+            pyarrow.table({"text": column}), path,
+            row_group_size=RECORDS, use_dictionary=False, compression="none",
+            write_batch_size=32,
+        )    # fmt: skip
         return
     with path.open("wb") as file:
         if path.suffix == ".gz":

@@ -139,8 +139,8 @@ def test_tables_are_built_once_and_equal_whatever_the_block(
     assert [path.stat().st_mtime_ns for path in files] == before and len(files) == 2
     monkeypatch.setattr("llmtrainer.data.plan._BLOCK", 7)
     blocks = plan(store, **settings, cache=tmp_path / "blocks")
-    assert np.array_equal(whole.starts, blocks.starts)
-    assert whole.documents is not None and np.array_equal(whole.documents, blocks.documents)  # type: ignore[arg-type]
+    assert np.array_equal(whole.starts[:], blocks.starts[:])
+    assert whole.documents is not None and np.array_equal(whole.documents[:], blocks.documents[:])  # type: ignore[arg-type]
 
 
 def test_a_failed_build_leaves_no_table_behind(tmp_path: Path) -> None:
