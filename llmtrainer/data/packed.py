@@ -20,8 +20,6 @@ from llmtrainer.base.errors import UserError
 VERSION = 1
 MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
 _STRIDE = 4096
-_READS = 256
-"""Reads of a shard until its pages are let go: 64 KiB each at most, or a little more than a row."""
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
 
@@ -228,17 +226,16 @@ class _Shard:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._ids = np.frombuffer(self._map, dtype=dtype)
-        self._reads = 0
         # Rows are drawn in random order: reading ahead would fetch for nothing.
         self._advise("MADV_RANDOM")
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """A view; valid whatever is read later, but meant to be copied."""
-        self._reads += 1
-        if self._reads % _READS == 0:
-            # What was read stays in the kernel's cache, but no longer counts as this process's memory.
-            self._advise("MADV_DONTNEED")
-        return self._ids[start:stop]
+        """A copy of ids start..stop."""
+        found = self._ids[start:stop].copy()
+        # The kernel maps up to 2 MiB around a place that is read. What was copied may stay in its cache, but shall not
+        # count as this process's memory: over a large corpus that would be all there is.
+        self._advise("MADV_DONTNEED")
+        return found
 
     def _advise(self, name: str) -> None:
         if hasattr(mmap, name):

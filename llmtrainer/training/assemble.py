@@ -157,7 +157,7 @@ def evaluations_of(
         completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
         told: list[Mapping[str, object]] = [
             {
-                "prompt": prompt, "text": tokenizer.decode(item.tokens), "tokens": len(item.tokens),
+                "prompt": prompt, "text": tokenizer.decode(item.tokens, skip_control=True), "tokens": len(item.tokens),
                 "finish": item.finish,
             }
             for prompt, item in zip(settings.prompts, completions, strict=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.data import packed
 from llmtrainer.data.packed import Store, is_store
 from tests.data.worlds import counting, make_store
 
@@ -107,3 +111,21 @@ def test_what_was_read_stays_when_more_shards_than_maps_are_used(tmp_path: Path)
     assert len(list(store.path.glob("tokens-*.bin"))) == 600
     assert store.span(0, 1200).tolist() == list(range(1, 1201))
     assert np.array_equal(store.read(0), [1, 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers=st.lists(st.integers(0, 30), max_size=40).map(sorted), stride=st.integers(1, 9))
+def test_a_number_file_is_searched_as_numpy_would(numbers: list[int], stride: int) -> None:
+    array = np.array(numbers, dtype="<i8")
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_STRIDE", stride)
+        array.tofile(Path(folder) / "numbers.bin")
+        file = packed.NumberFile(Path(folder) / "numbers.bin")
+        assert len(file) == len(array) and file[:].tolist() == numbers
+        assert [int(file[place]) for place in range(-len(array), len(array))] == numbers * 2
+        assert file[3:7].tolist() == numbers[3:7] and file[7:3].tolist() == []
+        for value in range(-1, 32):
+            assert file.searchsorted(value) == np.searchsorted(array, value)
+            assert file.searchsorted(value, "right") == np.searchsorted(array, value, side="right")
+        with pytest.raises(IndexError):
+            file[len(array)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.generation.loop import Completion, complete, generate
-from llmtrainer.generation.sampling import Sampling
+from llmtrainer.generation.sampling import Sampling, uniform
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
 
@@ -123,6 +123,21 @@ def test_a_consumer_of_the_stream_keeps_its_gradients() -> None:
     for _ in generate(Counting(), [[5]], GREEDY, Tokens()):
         assert torch.is_grad_enabled()
         break
+
+
+class Even(Counting):
+    """A policy to which all ids are alike: what a row says is its random numbers and nothing else."""
+
+    def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Rows) -> Tensor:
+        super().read(tokens_BT, lengths_B, cache)
+        return torch.zeros(len(lengths_B), 48)
+
+
+def test_every_token_is_drawn_with_the_number_of_its_row_and_position() -> None:
+    sampling = Sampling(max_new_tokens=30)
+    done = complete(Even(), [[5, 5], [5]], sampling, Tokens(end=99), seed=8)
+    for row, (length, completion) in enumerate(zip((2, 1), done, strict=True)):
+        assert list(completion.tokens) == [int(uniform(8, row, length + place) * 40) for place in range(30)]
 
 
 def test_no_prompts_give_no_completions() -> None:
