@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, RunStopped, UserError
+from llmtrainer.base.process import wait_passively
 from llmtrainer.base.verbs import VERBS, Verb, verb_named
 from llmtrainer.base.version import VERSION
 
@@ -23,6 +24,7 @@ USAGE = "llmtrainer VERB [FILE.yaml] [WORDS] [key=value | --key value ...] [--js
 
 def run() -> None:
     """The console script."""
+    wait_passively()
     sys.exit(main(sys.argv[1:]))
 
 

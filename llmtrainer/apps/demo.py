@@ -42,6 +42,9 @@ WARM_STEPS, TIMED_STEPS = 3, 9
 SPARE = 0.9
 """Share of the time that is planned for: the rest is for saving, evaluating and a machine that slows down."""
 
+TIME_IS_UP = "the time is up"
+"""Why a demo stops its own training: the machine became slower than it was when it was measured."""
+
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda text: gzip.compress(text, 9, mtime=0),
     "xz": lambda text: lzma.compress(text, preset=9),
@@ -154,12 +157,19 @@ def _prepare(settings: Demo) -> dict[str, Any]:
 
 def _train(settings: Demo) -> dict[str, Any]:
     steps = _steps(settings)
-    started = time.perf_counter()
-    result = train(_recipe(settings, steps))
+    recipe, started = _recipe(settings, steps), time.perf_counter()
+    with open_trainer(recipe) as trainer:
+        for _ in trainer.steps():
+            if time.perf_counter() - started > settings.seconds and settings.steps is None:
+                trainer.parts.stop.request(TIME_IS_UP)
+        reason, progress = trainer.parts.stop.requested, trainer.progress
     seconds = time.perf_counter() - started
-    if result.stopped:
-        raise RunStopped(f"the demo was stopped at step {result.step:,}; the same command goes on from there")
-    return {"training": {"steps": result.step, "tokens": result.tokens, "loss": result.loss, "seconds": seconds}}
+    if reason == TIME_IS_UP:
+        say(f"the time is up at step {progress.step:,} of {steps:,}; the same command goes on from there")
+    elif reason is not None:
+        raise RunStopped(f"the demo was stopped at step {progress.step:,}; the same command goes on from there")
+    loss = trainer.last.loss if trainer.last else train(recipe).loss
+    return {"training": {"steps": progress.step, "tokens": progress.tokens, "loss": loss, "seconds": seconds}}
 
 
 def _steps(settings: Demo) -> int:

@@ -47,8 +47,6 @@ def train(recipe: Recipe) -> Trained:
         for _ in trainer.steps():
             pass
         stopped = None if trainer.finished else stop.requested
-        end = {"step": trainer.progress.step, "tokens": trainer.progress.tokens}
-        trainer.tell("stop" if stopped else "end", **end, **({"reason": stopped} if stopped else {}))
         return _outcome(run, trainer, stopped)
 
 

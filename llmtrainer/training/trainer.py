@@ -53,6 +53,11 @@ class Trainer:
             yield info
         self.save()
         self.parts.saver.wait()
+        at = {"step": self.progress.step, "tokens": self.progress.tokens}
+        if self.finished:
+            self.tell("end", **at)
+        else:
+            self.tell("stop", **at, reason=self.parts.stop.requested)
 
     def step(self) -> StepInfo:
         """One optimizer step over this rank's micro-batches."""

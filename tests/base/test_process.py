@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.process import StopRequests, local_rank, rank, world_size
+from llmtrainer.base.process import StopRequests, local_rank, rank, wait_passively, world_size
 
 
 def test_alone_without_torchrun_and_one_of_many_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +74,12 @@ def test_off_the_main_thread_only_the_file_counts(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert found == [None, "enough"] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_threads_wait_passively_unless_somebody_chose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
