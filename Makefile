@@ -54,5 +54,9 @@ test: check  ## check, then the whole suite
 docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/architecture.md, from the code
 	$(BIN)/python tools/docs.py
 
+storm: $(VENV)/test.stamp  ## 100 processes killed with -9 while they save, 500 crashes inside a checkpoint
+	$(BIN)/python -m pytest -q tests/training/test_resume.py tests/training/test_checkpoint.py \
+	  -k "killed_at_random or crash_at_any" --kills 100 --faults 500
+
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

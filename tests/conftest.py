@@ -9,7 +9,7 @@ import pytest
 # Two processes of two threads each on two cores wait for each other in busy loops: measured twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 

@@ -96,7 +96,7 @@ def test_a_finished_demo_shows_its_figures_again_without_training(small: Demo) -
 
 
 def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    laps = iter([9.0, 5.0, 3.0, *[0.25, 0.75, 0.25, 0.75, 0.5, 0.25, 0.75, 0.25, 0.75]])
+    laps = iter([9.0, 5.0, 3.0, *[0.25, 0.5, 0.5, 0.5, 4.0, 7.0, 6.0, 5.0, 8.0]])
 
     @contextmanager
     def opened(recipe: Recipe):
@@ -105,6 +105,20 @@ def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkey
     monkeypatch.setattr(module, "open_trainer", opened)
     steps = module._steps(small.model_copy(update={"steps": None, "seconds": 100.0}))
     assert steps == int((module.SPARE * 100.0 - 9.0) / 0.5)
+
+
+def test_a_demo_whose_time_is_up_saves_and_goes_on_the_next_time(
+    small: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 10))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_steps", lambda settings: 6)
+        patched.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+        told = demo(small.model_copy(update={"steps": None, "seconds": 25.0, "stages": ("train",)}))
+    assert 0 < told.training["steps"] < 6
+    saved = Path("runs/demo/checkpoints") / f"step-{told.training['steps']:08d}"
+    assert (saved / "manifest.json").is_file()
+    assert demo(small.model_copy(update={"steps": 6, "stages": ("train",)})).training["steps"] == 6
 
 
 def test_the_saved_recipe_is_the_run(small: Demo) -> None:
