@@ -157,6 +157,8 @@ def _prepare(settings: Demo) -> dict[str, Any]:
 
 
 def _train(settings: Demo) -> dict[str, Any]:
+    if not _has_compiler():
+        say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
     recipe = _recipe(settings, _steps(settings))
     started = time.perf_counter()
     with open_trainer(recipe) as trainer:
@@ -181,8 +183,6 @@ def _steps(settings: Demo) -> int:
     begun = RunDir(Path(settings.run)).recipe
     if begun.is_file():
         return int(load(Recipe, str(begun)).duration.value)
-    if not _has_compiler():
-        say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
     trials = WARM_STEPS + TIMED_STEPS
     with bar("measuring the speed", trials, "steps") as advance, tempfile.TemporaryDirectory() as place:
         laps = []

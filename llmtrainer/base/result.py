@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
         case float():
             return f"{value:.6g}"
         case Mapping():
-            return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+            return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "none"
         case list():
             return ", ".join(map(_shown, value))
         case _:
