@@ -99,7 +99,7 @@ def assemble(
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
         evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine, most_documents).run, saver=saver,
-        first_step=lambda: require_read(recipe), view=view,
+        first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
     )  # fmt: skip
@@ -146,6 +146,12 @@ def evaluations_of(
 ) -> Evaluations:
     """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.train.fields, recipe.evaluate.max_new_tokens
+
+    for suite in settings.suites:
+        # A suite reads its settings when it runs, which may be hours from now. That each kind reads all of them
+        # is held by a test; here they count as read.
+        for name in type(suite).model_fields:
+            getattr(suite, name)
 
     def read(path: str) -> Iterator[str]:
         found = documents(find(path), fields=fields)
@@ -259,9 +265,14 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
     return policy
 
 
-def require_read(recipe: Recipe) -> None:
-    """Refuse a recipe that sets a field which nothing has read: an option that is ignored is a lie (S41)."""
-    if ignored := unread(recipe):
+def require_read(recipe: Recipe, began: bool) -> None:
+    """Refuse a recipe that sets a field which nothing has read: an option that is ignored is a lie (S41).
+
+    Some fields are for a run that begins (`model.init_std`) and some for one that continues (`allow`): each is
+    asked for where it has a use.
+    """
+    elsewhere = ("allow",) if began else ("model.",)
+    if ignored := [name for name in unread(recipe) if not name.startswith(elsewhere)]:
         raise UserError(
             f"`{ignored[0]}` was set and nothing read it",
             why="this combination of parts has no use for it, so it would be ignored silently"

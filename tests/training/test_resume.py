@@ -141,6 +141,12 @@ def test_a_lost_piece_of_state_means_an_older_checkpoint_and_the_same_end(
     assert resumed[0]["checkpoint"] == "step-00000006"
 
 
+def test_a_field_that_only_a_beginning_or_a_continued_run_reads_is_no_error_in_the_other(recipe: Make) -> None:
+    overrides = ("model.init_std=0.03", "allow=[optim.schedule]")
+    train_until(recipe(*overrides), 3)
+    assert train(recipe(*overrides)).step == 12
+
+
 def test_never_refuses_to_touch_a_run_that_has_begun(recipe: Make) -> None:
     train_until(recipe(), 3)
     with pytest.raises(UserError, match="already holds checkpoints"):
