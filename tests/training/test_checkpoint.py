@@ -50,11 +50,12 @@ class Faults:
     def watched(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.operations += 1
+            own = self.operations  # an operation may consist of others, which count on
             number, before = self.crash_at
-            if self.operations == number and before:
+            if own == number and before:
                 raise Crash
             result = operation(*args, **kwargs)
-            if self.operations == number:
+            if own == number:
                 raise Crash
             return result
 
