@@ -104,7 +104,7 @@ def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkey
 
     monkeypatch.setattr(module, "open_trainer", opened)
     steps = module._steps(small.model_copy(update={"steps": None, "seconds": 100.0}))
-    assert steps == int((module.SPARE * 100.0 - 9.0) / 0.5)
+    assert steps == int((module.SPARE * 100.0 - module.AGAIN * 9.0) / 0.5)
 
 
 def test_a_demo_whose_time_is_up_saves_and_goes_on_the_next_time(
