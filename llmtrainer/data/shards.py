@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.rundir import sync_folder
 from llmtrainer.data.packed import DOCUMENTS, MANIFEST, VERSION, sha256_of, shard_name
 
 _JOURNAL, _GROWING = "journal.jsonl", ".growing"
@@ -179,15 +180,6 @@ def publish(partial: Path, out: Path) -> None:
     sync_folder(partial)
     partial.rename(out)
     sync_folder(out.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: without it a rename can be lost with the power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        _sync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sync(handle: int) -> None:

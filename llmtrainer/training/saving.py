@@ -32,7 +32,6 @@ class Saver:
         facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
     ) -> None:  # fmt: skip
         self._run = run
-        self._settings = save
         self._recipe_yaml = recipe_yaml
         self._tokenizer_folder = tokenizer_folder
         self._facts = facts
