@@ -81,5 +81,7 @@ class Outputs:
     """Entropy of the next-token distribution in nats; 0 where the target's weight is 0."""
     log_partition_BT: Tensor | None = None
     """Logarithm of the softmax's denominator, for z-loss; 0 where the target's weight is 0."""
+    mean_logp_BT: Tensor | None = None
+    """Mean log-probability over all ids, for label smoothing; 0 where the target's weight is 0."""
     aux: tuple[Term, ...] = ()
     """The model's own Terms."""

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.batch import Batch, Outputs
 
-WANTS = ("logp", "entropy", "log_partition")
+WANTS = ("logp", "entropy", "log_partition", "mean_logp")
 """What a policy can be asked for: fields of Outputs without their shape."""
 
 _CHUNK_BYTES = 128 * 2**20
@@ -72,12 +72,13 @@ def score_gathered(
     wants: tuple[str, ...],
     chunk: int | None = None,
     arithmetic: Arithmetic | None = None,
+    ids: int | None = None,
 ) -> Outputs:
     """As `score`, for hidden states already gathered at `chosen_N`."""
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic)
+    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids)
 
     def spread(value_N: Tensor | None) -> Tensor | None:
         if value_N is None or chosen_N is None:
@@ -89,6 +90,7 @@ def score_gathered(
         logp_BT=spread(found.get("logp")),
         entropy_BT=spread(found.get("entropy")),
         log_partition_BT=spread(found.get("log_partition")),
+        mean_logp_BT=spread(found.get("mean_logp")),
     )
 
 
@@ -99,8 +101,12 @@ def log_probabilities(
     wants: tuple[str, ...] = ("logp",),
     chunk: int | None = None,
     arithmetic: Arithmetic | None = None,
+    ids: int | None = None,
 ) -> dict[str, Tensor]:
     """Per position [N], float32 or wider, whatever of WANTS is asked for.
+
+    ids: how many rows of the weight stand for an id, for `mean_logp`; None: all. Rows after them only pad the
+    matrix and count in no mean.
 
     The product runs in hidden's type, every reduction over the vocabulary in float32 (float64 for float64).
     With more than one chunk, backward computes the logits again instead of keeping them.
@@ -115,7 +121,18 @@ def log_probabilities(
         hidden_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN
     )
     values = {"logp": logp_N, "entropy": entropy_N, "log_partition": log_partition_N}
+    if "mean_logp" in wants:
+        values["mean_logp"] = _mean_logit(hidden_ND, weight_VD[:ids]) - log_partition_N
     return {name: values[name] for name in WANTS if name in wants}
+
+
+def _mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """The mean over the vocabulary of each position's logits, in the log-partition's type: [N].
+
+    The mean of products with rows is the product with the mean row, so no logit is touched again.
+    """
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    return hidden_ND.to(wide) @ weight_VD.to(wide).mean(0)
 
 
 class _Head(torch.autograd.Function):

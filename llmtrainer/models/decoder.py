@@ -55,6 +55,8 @@ class Decoder(nn.Module):
         self.family = family
         self.vocabulary = vocabulary
         """Rows of the embedding and of the head, padding rows included."""
+        self.ids: int | None = None
+        """How many of those rows stand for an id of the tokenizer; None: all."""
         self.context_length = family.context_length
         self.compute = compute
         self.path: str | None = None
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
         hidden_ND = vocab_head.gather(self.residual(batch), chosen_N)
         hidden_ND = self.model.norm(hidden_ND, self.compute)
         return vocab_head.score_gathered(
-            hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk, self._pieces.arithmetic
+            hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk, self._pieces.arithmetic, self.ids
         )
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -261,6 +261,7 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
                 where=f"model.start_from {recipe.model.start_from}",
                 fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
             )
+    policy.ids = tokenizer.vocabulary
     freeze(policy, recipe.model.freeze)
     return policy
 

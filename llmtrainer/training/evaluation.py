@@ -70,7 +70,9 @@ def measure(engine: Engine, objective: Objective, batches: list[Batch]) -> dict[
             coefs[term.name] = term.coef
     figures = engine.sum(sums)
     loss = sum(coefs[name] * value for name, value in figures.items())
-    return {"loss": loss, **{name: value for name, value in figures.items() if name != "loss/lm"}}
+    # A Term that is the whole loss is told once. With label smoothing, `loss/lm` is the loss without it.
+    whole = [name for name, coef in coefs.items() if coef]
+    return {"loss": loss, **{name: value for name, value in figures.items() if [name] != whole}}
 
 
 def write_samples(run: RunDir, progress: Progress, samples: list[Mapping[str, object]]) -> Path:

@@ -15,7 +15,7 @@ from llmtrainer.core.batch import Batch
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_GRADIENT, FLOAT64_LOGITS
 
 N, V, D = 64, 96, 16
-ALL = ("logp", "entropy", "log_partition")
+ALL = ("logp", "entropy", "log_partition", "mean_logp")
 
 
 def inputs(dtype: torch.dtype = torch.float64, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +34,7 @@ def dense(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "logp": logp.gather(1, targets[:, None]).squeeze(1),
         "entropy": -(logp.exp() * logp).sum(-1),
         "log_partition": logits.logsumexp(-1),
+        "mean_logp": logp.mean(-1),
     }
 
 
@@ -46,7 +47,7 @@ def gradients(found: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> tuple
     return torch.autograd.grad(total, (hidden, weight))
 
 
-@pytest.mark.parametrize("wants", [("logp",), ("entropy",), ("logp", "log_partition"), ALL], ids="+".join)
+@pytest.mark.parametrize("wants", [("logp",), ("entropy",), ("mean_logp",), ("logp", "log_partition"), ALL], ids="+".join)
 @pytest.mark.parametrize("chunk", [1, 7, 63, 64, None], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
@@ -83,6 +84,17 @@ def test_half_precision_reduces_in_float32_and_sums_chunks_in_the_master_type(
     assert hidden_grad.dtype == dtype and weight_grad.dtype == torch.float32
     for our, their in zip((hidden_grad, weight_grad), gradients(expected, hidden, weight), strict=True):
         assert float((our.double() - their.double()).norm() / their.double().norm()) < BFLOAT16_RELATIVE
+
+
+@pytest.mark.parametrize("chunk", [7, None], ids=str)
+def test_rows_that_only_pad_the_head_do_not_count_in_the_mean(chunk: int | None) -> None:
+    hidden, weight, targets = inputs()
+    found = vocab_head.log_probabilities(hidden, weight, targets, ("mean_logp",), chunk, ids=90)["mean_logp"]
+    expected = (hidden @ weight.t()).log_softmax(-1)[:, :90].mean(-1)  # padding is in the softmax, as ever
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_LOGITS)
+    of_each = [torch.autograd.grad(value.square().sum(), (hidden, weight)) for value in (found, expected)]
+    for our, their in zip(*of_each, strict=True):
+        torch.testing.assert_close(our, their, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
 
 
 def test_second_derivatives_are_refused_rather_than_wrong() -> None:

@@ -12,6 +12,7 @@ from llmtrainer.base.kinds import kinds_in
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.objective import Objective, Term, count, loss_of
 from llmtrainer.objectives.causal_lm import CausalLM
+from tests.tolerances import FLOAT64_LOGITS
 from tests.worlds import row_batch, tiny_model
 
 
@@ -34,6 +35,44 @@ def test_the_z_loss_is_the_weighted_square_of_the_log_partition() -> None:
     objective = CausalLM(z_loss=0.1)
     assert float(loss_of(objective.terms(out, batch), count([batch]))) == pytest.approx(3.675)
     assert objective.wants == ("logp", "log_partition") and CausalLM().wants == ("logp",)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_the_smoothed_loss_and_its_gradient_are_torchs(smoothing: float, tied_head: bool) -> None:
+    policy, batch = tiny_model(torch.float64, tied_head=tied_head), row_batch([list(range(40)), list(range(9, 50))])
+    objective = CausalLM(label_smoothing=smoothing)
+    ours = loss_of(objective.terms(policy(batch, objective.wants), batch), count([batch]))
+    logits = policy.hidden(batch) @ policy.head_weight.t()
+    theirs = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1)[batch.weights_BT.flatten() > 0], batch.targets_BT[batch.weights_BT > 0],
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=FLOAT64_LOGITS)
+    gradients = [torch.autograd.grad(loss, list(policy.parameters())) for loss in (ours, theirs)]
+    for our, their in zip(*gradients, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=FLOAT64_LOGITS)
+
+
+def test_smoothing_is_a_term_of_its_own_and_the_plain_loss_is_still_told() -> None:
+    # 0.75 * 3.5 from above + 0.25 * (1 * 6 + 3 * 8) / 4 = 2.625 + 1.875
+    batch = two_targets()
+    out = Outputs(logp_BT=torch.tensor([[-2.0, -4.0]]), mean_logp_BT=torch.tensor([[-6.0, -8.0]]))
+    objective = CausalLM(label_smoothing=0.25)
+    plain, smoothing = objective.terms(out, batch)
+    assert float(loss_of([plain, smoothing], count([batch]))) == 4.5
+    assert (plain.name, float(plain.total), smoothing.name) == ("loss/lm", 14.0, "loss/smoothing")
+    assert objective.wants == ("logp", "mean_logp")
+
+
+def test_padding_rows_of_the_head_get_no_share_of_the_smoothing() -> None:
+    policy, batch = tiny_model(torch.float64), row_batch([list(range(40))])
+    whole = policy(batch, ("mean_logp",)).mean_logp_BT
+    policy.ids = 300
+    logp = (policy.hidden(batch) @ policy.head_weight.t()).log_softmax(-1)
+    real = policy(batch, ("mean_logp",)).mean_logp_BT
+    torch.testing.assert_close(real, logp[..., :300].mean(-1), rtol=0, atol=FLOAT64_LOGITS)
+    assert not torch.allclose(real, whole, atol=1e-6)
 
 
 def test_a_metric_is_summed_and_never_differentiated() -> None:

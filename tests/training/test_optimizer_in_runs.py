@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrainer.base.events import steps
+from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.units import Duration
 from llmtrainer.optim.schedules.cosine import Cosine
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import open_trainer, train
-from tests.tolerances import RATE_RELATIVE
+from tests.tolerances import FLOAT32_LOSS, RATE_RELATIVE
 
 Make = Callable[..., Recipe]
 
@@ -66,3 +66,17 @@ def test_an_overflow_in_a_run_skips_the_update_and_the_rate_goes_on(recipe: Make
         info = next(steps_of_run)
         assert not info.skipped
         assert info.learning_rate == schedule.rate(trainer.progress, Duration(4, "steps"))
+
+
+def test_label_smoothing_and_z_loss_are_logged_beside_the_plain_loss(recipe: Make, tmp_path: Path) -> None:
+    train(recipe(
+        "objective.label_smoothing=0.1", "objective.z_loss=1e-2", "duration=2 steps", "evaluate.every=never",
+        "save.every=never",
+    ))  # fmt: skip
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    (told,) = [event for event in events if event["kind"] == "evaluate"]
+    last = steps(tmp_path / "run" / "events.jsonl")[-1]
+    for prefix, event in [("", last), ("held_out/", told)]:
+        parts = {"loss/lm": 0.9, "loss/smoothing": 0.1, "loss/z": 1e-2}
+        expected = sum(coef * event[f"{prefix}{name}"] for name, coef in parts.items())
+        assert event[f"{prefix}loss"] == pytest.approx(expected, rel=FLOAT32_LOSS)
