@@ -26,3 +26,5 @@ CLIPPED_NORM_RELATIVE = 1e-6
 """Norm of float32 gradients after clipping, relative to the limit."""
 FLOAT64_PROBABILITY = 1e-12
 """What is drawn from, against the definition worked out number by number, float64."""
+FLOAT32_FREQUENCY_RELATIVE = 1e-5
+"""Rotary frequencies against a library that works them out in float32."""

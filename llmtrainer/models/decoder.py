@@ -14,7 +14,8 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.randomness import derive, dropout
 from llmtrainer.models.attention import PATHS, Attention, AttentionShape, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
-from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm, Rotary
+from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
+from llmtrainer.models.rotary import Rotary
 
 if TYPE_CHECKING:
     from llmtrainer.models.families.llama import Llama
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
         )
         self._window, self._dropout = family.sliding_window, family.dropout
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
-        self._rotary = Rotary(family.rotary_size, family.rope_theta)
+        self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
 
     @property
@@ -117,7 +118,8 @@ class Decoder(nn.Module):
         """The residual stream after the last block: [B, T, D]."""
         visible = Visible.of(batch, self._window)
         path = self.path or ("blocks" if batch.tokens_BT.device.type == "cpu" else "sdpa")
-        rotary = self.rotary(batch.position_BT, batch.tokens_BT.shape[1])
+        wide = torch.promote_types(self.compute, torch.float32)
+        rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0
 
         def drop(x_BTD: Tensor, site: int) -> Tensor:
@@ -160,7 +162,7 @@ class Decoder(nn.Module):
         return cache.read(tokens_BT, lengths_B)
 
     def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
-        """Rotary factors of positions below `longest`, float32 or wider."""
+        """Rotary factors of positions below `longest`, which these texts may grow to; float32 or wider."""
         return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
 
 

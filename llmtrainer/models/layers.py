@@ -1,4 +1,4 @@
-"""The parts of a decoder that look at one position at a time, and the rotary table."""
+"""The parts of a decoder that look at one position at a time."""
 
 from __future__ import annotations
 
@@ -62,42 +62,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
-class Rotary:
-    """Cosines and sines of position times frequency; frequency i of R/2 is theta^(-2i/R) (arXiv:2104.09864).
-
-    Angles are float64, so that far positions keep their digits. The table grows when a longer row arrives; it
-    is a function of its arguments and no part of the model's state.
-    """
-
-    def __init__(self, size: int, theta: float) -> None:
-        assert size % 2 == 0
-        self.size = size
-        """R, how many channels of a head are rotated."""
-        self.theta = theta
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, position_BT: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, T, 1, R/2] of positions below `longest`."""
-        table = self._table
-        if (
-            table is None
-            or table[0].shape[0] < longest
-            or table[0].dtype != dtype
-            or table[0].device != position_BT.device
-        ):
-            rows = 64 * math.ceil(longest / 64)
-            angles = torch.outer(
-                torch.arange(rows, dtype=torch.float64, device="cpu"), self.frequencies()
-            ).to(position_BT.device)
-            table = self._table = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return table[0][position_BT][:, :, None], table[1][position_BT][:, :, None]
-
-    def frequencies(self) -> Tensor:
-        """Radians per position, float64 [R/2]."""
-        exponents = torch.arange(0, self.size, 2, dtype=torch.float64, device="cpu") / self.size
-        return self.theta**-exponents
 
 
 def rotate(x_BTHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrainer.models.layers import RMSNorm, Rotary, intermediate_size, rotate
+from llmtrainer.models.layers import RMSNorm, intermediate_size, rotate
+from llmtrainer.models.rotary import Rotary
 from tests.tolerances import FLOAT32_HIDDEN, FLOAT64_LOGITS
 
 

@@ -11,6 +11,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.protocols import Family
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.layers import intermediate_size
+from llmtrainer.models.rotary import RopeScaling
 
 
 class Llama(Family):
@@ -32,6 +33,8 @@ class Llama(Family):
     """Longest row in tokens that the model is meant to read."""
     rope_theta: float = Field(default=10_000.0, gt=0.0)
     """Base of the rotary frequencies; larger turns slower and reaches further."""
+    rope_scaling: RopeScaling | None = None
+    """Reading further than the first training did: {kind: linear | dynamic | yarn | llama3, ...}. None: plain."""
     rotary_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of a head's channels that rotate with the position; the rest carry no position."""
     norm_epsilon: float = Field(default=1e-5, gt=0.0)
@@ -73,6 +76,11 @@ class Llama(Family):
                 f"rotary_share={self.rotary_share} of {self.channels} channels is {size:g}",
                 why="channels rotate in pairs, so it must be an even whole number",
                 fix=f"rotary_share={2 * max(1, round(size / 2)) / self.channels:g}",
+            )
+        if size == 2 and self.rope_scaling is not None and self.rope_scaling.grows_beyond is not None:
+            raise UserError(
+                f"rope_scaling `{self.rope_scaling.kind}` needs more than 2 channels that rotate",
+                why="a single pair of channels has no slower frequency to stretch", fix="head_size=64",
             )
         return self
 
