@@ -36,6 +36,9 @@ class Arithmetic(NamedTuple):
     differentiate: Callable[..., None]
     """(logits, targets, log_partition, logp_grad, partition_grad, entropy, entropy_grad): overwrite the logits
     by their gradient."""
+    turn: Callable[[Tensor], Tensor] | None = None
+    """A matrix transposed and contiguous, where the weight's gradient is better summed that way round
+    (see core/products.py); None: it is summed as it is."""
 
 
 def score(
@@ -173,7 +176,10 @@ class _Head(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N = ctx.saved_tensors
         weight = weight_VD.to(hidden_ND.dtype)
         hidden_grad = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        turn, weight_grad = ctx.arithmetic.turn, None
+        if ctx.needs_input_grad[1]:
+            # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
+            weight_grad = torch.zeros_like(weight_VD.t() if turn else weight_VD, memory_format=torch.contiguous_format)
         for index, logits in enumerate(ctx.kept):
             part = slice(index * ctx.rows, (index + 1) * ctx.rows)
             # Kept logits are overwritten by their own gradient, so a second backward computes them again.
@@ -188,8 +194,9 @@ class _Head(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
-                weight_grad += logits.t() @ hidden_ND[part]
+                weight_grad += turn(hidden_ND[part]) @ logits if turn else logits.t() @ hidden_ND[part]
+        if weight_grad is not None and turn:
+            weight_grad = turn(weight_grad)
         return hidden_grad, weight_grad, None, None, None, None, None
 
 
@@ -249,9 +256,16 @@ def _differentiate_at_once(
 PLAIN = Arithmetic(_reduce_by_tiles, _differentiate_by_tiles)
 
 
-def compiled() -> Arithmetic:
+def compiled(turned: bool = False) -> Arithmetic:
     """The same arithmetic by torch.compile: one pass over the logits in each direction."""
-    return Arithmetic(torch.compile(_reduce, dynamic=True), torch.compile(_differentiate_at_once, dynamic=True))
+    return Arithmetic(
+        torch.compile(_reduce, dynamic=True), torch.compile(_differentiate_at_once, dynamic=True),
+        torch.compile(_turn, dynamic=True) if turned else None,
+    )
+
+
+def _turn(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous()
 
 
 def _tiles(logits: Tensor) -> list[slice]:

@@ -175,7 +175,9 @@ def attend_blocks(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visib
     return _Blocks.apply(q_BTHC, k_BTKC, v_BTKC, visible.blocks)
 
 
-PATHS: dict[str, Callable[[Tensor, Tensor, Tensor, Visible], Tensor]] = {
+Path = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
+
+PATHS: dict[str, Path] = {
     "blocks": attend_blocks, "sdpa": attend_sdpa, "reference": attend_reference,
 }
 """The same function of (q_BTHC, k_BTKC, v_BTKC, visible) -> out_BTHC, by name."""
@@ -189,27 +191,28 @@ class _Blocks(torch.autograd.Function):
         k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
         out_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
         keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
-        ctx.probabilities = []
+        kept = []
         for block in blocks:
             p_ZQK = _probabilities(_queries(q_BTHC, block, K), k_ZTC, block, B)
             out_ZQC = torch.bmm(p_ZQK, v_ZTC[:, block.keys])
             _write_queries(out_BTHC, out_ZQC, block, K)
-            ctx.probabilities.append(p_ZQK if keep else None)
-        ctx.save_for_backward(q_BTHC, k_ZTC, v_ZTC)
+            kept.append(p_ZQK if keep else None)
+        # Through autograd, so that whoever recomputes activations drops these too.
+        ctx.save_for_backward(q_BTHC, k_ZTC, v_ZTC, *kept)
         ctx.blocks = blocks
         return out_BTHC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BTHC, k_ZTC, v_ZTC = ctx.saved_tensors
+        q_BTHC, k_ZTC, v_ZTC, *probabilities = ctx.saved_tensors
         B, T, _, C = q_BTHC.shape
         K = k_ZTC.shape[0] // B
         dq_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
         # Every block adds to the keys before it; in bfloat16 these sums would lose digits with the row's length.
         wide = torch.promote_types(q_BTHC.dtype, torch.float32)
         dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
-        for block, kept in zip(ctx.blocks, ctx.probabilities, strict=True):
+        for block, kept in zip(ctx.blocks, probabilities, strict=True):
             keys = block.keys
             q_ZQC, g_ZQC = _queries(q_BTHC, block, K), _by_query(grad_BTHC, block, K)
             p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B) if kept is None else kept

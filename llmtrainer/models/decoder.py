@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmtrainer.core import vocab_head
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.randomness import derive, dropout
-from llmtrainer.models.attention import PATHS, Attention, AttentionShape, RotaryTable, Visible
+from llmtrainer.models.attention import PATHS, Attention, AttentionShape, Path, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.rotary import Rotary
 
 if TYPE_CHECKING:
     from llmtrainer.models.families.llama import Llama
+
+Drop = Callable[[Tensor, int], Tensor]
+"""Dropout of a tensor at a numbered site of the network."""
+
+
+class Recompute(NamedTuple):
+    """Which activations are computed again in backward instead of being kept."""
+
+    every: int = 1
+    """Of every so-manyth block, the first included."""
+    what: Literal["layer", "mlp"] = "layer"
+    """The whole block, or what follows its attention."""
+
+
+def call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
+
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -72,6 +92,8 @@ class Decoder(nn.Module):
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
+        self.recompute: Recompute | None = None
+        """What is computed again in backward; None: nothing, every activation is kept."""
 
     @property
     def module(self) -> nn.Module:
@@ -125,16 +147,26 @@ class Decoder(nn.Module):
         def drop(x_BTD: Tensor, site: int) -> Tensor:
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
-        pieces = self._pieces
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
         for index, block in enumerate(self.model.blocks()):
-            attended = PATHS[path](*pieces.project(block, x_BTD, *rotary, self.compute), visible)
-            if rate == 0.0:
-                x_BTD = pieces.finish(block, x_BTD, attended, self.compute)
-                continue
-            x_BTD = x_BTD + drop(block.self_attn.o_proj(attended.flatten(2)), 2 * index + 1)
-            x_BTD = x_BTD + drop(block.mlp(block.post_attention_layernorm(x_BTD, self.compute)), 2 * index + 2)
+            layer = partial(self._layer, block, index, PATHS[path], visible, rotary, drop if rate else None)
+            if self.recompute is None or index % self.recompute.every:
+                x_BTD = layer(x_BTD)
+            elif self.recompute.what == "layer":
+                x_BTD = again(layer, x_BTD)
+            else:
+                x_BTD = layer(x_BTD, after_attention=again)
         return x_BTD
+
+    def _layer(
+        self, block: Block, index: int, attend: Path, visible: Visible, rotary: RotaryTable, drop: Drop | None,
+        x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
+    ) -> Tensor:
+        pieces = self._pieces
+        attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute), visible)
+        if drop is None:
+            return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
+        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop)
 
     def compile_pieces(self) -> None:
         """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
@@ -142,10 +174,12 @@ class Decoder(nn.Module):
         Attention itself stays as it is: which keys it needs differs from batch to batch, and nothing is
         compiled again for that. Other last digits than without; needs a C++ compiler on a CPU.
         """
+        turned = prefers_turned(self.head_weight.device, self.compute)
         # Sizes are dynamic from the start: kernels then depend on no history of shapes, and a resumed run has
         # the bits of one that was not interrupted.
         self._pieces = _Pieces(
-            torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True), vocab_head.compiled()
+            torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True),
+            vocab_head.compiled(turned), turned,
         )
 
     def cache(self, rows: int, capacity: int) -> Cache:
@@ -173,19 +207,33 @@ def _project(
     return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin))
 
 
-def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype) -> Tensor:
-    """The rest of a block, without dropout."""
+def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, turned: bool) -> Tensor:
+    """The rest of a block, without dropout. `turned`: see core/products.py."""
     x_BTD = x_BTD + block.self_attn.o_proj(attended_BTHC.flatten(2))
-    return x_BTD + block.mlp(block.post_attention_layernorm(x_BTD, compute))
+    return x_BTD + block.mlp(block.post_attention_layernorm(x_BTD, compute), turned)
+
+
+def _finish_with_dropout(
+    block: Block, index: int, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, drop: Drop
+) -> Tensor:
+    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2)), 2 * index + 1)
+    return x_BTD + drop(block.mlp(block.post_attention_layernorm(x_BTD, compute)), 2 * index + 2)
+
+
+def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """The function's value, of which nothing is kept for backward but the inputs: it is computed again there.
+    Nothing in a block draws random numbers, so the second time gives the same bits."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class _Pieces(NamedTuple):
     project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
-    finish: Callable[[Block, Tensor, Tensor, torch.dtype], Tensor]
+    finish: Callable[[Block, Tensor, Tensor, torch.dtype, bool], Tensor]
     arithmetic: vocab_head.Arithmetic
+    turned: bool
 
 
-_PLAIN = _Pieces(_project, _finish, vocab_head.PLAIN)
+_PLAIN = _Pieces(_project, _finish, vocab_head.PLAIN, False)
 
 
 def shape_of(family: Llama) -> AttentionShape:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrainer.models.gated import gated_mlp
+
 
 def intermediate_size(hidden_size: int, multiple: int = 256) -> int:
     """Width of a gated MLP with the weights of a plain one of 4 D: 8/3 D, rounded up (arXiv:2302.13971)."""
@@ -60,8 +62,12 @@ class GatedMLP(nn.Module):
         self.up_proj = Linear(hidden_size, size, bias=bias, master=master)
         self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def forward(self, x_BTD: Tensor, turned: bool = False) -> Tensor:
+        """`turned`: weight gradients as products of transposed copies, see core/products.py."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return gated_mlp(
+            x_BTD, (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias), turned
+        )
 
 
 def rotate(x_BTHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
