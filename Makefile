@@ -7,7 +7,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check lint types contracts budgets test storm docs clean
+.PHONY: help install demo check lint types contracts budgets test storm docs bench bench-install clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -57,6 +57,19 @@ docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/archite
 storm: $(VENV)/test.stamp  ## 100 processes killed with -9 while they save, 500 crashes inside a checkpoint
 	$(BIN)/python -m pytest -q tests/training/test_resume.py tests/training/test_checkpoint.py \
 	  -k "killed_at_random or crash_at_any" --kills 100 --faults 500
+
+# Peers have environments of their own: litgpt and transformers want different releases of the same packages.
+benchmarks/.venv-%/stamp: benchmarks/%.txt | $(VENV)/python.stamp
+	"$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+bench-install: $(VENV)/core.stamp benchmarks/.venv-peers/stamp benchmarks/.venv-litgpt/stamp  ## what the benchmarks compare with
+
+bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER for generation
+	$(BIN)/python benchmarks/pretrain.py
+	@if [ -n "$(SMOLLM2)" ]; then $(BIN)/python benchmarks/generate.py --model "$(SMOLLM2)"; \
+	  else echo "benchmarks/generate.py is left out: SMOLLM2=FOLDER names the model"; fi
 
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -101,7 +101,8 @@ def compare(work: str, unit: str, sides: Sequence[Side], times: int) -> Figures:
     """Let the sides, ours first, take turns; each turn's figure is its `rate`, of which more is better.
 
     Returns work, ours, peers, ratios, ratio (the smallest), unit, runs (every turn's figure), the peak memory of
-    each process, peak_memory_ratio (ours by the smallest of the peers') and `facts`: what each side told first.
+    each process, peak_memory_ratio (ours by the smallest of the peers'), the median of whatever else our turns
+    tell, and `facts`: what each side told first.
     """
     facts = {}
     for side in sides:
@@ -124,6 +125,7 @@ def summary(answers: Mapping[str, Sequence[Figures]]) -> Figures:
     medians = {name: statistics.median(rates) for name, rates in runs.items()}
     memory = {name: told[-1]["peak_memory"] for name, told in answers.items()}
     ratios = {name: medians[ours] / medians[name] for name in peers}
+    others = answers[ours][0].keys() - {"rate", "peak_memory"}
     return {
         "ours": medians[ours],
         "peers": {name: medians[name] for name in peers},
@@ -132,6 +134,7 @@ def summary(answers: Mapping[str, Sequence[Figures]]) -> Figures:
         "runs": runs,
         "peak_memory": memory,
         "peak_memory_ratio": memory[ours] / min(memory[name] for name in peers),
+        **{name: statistics.median(answer[name] for answer in answers[ours]) for name in sorted(others)},
     }
 
 
