@@ -12,6 +12,8 @@ FLOAT32_HIDDEN = 1e-5
 BFLOAT16_RELATIVE = 2e-2
 RATE_RELATIVE = 1e-12
 """Learning rates against hand arithmetic."""
+LOGGED_RATE_RELATIVE = 1e-6
+"""Learning rates against a log that printed seven digits."""
 ADAMW_WEIGHT = 1e-7
 """Our AdamW against torch's after a few steps, float32."""
 FLOAT64_NATS = 1e-9
