@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import get_inverse_sqrt_schedule, get_linear_schedule_with_warmup
 
 from llmtrainer.base.config import forget_reads, unread
 from llmtrainer.base.errors import UserError
@@ -255,8 +254,9 @@ def test_a_million_periods_are_passed_at_once() -> None:
 
 
 def test_linear_and_its_warmup_are_hugging_faces() -> None:
+    transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.7)
-    oracle = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=40)
+    oracle = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=40)
     schedule = made("linear", peak=0.7, warmup="5 steps", counted="before")
     for step in range(45):
         assert rate_at(schedule, step, Duration(40, "steps")) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12)
@@ -272,8 +272,9 @@ def test_linear_reaches_its_last_rate_at_its_share_of_the_length() -> None:
 
 @pytest.mark.parametrize("timescale", [None, 10])
 def test_inverse_square_root_and_its_warmup_are_hugging_faces(timescale: int | None) -> None:
+    transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.7)
-    oracle = get_inverse_sqrt_schedule(optimizer, num_warmup_steps=5, timescale=timescale)
+    oracle = transformers.get_inverse_sqrt_schedule(optimizer, num_warmup_steps=5, timescale=timescale)
     given = {} if timescale is None else {"timescale": f"{timescale} steps"}
     schedule = made("inverse_square_root", peak=0.7, warmup="5 steps", counted="before", **given)
     for step in range(60):
