@@ -86,6 +86,8 @@ class Trainer:
         loss = sum(coefs[name] * value for name, value in metrics.items() if coefs[name])
         rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
         skipped = not self._update(loss, grad_norm, rate)
+        if parts.average is not None:
+            parts.average.update(after.step)
         clock.lap("optimizer")
         self.progress = replace(after, minutes=after.minutes + clock.total / 60)
         seconds = {**clock.laps, "total": clock.total}
