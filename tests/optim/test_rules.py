@@ -333,6 +333,14 @@ def test_lion_takes_the_known_step() -> None:
     assert float(optimizer.state[weight]["exp_avg"]) == pytest.approx(-0.193, rel=1e-15)
 
 
+def test_lion_in_several_pieces_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = tiny(), tiny()
+    run(whole, Lion().build(group(whole.named_parameters())), 3)
+    monkeypatch.setattr("llmtrainer.optim.rules.lion._TOGETHER", 60)
+    run(pieces, Lion().build(group(pieces.named_parameters())), 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), pieces.parameters(), strict=True))
+
+
 def test_lion_is_the_papers_program_over_many_steps() -> None:
     random = np.random.default_rng(0)
     weight, gradients = random.normal(size=(5, 4)), [random.normal(size=(5, 4)) for _ in range(8)]
@@ -366,10 +374,9 @@ def test_adafactor_is_the_papers_algorithm(shape: tuple[int, ...], implementatio
             squares = keep * squares + (1 - keep) * gradient**2
         update = gradient / np.sqrt(squares)
         update = update / max(1.0, np.sqrt((update**2).mean()))
-        relative = max(1e-3, np.sqrt((weight**2).mean())) * 0.05
+        relative = max(1e-3, np.sqrt((weight**2).mean())) * min(0.05, step**-0.5)
         weight = (1 - 0.05 * 0.3) * weight - relative * update
         parameter.grad = torch.tensor(gradient)
         optimizer.param_groups[0]["lr"] = 0.05
         optimizer.step()
-        # The decayed weight is measured before or after its decay: a difference far below the update.
-    assert np.abs(parameter.detach().numpy() - weight).max() < 1e-9
+    assert np.abs(parameter.detach().numpy() - weight).max() < FLOAT64_GRADIENT_RELATIVE

@@ -21,7 +21,7 @@ SETTINGS: list[dict[str, Any]] = [
     *({"kind": module.name} for module in pkgutil.iter_modules(rules.__path__)),  # a new file is tested unasked
     {"kind": "adamw", "implementation": "plain"},
     {"kind": "adamw_8bit", "smallest": 1, "keep_float": []},
-    {"kind": "adafactor", "implementation": "plain"},
+    {"kind": "adafactor", "implementation": "foreach"},
 ]
 GROUPS = [Group(match="*layers.1.*", rate=0.5, decay=0.25)]
 

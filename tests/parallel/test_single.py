@@ -26,7 +26,7 @@ SETTINGS = [{"kind": kind} for kind in KINDS] + [
     {"kind": "adamw", "implementation": "foreach"},
     {"kind": "adamw", "implementation": "plain"},
     {"kind": "adamw_8bit", "smallest": 1},
-    {"kind": "adafactor", "implementation": "plain"},
+    {"kind": "adafactor", "implementation": "foreach"},
 ]
 
 

@@ -14,8 +14,8 @@ from llmtrainer.core.protocols import Rule
 class Adafactor(Rule):
     """Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 and 5, without momentum; computed by torch.
 
-    The learning rate is relative: a tensor moves by its own root mean square times the rate, so peaks are larger
-    than AdamW's, near 1e-2."""
+    The learning rate is relative: a tensor moves by its own root mean square times the rate, which is never more
+    than 1 / sqrt(step). So peaks are larger than AdamW's, near 1e-2."""
 
     square_decay: float = Field(default=-0.8, ge=-1.0, lt=0.0)
     """The mean square of step t keeps 1 - t to this power (section 7.2): little at first, nearly all later."""
@@ -29,8 +29,8 @@ class Adafactor(Rule):
     weight_decay: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
     """Share of a matrix taken away per step, times the learning rate. Norms and biases are spared."""
 
-    implementation: Literal["foreach", "plain"] = "foreach"
-    """Lists of tensors, or a loop, which needs less memory for a moment."""
+    implementation: Literal["foreach", "plain"] = "plain"
+    """A loop, or lists of tensors, which for a moment need as much memory as this rule was chosen to save."""
 
     def build(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Adafactor:
         return torch.optim.Adafactor(

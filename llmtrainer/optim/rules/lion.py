@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
+from torch import nn
 from torch.optim import Optimizer
 
 from llmtrainer.core.protocols import Rule
 from llmtrainer.optim.rules.adamw import Beta
+
+_TOGETHER = 2**24
+"""Numbers that are updated at one time: their directions are all the memory that is needed beside the state."""
 
 
 class Lion(Rule):
@@ -41,16 +45,26 @@ class SignOfMomentum(Optimizer):
         assert closure is None, "the engine runs forward and backward"
         towards, keep = self._betas
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-            gradients = [parameter.grad for parameter in parameters]
-            momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
-            directions = torch._foreach_lerp(momenta, gradients, 1.0 - towards)
-            torch._foreach_sign_(directions)
-            torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, directions, alpha=-group["lr"])
-            torch._foreach_lerp_(momenta, gradients, 1.0 - keep)
+            for parameters in _together([parameter for parameter in group["params"] if parameter.grad is not None]):
+                for parameter in parameters:
+                    if not self.state[parameter]:
+                        self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                gradients = [parameter.grad for parameter in parameters]
+                momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
+                directions = torch._foreach_lerp(momenta, gradients, 1.0 - towards)
+                torch._foreach_sign_(directions)
+                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+                torch._foreach_lerp_(momenta, gradients, 1.0 - keep)
+
+
+def _together(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Lists of no more than `_TOGETHER` numbers, or of one parameter."""
+    chosen: list[nn.Parameter] = []
+    for parameter in parameters:
+        if chosen and sum(map(torch.numel, chosen)) + parameter.numel() > _TOGETHER:
+            yield chosen
+            chosen = []
+        chosen.append(parameter)
+    if chosen:
+        yield chosen
