@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmtrainer.core.protocols import Rule
@@ -49,12 +49,13 @@ class SignOfMomentum(Optimizer):
                 for parameter in parameters:
                     if not self.state[parameter]:
                         self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                gradients = [parameter.grad for parameter in parameters]
+                weights: list[Tensor] = list(parameters)
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
                 directions = torch._foreach_lerp(momenta, gradients, 1.0 - towards)
                 torch._foreach_sign_(directions)
-                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+                torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, directions, alpha=-group["lr"])
                 torch._foreach_lerp_(momenta, gradients, 1.0 - keep)
 
 
