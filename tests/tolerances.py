@@ -12,8 +12,12 @@ FLOAT32_HIDDEN = 1e-5
 BFLOAT16_RELATIVE = 2e-2
 RATE_RELATIVE = 1e-12
 """Learning rates against hand arithmetic."""
+LOGGED_RATE_RELATIVE = 1e-6
+"""Learning rates against a log that printed seven digits."""
 ADAMW_WEIGHT = 1e-7
 """Our AdamW against torch's after a few steps, float32."""
+EIGHT_BIT_DRIFT = 0.02
+"""AdamW with means in eight bits against AdamW: distance after 100 steps as a share of the way."""
 FLOAT64_NATS = 1e-9
 """Surprise per token against the same policy worked out in numpy, float64."""
 MUON_SINGULAR_VALUES = (0.5, 1.3)

@@ -37,6 +37,8 @@ class Config(BaseModel):
     """Fields that a command line may give as bare words, in order; a tuple at the end takes all that are left."""
     shorthand: ClassVar[str | None] = None
     """The field that a bare text fills where this part is wanted: `tokenizer: runs/tok`."""
+    known_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Keys of other trainers that somebody may write here -> what to write instead."""
     file_is_word: ClassVar[bool] = False
     """Whether a first word `x.yaml` is the first of `words` and not this config's own file, as it is for a verb
     about a recipe."""

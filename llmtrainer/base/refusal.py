@@ -48,6 +48,8 @@ def unknown_key(config_type: type[Config], path: Sequence[str], data: Any, where
     elsewhere = [name for name in all_keys(config_type, data) if name.rpartition(".")[2] == path[-1]]
     if near is None and elsewhere:
         fix = f"did you mean `{elsewhere[0]}`?"
+    if isinstance(owner, type) and issubclass(owner, Config):
+        fix = owner.known_elsewhere.get(path[-1], fix)
     why = f"{_name(owner)} has: {', '.join(keys)}" if keys else f"{type_name(owner)} has no keys"
     return UserError(f"unknown key `{'.'.join(path)}`", where=where, why=why, fix=fix)
 

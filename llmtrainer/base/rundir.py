@@ -138,7 +138,10 @@ def _delete_own_files(doomed: Path) -> None:
     manifest = doomed / "manifest.json"
     if manifest.is_file():
         for name in json.loads(manifest.read_text())["files"]:
-            (doomed / name).unlink(missing_ok=True)
+            file = doomed / name
+            file.unlink(missing_ok=True)
+            if file.parent != doomed and file.parent.is_dir() and not any(file.parent.iterdir()):
+                file.parent.rmdir()
         manifest.unlink()
     if any(doomed.iterdir()):
         doomed.rename(doomed.with_name(doomed.name.removeprefix(".").removesuffix(".deleted") + ".kept"))

@@ -162,7 +162,13 @@ class Rule(Kind):
     """Whether an element's update depends on that element alone; engines that shard elements refuse the others."""
 
     def build(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
+        """The optimizer of these groups. Its own `param_groups`, with other parameters in them, must build one that
+        keeps the same state."""
         raise NotImplementedError
+
+    def state_shape(self, what: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the state tensor `what`, if it is no scalar, of a parameter of `shape`: the same by default."""
+        return tuple(shape)
 
 
 class EngineConfig(Kind):

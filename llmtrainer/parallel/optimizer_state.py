@@ -54,7 +54,7 @@ def write_state(optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor]) -
                     missing.append(prefix + what)
                     continue
                 given.discard(prefix + what)
-                shape = parameter.shape if sample.ndim else sample.shape
+                shape = rule.state_shape(what, parameter.shape) if sample.ndim else ()
                 if value.shape != shape or value.dtype != sample.dtype:
                     found, needed = _form(value.dtype, value.shape), _form(sample.dtype, shape)
                     wrong.append(f"{prefix}{what} is {found}, not {needed}")

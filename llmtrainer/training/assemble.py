@@ -32,6 +32,7 @@ from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
 from llmtrainer.training import checkpoint
+from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.evaluation import Evaluations, write_samples
 from llmtrainer.training.models import model_folder
 from llmtrainer.training.parts import Parts
@@ -83,13 +84,14 @@ def assemble(
     engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     if resumption is not None:
         resumption.load(policy, engine)
+    average = average_of(recipe, policy, resumption, warn)
     # 5. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
     recipe.optim.schedule.require_fit(length)
     # 6. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer_folder, tokenizer, {**facts, "schedule_length": str(length)},
-        policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {},
+        policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {}, average,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
@@ -98,7 +100,8 @@ def assemble(
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine, most_documents).run, saver=saver,
+        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine, most_documents, average).run,
+        saver=saver, average=average,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
@@ -133,6 +136,20 @@ def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callabl
     return kept
 
 
+def average_of(
+    recipe: Recipe, policy: Decoder, resumption: Resumption | None, warn: Callable[[str], None]
+) -> MovingAverage | None:
+    """The moving average of the weights where the run left it; from the weights themselves where it begins."""
+    if recipe.optim.ema is None:
+        return None
+    average = MovingAverage(policy, recipe.optim.ema)
+    if resumption is not None and resumption.average.is_dir():
+        average.load(policy, resumption.average)
+    elif resumption is not None:
+        warn("this run kept no moving average so far: it begins with the weights of the checkpoint")
+    return average
+
+
 def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
     """The checkpoint that the first checkpoint of this process descends from."""
     if resumption is not None:
@@ -142,7 +159,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 def evaluations_of(
     recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
-    most_documents: int | None,
+    most_documents: int | None, average: MovingAverage | None,
 ) -> Evaluations:
     """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.train.fields, recipe.evaluate.max_new_tokens
@@ -173,6 +190,7 @@ def evaluations_of(
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         held_out=held_out_of(recipe, store, engine), sample=sample if settings.prompts else None,
+        average=average if settings.ema else None,
     )  # fmt: skip
 
 

@@ -46,9 +46,12 @@ def _write_partial(partial: Path, fill: Callable[[Path], None], facts: Mapping[s
     partial.mkdir(parents=True)
     fill(partial)
     listed = {}
-    for path in sorted(partial.iterdir()):
+    for path in sorted(partial.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         _sync_file(path)
-        listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        listed[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     manifest = partial / "manifest.json"
     manifest.write_text(json.dumps({**facts, "files": listed}, indent=2) + "\n")
     _sync_file(manifest)
@@ -121,7 +124,7 @@ def sha256(path: Path) -> str:
 def require_space(run: RunDir, bytes_each: int, kept: int) -> None:
     """Refuse a run whose checkpoints cannot fit: better before the first step than at the first save."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    present = sum(file.stat().st_size for folder in run.whole_checkpoints() for file in folder.iterdir())
+    present = sum(file.stat().st_size for folder in run.whole_checkpoints() for file in folder.rglob("*"))
     needed, free = max(bytes_each * (kept + 1) - present, bytes_each), shutil.disk_usage(run.checkpoints).free
     if needed > free:
         raise UserError(

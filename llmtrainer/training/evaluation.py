@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.core.suite import Read, Suite
 from llmtrainer.data.source import DiskSource
 from llmtrainer.models.decoder import Decoder
+from llmtrainer.training.average import MovingAverage
 
 
 class Evaluations:
@@ -24,7 +26,7 @@ class Evaluations:
     def __init__(
         self, policy: Decoder, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
         suites: tuple[Suite, ...], read: Read, held_out: DiskSource | None,
-        sample: Callable[[Progress], None] | None,
+        sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._tokenizer = tokenizer
@@ -34,22 +36,28 @@ class Evaluations:
         self._read = read
         self._held_out = held_out
         self._sample = sample
+        self._average = average
+        """What is measured instead of the policy's own weights."""
 
     def run(self, progress: Progress) -> dict[str, float]:
         training = self._policy.training
         self._policy.eval()
         try:
-            figures: dict[str, float] = {}
-            if self._held_out is not None:
-                figures.update({f"held_out/{name}": value for name, value in self._measure_held_out().items()})
-            for suite in self._suites:
-                numbers = suite.run(self._policy, self._tokenizer, self._read)
-                figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
-            if self._sample is not None:
-                self._sample(progress)
-            return figures
+            with nullcontext() if self._average is None else self._average.in_place():
+                return self._figures(progress)
         finally:
             self._policy.train(training)
+
+    def _figures(self, progress: Progress) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if self._held_out is not None:
+            figures.update({f"held_out/{name}": value for name, value in self._measure_held_out().items()})
+        for suite in self._suites:
+            numbers = suite.run(self._policy, self._tokenizer, self._read)
+            figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
+        if self._sample is not None:
+            self._sample(progress)
+        return figures
 
     def _measure_held_out(self) -> dict[str, float]:
         assert self._held_out is not None

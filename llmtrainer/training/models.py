@@ -15,6 +15,7 @@ from llmtrainer.models.weights import load_policy
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.training.average import FOLDER
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
@@ -67,13 +68,20 @@ def load_tokenizer(path: str | Path) -> FileTokenizer:
 
 
 def model_folder(path: Path) -> Path:
-    """A run directory stands for its newest checkpoint; any other folder for itself."""
+    """A run directory stands for its newest checkpoint, `ema` below it for the moving average there; any other
+    folder for itself."""
+    if path.name == FOLDER and not path.is_dir() and _is_run(path.parent):
+        return RunDir(path.parent).newest_checkpoint() / FOLDER
+    return RunDir(path).newest_checkpoint() if _is_run(path) else path
+
+
+def _is_run(path: Path) -> bool:
     run = RunDir(path)
-    return run.newest_checkpoint() if run.checkpoints.is_dir() or run.recipe.is_file() else path
+    return run.checkpoints.is_dir() or (run.recipe.is_file() and not (path / "manifest.json").is_file())
 
 
 def _precision_of(folder: Path) -> str:
     """What the checkpoint's manifest says it was trained in."""
-    manifest = folder / "manifest.json"
+    manifest = (folder.parent if folder.name == FOLDER else folder) / "manifest.json"
     told = json.loads(manifest.read_text(encoding="utf-8")).get("precision") if manifest.is_file() else None
     return told if told in DTYPES else "float32"

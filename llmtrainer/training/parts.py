@@ -15,6 +15,7 @@ from llmtrainer.base.units import Duration, Every, Progress
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Engine, Source
 from llmtrainer.core.schedule import Schedule
+from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.saving import Saver
 
 
@@ -84,6 +85,7 @@ class Parts:
     """Asked once after the first step of this process: was every field of the recipe read?"""
     view: Callable[[Mapping[str, Any]], None]
     """Shows an event to whoever watches."""
+    average: MovingAverage | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     stop: StopRequests = field(default_factory=StopRequests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,21 @@ from llmtrainer.optim.groups import Group
 from llmtrainer.optim.rules.adamw import AdamW
 from llmtrainer.optim.schedules.cosine import Cosine
 from llmtrainer.parallel.engines.single import Single
+
+_STEP = "data.tokens_per_step says how much a step learns from, data.tokens_per_batch how much is computed at a time"
+KNOWN_ELSEWHERE = {
+    "gradient_accumulation_steps": f"{_STEP}: gradients are accumulated by themselves",
+    "accumulate_grad_batches": f"{_STEP}: gradients are accumulated by themselves",
+    "accumulation_steps": f"{_STEP}: gradients are accumulated by themselves",
+    "per_device_train_batch_size": _STEP, "micro_batch_size": _STEP, "batch_size": _STEP,
+    "learning_rate": "optim.schedule.peak=3e-4", "lr": "optim.schedule.peak=3e-4",
+    "lr_scheduler_type": "optim.schedule.kind=cosine", "warmup_steps": "optim.schedule.warmup='100 steps'",
+    "warmup_ratio": "optim.schedule.warmup='0.1 epochs'", "weight_decay": "optim.rule.weight_decay=0.1",
+    "max_grad_norm": "optim.clip=1.0", "gradient_clip_val": "optim.clip=1.0", "optimizer": "optim.rule.kind=adamw",
+    "max_steps": "duration='1000 steps'", "num_train_epochs": "duration='1 epochs'",
+    "label_smoothing_factor": "objective.label_smoothing=0.1",
+}  # fmt: skip
+"""What other trainers' users would write, and what it is called here."""
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
@@ -62,6 +78,8 @@ class Corpus(Config):
 
 class Data(Config):
     """Which text, and how it is cut into rows, micro-batches and steps."""
+
+    known_elsewhere: ClassVar[Mapping[str, str]] = KNOWN_ELSEWHERE
 
     train: Corpus
     """What the model learns from."""
@@ -125,8 +143,25 @@ class Data(Config):
         return self
 
 
+class Ema(Config):
+    """An exponential moving average of the weights: a second model, often a better one than the last step's. Costs
+    one more copy of the trainable weights in memory and in every checkpoint, where it is the model folder `ema`."""
+
+    decay: float = Field(default=0.999, gt=0.0, lt=1.0)
+    """How much of the average each step keeps: 0.999 looks back over about the last 1,000 steps."""
+
+    warmup: bool = True
+    """Look back less far at first, keeping at most (1 + step) / (10 + step), so that the first weights are soon
+    forgotten."""
+
+    every: int = Field(default=1, ge=1)
+    """Take in the weights after every so many steps. The average looks back over as many steps as before."""
+
+
 class Optim(Config):
     """How weights change."""
+
+    known_elsewhere: ClassVar[Mapping[str, str]] = KNOWN_ELSEWHERE
 
     rule: Rule = AdamW()
     """The update rule and its hyperparameters."""
@@ -139,6 +174,9 @@ class Optim(Config):
 
     clip: float | None = Field(default=1.0, gt=0.0)
     """Largest global gradient norm; the norm is logged before clipping. `null`: no clipping."""
+
+    ema: Ema | None = None
+    """Keep a moving average of the weights as well, such as `{decay: 0.999}`."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not a number: stop names the first bad parameter and ends the run; skip leaves
@@ -153,6 +191,9 @@ class Evaluate(Config):
 
     suites: tuple[Suite, ...] = ()
     """Evaluations by kind, reported one by one under their names."""
+
+    ema: bool = False
+    """Measure the moving average of the weights (`optim.ema`), and let it write the samples."""
 
     held_out_rows: int = Field(default=1024, ge=1)
     """At most so many rows of the held-out split, the same ones each time."""
@@ -194,12 +235,11 @@ class Log(Config):
     devices have no MFU."""
 
 
-
-
 class Recipe(Config):
     """The complete description of one run. Two equal recipes on equal data give equal weights."""
 
     words: ClassVar[tuple[str, ...]] = ()
+    known_elsewhere: ClassVar[Mapping[str, str]] = KNOWN_ELSEWHERE
 
     run: str = "runs/run"
     """The run directory: everything this run writes."""
@@ -249,3 +289,12 @@ class Recipe(Config):
 
     allow: tuple[str, ...] = ()
     """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`."""
+
+    @model_validator(mode="after")
+    def _has_what_it_measures(self) -> Recipe:
+        if self.evaluate.ema and self.optim.ema is None:
+            raise UserError(
+                "evaluate.ema asks for a moving average of the weights, and none is kept",
+                fix="optim.ema.decay=0.999, or evaluate.ema=false",
+            )
+        return self

@@ -17,6 +17,7 @@ from llmtrainer.core.protocols import Engine
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import load_weights
 from llmtrainer.training import checkpoint
+from llmtrainer.training.average import FOLDER
 from llmtrainer.training.recipe import Recipe
 
 MAY_CHANGE = (
@@ -50,6 +51,11 @@ class Resumption:
     def figures(self) -> dict[str, float]:
         """The evaluation of that very step, if there was one."""
         return dict(self.manifest["figures"])
+
+    @property
+    def average(self) -> Path:
+        """The folder of the moving average of the weights, if the run keeps one."""
+        return self.folder / FOLDER
 
     def load(self, policy: Decoder, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""

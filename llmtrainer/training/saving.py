@@ -19,6 +19,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.hugging_face import to_config
 from llmtrainer.models.weights import save_tensors, tensors
 from llmtrainer.training import checkpoint
+from llmtrainer.training.average import FOLDER, MovingAverage
 from llmtrainer.training.recipe import Save
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -30,6 +31,7 @@ class Saver:
     def __init__(
         self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, tokenizer: Tokenizer,
         facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
+        average: MovingAverage | None = None,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
@@ -40,13 +42,15 @@ class Saver:
         self._engine = engine
         self._parent = parent
         self._scores = dict(scores)
+        self._average = average
         self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
         self._writer = checkpoint.Writer(save.background)
 
     @property
     def bytes_each(self) -> int:
-        """Bytes of one checkpoint: weights, and twice as much for the optimizer's moments."""
-        return 3 * sum(tensor.numel() * tensor.element_size() for tensor in tensors(self._policy).values())
+        """Bytes of one checkpoint: weights, twice as much for the optimizer's moments, once more for an average."""
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors(self._policy).values())
+        return (3 if self._average is None else 4) * weights
 
     def require_space(self) -> None:
         newest, best, _ = self._keep
@@ -74,7 +78,10 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
-        weights, state = _frozen(tensors(self._policy)), _frozen(self._engine.state())
+        weights, state = {".": _frozen(tensors(self._policy))}, _frozen(self._engine.state())
+        if self._average is not None:
+            with self._average.in_place():
+                weights[FOLDER] = _frozen(tensors(self._policy))
         self._writer.submit(lambda: self._write(folder, weights, state, facts))
         self._parent = folder.name
 
@@ -84,14 +91,19 @@ class Saver:
     def poll(self) -> None:
         self._writer.poll()
 
-    def _write(self, folder: Path, weights: dict[str, Tensor], state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self, folder: Path, weights: Mapping[str, dict[str, Tensor]], state: dict[str, Tensor], facts: dict[str, Any]
+    ) -> None:
+        """`weights` by the folder below the checkpoint that becomes a model: its own, and that of the average."""
+
         def fill(partial: Path) -> None:
-            save_tensors(weights, self._config, partial)
+            for below, named in weights.items():
+                save_tensors(named, self._config, partial / below)
+                for name in TOKENIZER_FILES:
+                    if (self._tokenizer_folder / name).is_file():
+                        shutil.copyfile(self._tokenizer_folder / name, partial / below / name)
             save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
-            for name in TOKENIZER_FILES:
-                if (self._tokenizer_folder / name).is_file():
-                    shutil.copyfile(self._tokenizer_folder / name, partial / name)
 
         checkpoint.write(folder, fill, facts)
         self.tidy()

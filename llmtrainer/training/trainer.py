@@ -84,8 +84,10 @@ class Trainer:
         grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
         after = self._after(int(counts["input"]))
         loss = sum(coefs[name] * value for name, value in metrics.items() if coefs[name])
-        rate = parts.schedule.rate(after, parts.schedule_length)
+        rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
         skipped = not self._update(loss, grad_norm, rate)
+        if parts.average is not None:
+            parts.average.update(after.step)
         clock.lap("optimizer")
         self.progress = replace(after, minutes=after.minutes + clock.total / 60)
         seconds = {**clock.laps, "total": clock.total}

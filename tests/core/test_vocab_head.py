@@ -47,7 +47,9 @@ def gradients(found: dict[str, Tensor], hidden: Tensor, weight: Tensor) -> tuple
     return torch.autograd.grad(total, (hidden, weight))
 
 
-@pytest.mark.parametrize("wants", [("logp",), ("entropy",), ("mean_logp",), ("logp", "log_partition"), ALL], ids="+".join)
+@pytest.mark.parametrize(
+    "wants", [("logp",), ("entropy",), ("mean_logp",), ("logp", "log_partition"), ALL], ids="+".join
+)
 @pytest.mark.parametrize("chunk", [1, 7, 63, 64, None], ids=str)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),

@@ -14,7 +14,9 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.protocols import Rule
 from llmtrainer.optim import rules
 from llmtrainer.optim.groups import Group, group
+from llmtrainer.optim.rules.adafactor import Adafactor
 from llmtrainer.optim.rules.adamw import AdamW
+from llmtrainer.optim.rules.lion import Lion
 from llmtrainer.optim.rules.muon import RMS, Muon, orthogonalised
 from tests.tolerances import ADAMW_WEIGHT, FLOAT64_GRADIENT_RELATIVE, MUON_SINGULAR_VALUES, MUON_UPDATE_RELATIVE
 
@@ -316,3 +318,65 @@ def test_muon_without_a_hidden_matrix_is_refused() -> None:
 
 def test_muon_says_that_it_needs_whole_matrices() -> None:
     assert AdamW.elementwise and not Muon.elementwise
+
+
+def test_lion_takes_the_known_step() -> None:
+    # Direction: sign(0.9 * -0.2 + 0.1 * 0.5) = -1. Weight: 1 * (1 - 0.1 * 0.1) + 0.1 = 1.09. Then the momentum:
+    # 0.99 * -0.2 + 0.01 * 0.5 = -0.193.
+    weight = nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
+    optimizer = Lion(betas=(0.9, 0.99), weight_decay=0.1).build(group([("weight", weight)]))
+    optimizer.state[weight]["exp_avg"] = torch.full_like(weight, -0.2)
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert float(weight.detach()) == pytest.approx(1.09, rel=1e-15)
+    assert float(optimizer.state[weight]["exp_avg"]) == pytest.approx(-0.193, rel=1e-15)
+
+
+def test_lion_in_several_pieces_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = tiny(), tiny()
+    run(whole, Lion().build(group(whole.named_parameters())), 3)
+    monkeypatch.setattr("llmtrainer.optim.rules.lion._TOGETHER", 60)
+    run(pieces, Lion().build(group(pieces.named_parameters())), 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), pieces.parameters(), strict=True))
+
+
+def test_lion_is_the_papers_program_over_many_steps() -> None:
+    random = np.random.default_rng(0)
+    weight, gradients = random.normal(size=(5, 4)), [random.normal(size=(5, 4)) for _ in range(8)]
+    parameter, momentum = nn.Parameter(torch.tensor(weight)), np.zeros((5, 4))
+    optimizer = Lion(betas=(0.8, 0.95), weight_decay=0.3).build(group([("matrix", parameter)]))
+    for gradient in gradients:
+        weight = weight - 1e-2 * (np.sign(0.8 * momentum + 0.2 * gradient) + 0.3 * weight)
+        momentum = 0.95 * momentum + 0.05 * gradient
+        parameter.grad = torch.tensor(gradient)
+        optimizer.param_groups[0]["lr"] = 1e-2
+        optimizer.step()
+    assert np.abs(parameter.detach().numpy() - weight).max() < FLOAT64_GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "plain"])
+@pytest.mark.parametrize("shape", [(6, 4), (5,)], ids=str)
+def test_adafactor_is_the_papers_algorithm(shape: tuple[int, ...], implementation: str) -> None:
+    random = np.random.default_rng(0)
+    weight, gradients = random.normal(size=shape), [random.normal(size=shape) for _ in range(5)]
+    parameter = nn.Parameter(torch.tensor(weight))
+    rule = Adafactor.model_validate({"weight_decay": 0.3, "implementation": implementation})
+    optimizer = rule.build(group([("tensor", parameter)], [Group(match="*", decay=1.0)]))
+    rows, columns, squares = 0.0, 0.0, 0.0
+    for step, gradient in enumerate(gradients, start=1):
+        keep = 1.0 - step**-0.8
+        if len(shape) == 2:  # algorithm 4
+            rows = keep * rows + (1 - keep) * (gradient**2).mean(1, keepdims=True)
+            columns = keep * columns + (1 - keep) * (gradient**2).mean(0, keepdims=True)
+            squares = rows * columns / np.mean(rows)
+        else:  # algorithm 5
+            squares = keep * squares + (1 - keep) * gradient**2
+        update = gradient / np.sqrt(squares)
+        update = update / max(1.0, np.sqrt((update**2).mean()))
+        relative = max(1e-3, np.sqrt((weight**2).mean())) * min(0.05, step**-0.5)
+        weight = (1 - 0.05 * 0.3) * weight - relative * update
+        parameter.grad = torch.tensor(gradient)
+        optimizer.param_groups[0]["lr"] = 0.05
+        optimizer.step()
+    assert np.abs(parameter.detach().numpy() - weight).max() < FLOAT64_GRADIENT_RELATIVE

@@ -25,6 +25,8 @@ KINDS = [module.name for module in pkgutil.iter_modules(rules.__path__)]  # a ne
 SETTINGS = [{"kind": kind} for kind in KINDS] + [
     {"kind": "adamw", "implementation": "foreach"},
     {"kind": "adamw", "implementation": "plain"},
+    {"kind": "adamw_8bit", "smallest": 1},
+    {"kind": "adafactor", "implementation": "foreach"},
 ]
 
 

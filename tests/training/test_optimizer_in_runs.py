@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import read_events, steps
+from llmtrainer.base.refusal import all_keys
 from llmtrainer.base.units import Duration
 from llmtrainer.optim.schedules.cosine import Cosine
-from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.recipe import KNOWN_ELSEWHERE, Recipe
 from llmtrainer.training.run import open_trainer, train
 from tests.tolerances import FLOAT32_LOSS, RATE_RELATIVE
 
@@ -31,7 +34,13 @@ def test_the_rate_counts_optimizer_steps_and_not_micro_batches(recipe: Make, tmp
     assert rates == pytest.approx([1e-3 * multiplier for multiplier in expected], rel=RATE_RELATIVE)
 
 
-@pytest.mark.parametrize("words", [["optim.rule.kind=muon"], ["precision=float16"]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [["optim.rule.kind=muon"], ["optim.rule.kind=lion"], ["optim.rule.kind=adafactor"], ["precision=float16"],
+     ["optim.rule.kind=adamw_8bit", "optim.rule.smallest=1"],
+     ["optim.schedule={kind: cosine_restarts, warmup: 1 steps, period: 2 steps, multiplier: 1.5}"]],
+    ids=str,
+)  # fmt: skip
 def test_stopping_and_continuing_has_the_same_bits_with(recipe: Make, tmp_path: Path, words: list[str]) -> None:
     def states(run: str, stops: set[int]) -> dict[str, torch.Tensor]:
         for _ in range(len(stops) + 1):
@@ -80,3 +89,20 @@ def test_label_smoothing_and_z_loss_are_logged_beside_the_plain_loss(recipe: Mak
         parts = {"loss/lm": 0.9, "loss/smoothing": 0.1, "loss/z": 1e-2}
         expected = sum(coef * event[f"{prefix}{name}"] for name, coef in parts.items())
         assert event[f"{prefix}loss"] == pytest.approx(expected, rel=FLOAT32_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("optim.gradient_accumulation_steps=8", "data.tokens_per_batch"), ("data.batch_size=8", "data.tokens_per_step"),
+     ("learning_rate=1e-3", "optim.schedule.peak"), ("optim.max_grad_norm=1", "optim.clip")],
+)  # fmt: skip
+def test_a_key_that_other_trainers_have_is_answered_with_ours(recipe: Make, word: str, told: str) -> None:
+    with pytest.raises(UserError, match="unknown key") as caught:
+        recipe(word)
+    assert caught.value.fix is not None and told in caught.value.fix
+
+
+def test_every_key_that_an_answer_names_exists() -> None:
+    keys = all_keys(Recipe, {})
+    named = [key for text in KNOWN_ELSEWHERE.values() for key in re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+|^duration", text)]
+    assert len(named) >= len(KNOWN_ELSEWHERE) and set(named) <= set(keys)

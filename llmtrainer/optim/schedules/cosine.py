@@ -24,3 +24,6 @@ class Cosine(Schedule):
             return self.final_ratio
         passed = (share - warm_share) / (self.decay_share - warm_share)
         return self.final_ratio + (1.0 - self.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * passed))
+
+    def room_for_warmup(self) -> float:
+        return self.decay_share

@@ -1,0 +1,59 @@
+"""A moving average of the weights, kept beside them: often a better model than the last step's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.weights import load_weights
+from llmtrainer.training.recipe import Ema
+
+FOLDER = "ema"
+"""Of a checkpoint: a model folder of its own."""
+
+
+class MovingAverage:
+    """One more copy of the trainable weights, in their own type (float32 or wider), on their device."""
+
+    def __init__(self, policy: nn.Module, settings: Ema) -> None:
+        self._parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._means = [parameter.detach().clone() for parameter in self._parameters]
+        self._decay, self._every, self._warmup = settings.decay, settings.every, settings.warmup
+
+    def kept(self, step: int) -> float:
+        """How much of the mean the update after `step` keeps: a function of the step, with nothing to save."""
+        each = min(self._decay, (1.0 + step) / (10.0 + step)) if self._warmup else self._decay
+        return each**self._every
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step`, if it is one of every so many."""
+        if step % self._every == 0:
+            torch._foreach_lerp_(self._means, list(self._parameters), 1.0 - self.kept(step))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Until the block ends, the policy has the mean's values, and the mean the policy's."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def load(self, policy: Decoder, folder: Path) -> None:
+        """Continue from what a checkpoint holds, every tensor by name. Raises UserError, as loading weights does."""
+        with self.in_place():
+            load_weights(policy, folder)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        # Values, not storage: an optimizer, a graph or a compiled kernel may hold on to the storage.
+        for parameter, mean in zip(self._parameters, self._means, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(mean)
+            mean.copy_(held)
