@@ -240,7 +240,7 @@ def prepare(folder: Path, data: str | None, settings: Figures) -> Figures:
         },
         "optim": {
             "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.95], "epsilon": 1e-8},
-            "schedule": {"kind": "constant", "peak": RATE}, "clip": 1.0,
+            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
         },
         "engine": {"kind": "single", "device": "cpu", "compile": settings["compile"]},
         "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
