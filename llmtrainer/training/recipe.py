@@ -66,11 +66,16 @@ class Corpus(Config):
     shorthand: ClassVar[str] = "path"
 
     path: str
-    """A file, a folder, a glob, `stdlib:train` (this Python's own library), or a prepared token store. Raw text
-    is prepared into the cache first, and the run says so."""
+    """A file, a folder, a glob, an address such as `s3://bucket/corpus/`, `stdlib:train` (this Python's own
+    library), files of token ids, or a prepared token store. All but the last is prepared into the cache first, and
+    the run says so."""
 
     fields: tuple[str, ...] = ("text", "content")
-    """Where a record's text is: the first of these fields that it has."""
+    """Where a record's text is: the first of these fields that it has. `title+content`: both, with a newline
+    between. `input_ids`: token ids."""
+
+    raw_ids: Literal["uint16", "uint32"] = "uint16"
+    """How a raw .bin stores a token id."""
 
     workers: int = Field(default=0, ge=0)
     """Processes that tokenise raw text. 0: one per core."""
@@ -112,6 +117,9 @@ class Data(Config):
 
     allow_truncated: bool = False
     """Accept a source file that ends in the middle of a record; what is missing is reported."""
+
+    allow_pickle: bool = False
+    """Let a source file .pkl run whatever code is in it. Only for files of people you trust."""
 
     @property
     def rows_per_step(self) -> int:
