@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from multiprocessing import connection
 from pathlib import Path
@@ -78,35 +79,31 @@ def write_store(
     facts = {"tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end}
     states, sources = _hashed(files)
     key = _key([facts, shard_tokens, fields, errors, allow_truncated, raw_ids, sources])
-    partial = partial_of(out)
+    aside = partial_of(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _disk_full_explained(partial), locked(partial):
+    with _disk_full_explained(aside), locked(aside):
         if _is_complete(out, key):
-            partial.rmdir()
+            aside.rmdir()
             return Store(out)
         _require_free(out)
-        if not _is_complete(partial, key):
+        if not _is_complete(aside, key):
             dtype = dtype_for(tokenizer.vocabulary)
-            writer = ShardWriter(partial, key=key, dtype=dtype, shard_tokens=shard_tokens)
+            writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens)
             reading = Reading(fields, errors, allow_truncated, warn, allow_pickle, raw_ids)
-            vocabulary = Vocabulary.of(tokenizer)
-
-            def read(file: SourceFile) -> Iterator[Document | Tokens]:
-                return contents([file], vocabulary, reading, tell)
-
+            read = partial(contents, vocabulary=Vocabulary.of(tokenizer), reading=reading, tell=tell)
             try:
                 batches = _batches(files, states, writer.counts(len(files)), batch_bytes, read)
+                here = workers == 0 or sum(file.bytes for file in files) <= batch_bytes
                 encoded = (
-                    _encoded_here(batches, tokenizer)
-                    if workers == 0 or sum(file.bytes for file in files) <= batch_bytes
+                    _encoded_here(batches, tokenizer) if here
                     else _encoded_by(workers, batches, load_tokenizer, tokenizer_folder)
-                )
+                )  # fmt: skip
                 _write_all(writer, encoded, report)
                 _require_documents(writer, files)
                 writer.finish({"key": key, **facts}, sources)
             finally:
                 writer.abandon()
-        publish(partial, out)
+        publish(aside, out)
     return Store(out)
 
 
@@ -136,13 +133,13 @@ def _write_all(
 
 def _batches(
     files: Sequence[SourceFile], states: list[State], done: list[int], batch_bytes: int,
-    read: Callable[[SourceFile], Iterator[Document | Tokens]],
+    read: Callable[[Sequence[SourceFile]], Iterator[Document | Tokens]],
 ) -> Iterator[_Batch]:
     """What is left to do behind the `done` documents of each file."""
     last = max((source for source, count in enumerate(done) if count), default=0)
     batch, held = _Batch(), 0
     for source in range(last, len(files)):
-        for document in read(files[source]):
+        for document in read([files[source]]):
             if document.record <= done[source]:
                 continue
             batch.contents.append(document.text if isinstance(document, Document) else document.ids)

@@ -111,7 +111,8 @@ class Cutter:
         return self._vocabulary.end, False
 
     def _found(self, mark: int | None, before: bool) -> None:
-        self.rule = f"a document {'begins with' if before else 'ends with'} id {mark:,}"
+        behind = ", which is put behind it" if before and mark == self._vocabulary.end else ""
+        self.rule = f"a document {'begins' if before else 'ends'} with id {mark:,}{behind}"
 
 
 def columns_of(array: NDArray[Any], *, alone: bool) -> Iterator[Ids]:
