@@ -77,7 +77,7 @@ def imported() -> set[str]:
 def test_every_core_dependency_is_imported_and_every_import_is_declared() -> None:
     core = {IMPORT_NAMES.get(name, name) for name in map(distribution, PROJECT["project"]["dependencies"])}
     groups = PROJECT["project"]["optional-dependencies"]
-    extras = {distribution(text) for name in ("hf", "remote") for text in groups[name]}
+    extras = {distribution(text) for name in ("hf", "remote", "swanlab", "wandb") for text in groups[name]}
     foreign = imported() - set(sys.stdlib_module_names) - {"llmtrainer", "pydantic_core"}
     assert core - foreign == set(), "declared and never imported"
     assert foreign - core - extras == set(), "imported and not declared"

@@ -64,8 +64,7 @@ def write_store(
 ) -> Store:
     """Tokenise every document of the files, in order, each followed by the end id, into the folder `out`.
 
-    Files that hold token ids are checked against the vocabulary and taken as they are; `tell` hears (how their
-    documents were told apart, file).
+    Files of token ids are checked against the vocabulary; `tell` hears (how their documents were told apart, file).
 
     The bytes of the store are a function of files, tokenizer, reading settings and `shard_tokens` alone: not of
     `workers` (0: in this process), not of `batch_bytes` of text that a process gets at a time, not of how often it

@@ -67,6 +67,11 @@ def assemble(
         log.append("warning", text=text)
         view({"kind": "warning", "text": text})
 
+    for tracker in recipe.log.trackers:
+        tracker.require()
+        # Its settings are read on its own thread, which may be after the first step has asked what was read.
+        for name in type(tracker).model_fields:
+            getattr(tracker, name)
     # 1. The engine decides the device, and the device what is fast.
     engine, precision = engine_of(recipe)
     # 2. Vocabulary, text, rows.

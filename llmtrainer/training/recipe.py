@@ -20,6 +20,7 @@ from llmtrainer.optim.groups import Group
 from llmtrainer.optim.rules.adamw import AdamW
 from llmtrainer.optim.schedules.cosine import Cosine
 from llmtrainer.parallel.engines.single import Single
+from llmtrainer.training.tracking import Tracker
 
 _STEP = "data.tokens_per_step says how much a step learns from, data.tokens_per_batch how much is computed at a time"
 KNOWN_ELSEWHERE = {
@@ -241,6 +242,11 @@ class Log(Config):
     peak_flops: float | None = Field(default=None, gt=0.0)
     """Floating-point operations per second of one device at its best, for MFU. By default from a table; unknown
     devices have no MFU."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Where the figures are shown besides, by kind: `trackers=[{kind: tensorboard}, {kind: wandb, project: mine}]`.
+    One that fails is switched off and the run goes on."""
+
 
 
 class Recipe(Config):
