@@ -133,7 +133,7 @@ def _contents(
     file: SourceFile, reading: Reading, vocabulary: Vocabulary | None,
     tell: Callable[[str, AnyPath], None] | None,
 ) -> Iterator[Document | Tokens]:
-    reader, record = reader_of(file.path), 0
+    reader, record, rule = reader_of(file.path), 0, ""
     line: int | None = None
     try:
         with compression.opened(file.path, seeks=reader.seeks) as stream:
@@ -151,11 +151,12 @@ def _contents(
                     for ids in cutter.cut(_stretches(content, found, vocabulary, file.path), str(file.path)):
                         record += 1
                         yield Tokens(vocabulary.opened(ids), file.path, record)
-                    if tell is not None:
-                        tell(cutter.rule, file.path)
+                    rule = cutter.rule
                 else:
-                    record += 1
+                    record, rule = record + 1, content.rule
                     yield Tokens(vocabulary.opened(vocabulary.checked(content.ids, where)), file.path, record)
+        if rule and tell is not None:
+            tell(rule, file.path)
     except EOFError as error:
         after = f"behind line {line:,}" if line else "before its first whole record"
         reading.broken_off("the compressed file breaks off", f"{file.path}, {after}", str(error))

@@ -25,6 +25,8 @@ class Ids:
     ids: NDArray[Any]
     border: Literal["document", "stream"] = "document"
     """Whether this is one document, or the next stretch of a file in which control ids mark where each one ends."""
+    rule: str = "a record is a document"
+    """How a document is known to be one."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,6 @@ def columns_of(array: NDArray[Any], *, alone: bool) -> Iterator[Ids]:
     """An array as a file's ids: 1-D is a stream (one document unless `alone`), each row of 2-D a document."""
     assert array.ndim in (1, 2)
     if array.ndim == 2:
-        yield from (Ids(row) for row in array)
+        yield from (Ids(row, rule="a row is a document") for row in array)
     else:
         yield Ids(array, "stream" if alone else "document")

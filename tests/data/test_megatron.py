@@ -65,7 +65,12 @@ def test_a_pair_becomes_a_store_with_its_documents(tmp_path: Path, code: int, mo
     for number, name in enumerate([prefix, prefix.with_suffix(".bin"), prefix.with_suffix(".idx"), prefix.parent]):
         files = find(name)
         assert sorted(file.path.name for file in files) == ["text_document.bin", "text_document.idx"]
-        store = write_store(files, tmp_path, load_bytes, tmp_path / "out" / str(number))
+        told: list[str] = []
+        store = write_store(
+            files, tmp_path, load_bytes, tmp_path / "out" / str(number),
+            tell=lambda rule, path, told=told: told.append(rule),
+        )
+        assert told == ["documents are as the .idx says"]
         assert [store.read(document).tolist() for document in range(store.documents)] == STORED
 
 

@@ -89,7 +89,7 @@ def test_every_source_of_ids_becomes_the_same_documents(tmp_path: Path, name: st
 def test_rows_of_a_matrix_are_documents(tmp_path: Path) -> None:
     rows = [[1, 2, 3], [4, END, 6], [7, 8, END]]
     expected = [[1, 2, 3, END], [4, END, 6, END], [7, 8, END]]
-    assert stored(tmp_path / "a.npy", npy(np.array(rows, dtype=np.uint16))) == (expected, [])
+    assert stored(tmp_path / "a.npy", npy(np.array(rows, dtype=np.uint16))) == (expected, ["a row is a document"])
     assert stored(tmp_path / "a.pt", pt(torch.tensor(rows)))[0] == expected
 
 
@@ -138,6 +138,7 @@ def test_the_rule_is_told_for_each_file(tmp_path: Path) -> None:
     raw = struct.pack(f"<{len(STREAM)}H", *STREAM)
     assert stored(tmp_path / "a.bin", raw)[1] == ["a document ends with id 256"]
     assert stored(tmp_path / "b.npy", npy(np.array(A)))[1] == ["one document a file"]
+    assert stored(tmp_path / "c.pt", pt([torch.tensor(A)]))[1] == ["a record is a document"]
 
 
 @pytest.mark.parametrize(("name", "where"), [

@@ -31,7 +31,7 @@ class Bin(Reader):
         index = path.with_suffix(".idx")
         if path.suffix == ".bin" and index.is_file():
             for ids in megatron.documents(stream, path, index):
-                yield Ids(ids), None
+                yield Ids(ids, rule="documents are as the .idx says"), None
             return
         dtype = np.dtype("<u2" if reading.raw_ids == "uint16" else "<u4")
         first = True
