@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from llmtrainer.base.errors import UserError
 from llmtrainer.data import compression, readers, samples, stdlib
 from llmtrainer.data.document import AnyPath, Document, Reader, Reading, SourceFile, Tokens
+from llmtrainer.data.packed import is_store
 from llmtrainer.data.remote import is_remote, remote_facts, remote_files
 from llmtrainer.data.tokens import Cutter, Ids, Vocabulary
 
@@ -43,6 +44,11 @@ def find(path: Path | str, warn: Callable[[str], None] | None = None) -> list[So
     if is_remote(text):
         return _remote(text)
     place = Path(text)
+    if is_store(place):
+        raise UserError(
+            "a token store stands where text is wanted", where=text, why="its text is not kept, only its tokens",
+            fix="name the text that it was made of",
+        )
     if place.is_dir():
         found = _below(place, warn)
     elif place.exists():

@@ -13,6 +13,7 @@ import torch
 
 from llmtrainer.apps.inspect import Inspection, inspect
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.open import find
 from llmtrainer.data.packed import Store
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.training.cache import receipt
@@ -95,8 +96,11 @@ def test_evaluate_and_inspect_take_ids_as_they_are(
 ) -> None:
     run = train(recipe("duration=2 steps")).run
     of_text = evaluate(Evaluation(model=run, data=str(world / "text")))
-    of_ids = evaluate(Evaluation(model=run, data=str(sources[name])))
-    assert (of_ids.loss, of_ids.tokens, of_ids.bytes) == (of_text.loss, of_text.tokens, of_text.bytes)
+    for data in (sources[name], world / "store"):
+        of_ids = evaluate(Evaluation(model=run, data=str(data)))
+        assert (of_ids.loss, of_ids.tokens, of_ids.bytes) == (of_text.loss, of_text.tokens, of_text.bytes)
+    with pytest.raises(UserError, match="a token store stands where text is wanted"):
+        find(world / "store")
     rows = [
         inspect(Inspection(source=str(data), tokenizer=str(world / "tokenizer"), rows=60)).json()["rows"]
         for data in (world / "text", sources[name])
