@@ -129,7 +129,7 @@ def explained(url: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no file `{url}`", why=_first_line(error), fix="check the address") from error
+        raise UserError(f"no file `{url}`", fix="check the address, and that you may read it") from error
     except Exception as error:    # every protocol has a library of its own, with errors of its own
         raise UserError(
             "the remote file cannot be read", where=url, why=f"{type(error).__name__}: {_first_line(error)}",

@@ -212,6 +212,21 @@ def test_a_protocol_without_its_package_names_the_package(monkeypatch: pytest.Mo
         find("s4://bucket/corpus/")
 
 
+@pytest.mark.parametrize(("told", "identity"), [
+    ({"size": 5, "ETag": '"abc-2"', "LastModified": "now"}, "etag:abc-2"),
+    ({"size": 5, "lfs": {"sha256": "00ff"}, "blob_id": "1"}, "sha256:00ff"),
+    ({"size": 5, "lfs": None, "blob_id": "1"}, "blob_id:1"),
+    ({"size": 5, "md5Hash": "x=="}, "md5hash:x=="),
+    ({"size": 5, "created": 1}, None),
+])  # fmt: skip
+def test_the_surest_thing_that_a_server_tells_is_taken(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], identity: str | None
+) -> None:
+    monkeypatch.setattr(type(memory), "info", lambda self, path: told)
+    facts = remote_facts(RemoteFile("memory://x/a.jsonl"))
+    assert (facts.bytes, facts.identity) == (5, identity)
+
+
 def test_a_server_that_is_not_there_is_the_users_to_mend() -> None:
     with pytest.raises(UserError) as error:
         find("http://127.0.0.1:9/a.jsonl")
