@@ -248,7 +248,6 @@ class Log(Config):
     One that fails is switched off and the run goes on."""
 
 
-
 class Recipe(Config):
     """The complete description of one run. Two equal recipes on equal data give equal weights."""
 
