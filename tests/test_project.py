@@ -76,10 +76,11 @@ def imported() -> set[str]:
 
 def test_every_core_dependency_is_imported_and_every_import_is_declared() -> None:
     core = {IMPORT_NAMES.get(name, name) for name in map(distribution, PROJECT["project"]["dependencies"])}
-    hf = {distribution(text) for text in PROJECT["project"]["optional-dependencies"]["hf"]}
+    groups = PROJECT["project"]["optional-dependencies"]
+    extras = {distribution(text) for name in ("hf", "remote", "swanlab", "wandb") for text in groups[name]}
     foreign = imported() - set(sys.stdlib_module_names) - {"llmtrainer", "pydantic_core"}
     assert core - foreign == set(), "declared and never imported"
-    assert foreign - core - hf == set(), "imported and not declared"
+    assert foreign - core - extras == set(), "imported and not declared"
 
 
 def test_the_constraints_pin_every_package_that_the_tests_install() -> None:
@@ -89,7 +90,7 @@ def test_the_constraints_pin_every_package_that_the_tests_install() -> None:
         if "==" in line
     }
     extras = PROJECT["project"]["optional-dependencies"]
-    texts = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["hf"]]
+    texts = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["hf"], *extras["remote"]]
     wanted = {distribution(text) for text in texts}
     assert {re.sub("[-_.]+", "-", name).lower() for name in wanted} - {"llmtrainer"} - pinned == set()
 

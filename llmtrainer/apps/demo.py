@@ -28,9 +28,10 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.data.open import documents, find
+from llmtrainer.training.cache import receipt
 from llmtrainer.training.console import bar, say, voice
 from llmtrainer.training.figures import amount, short, span
-from llmtrainer.training.prepare import prepared, receipt, trained_tokenizer
+from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import open_trainer
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot

@@ -18,8 +18,10 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.protocols import Tokenizer
 from llmtrainer.data.collate import Row
-from llmtrainer.data.open import documents, find
+from llmtrainer.data.document import Document, Reading
+from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
+from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.parallel.engines.single import Single
 from llmtrainer.training.assemble import held_out_of, source_of, tokenizer_of
 from llmtrainer.training.console import warn
@@ -167,8 +169,10 @@ def _ids(settings: Inspection, tokenizer: Tokenizer) -> Iterator[list[int]]:
         for document in range(store.documents):
             yield store.read(document).tolist()
     else:
-        for text in documents(find(settings.source, warn), fields=settings.fields, warn=warn):
-            yield [*tokenizer.encode(text.text), tokenizer.end]
+        files, vocabulary = find(settings.source, warn), Vocabulary.of(tokenizer)
+        for found in contents(files, vocabulary, Reading(settings.fields, warn=warn)):
+            ids = tokenizer.encode(found.text) if isinstance(found, Document) else found.ids.tolist()
+            yield [*ids, tokenizer.end]
 
 
 def _title(index: int, row: Shown) -> str:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.remote import RemoteFile
 
 SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 _BLOCK = 2**17
@@ -26,7 +27,7 @@ Damage = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 @contextmanager
-def opened(path: Path, *, seeks: bool = False) -> Iterator[BinaryIO]:
+def opened(path: Path | RemoteFile, *, seeks: bool = False) -> Iterator[BinaryIO]:
     """The uncompressed content, buffered. EOFError while reading: the file breaks off.
 
     With `seeks` a compressed file is unpacked to a temporary one first: O(1) memory, not O(1) disk.
@@ -34,21 +35,31 @@ def opened(path: Path, *, seeks: bool = False) -> Iterator[BinaryIO]:
     suffix = path.suffix.lower()
     with path.open("rb") as packed:
         if suffix not in SUFFIXES:
-            yield packed
+            if not seeks or packed.seekable():
+                yield packed
+            else:    # a server that gives no parts of a file
+                with _whole(packed) as whole:
+                    yield whole
             return
-        if len(packed.peek(2)) < 2:
+        if len(cast(io.BufferedReader, packed).peek(2)) < 2:
             raise EOFError("the file ends before its content begins")
         with _unpacked(packed, suffix) as stream:
             if not seeks:
                 yield stream
                 return
-            with tempfile.TemporaryFile(prefix="llmtrainer-") as whole:
-                shutil.copyfileobj(stream, whole, _BLOCK)
-                whole.seek(0)
-                yield cast(BinaryIO, whole)
+            with _whole(stream) as whole:
+                yield whole
 
 
-def damage(error: Exception, path: Path) -> UserError:
+@contextmanager
+def _whole(stream: BinaryIO) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile(prefix="llmtrainer-") as whole:
+        shutil.copyfileobj(stream, whole, _BLOCK)
+        whole.seek(0)
+        yield cast(BinaryIO, whole)
+
+
+def damage(error: Exception, path: Path | RemoteFile) -> UserError:
     """What to tell a person about a file that cannot be unpacked."""
     return UserError(
         f"the compressed file is damaged: {path.suffix} cannot read it",

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from multiprocessing import connection
 from pathlib import Path
@@ -24,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data.document import SourceFile
-from llmtrainer.data.open import documents
+from llmtrainer.data.document import AnyPath, Document, Reading, SourceFile, Tokens
+from llmtrainer.data.open import contents
 from llmtrainer.data.packed import MANIFEST, Store, dtype_for, sha256_of
+from llmtrainer.data.remote import RemoteFile, remote_facts, remote_sha256
 from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
+from llmtrainer.data.tokens import Vocabulary
 
 if TYPE_CHECKING:    # core imports torch, which a process that only tokenises would wait for in vain
     from llmtrainer.core.protocols import Tokenizer
@@ -53,10 +56,15 @@ def write_store(
     fields: tuple[str, ...] = ("text", "content"),
     errors: Literal["strict", "replace"] = "strict",
     allow_truncated: bool = False,
+    allow_pickle: bool = False,
+    raw_ids: Literal["uint16", "uint32"] = "uint16",
     report: Callable[[int], None] | None = None,
     warn: Callable[[str], None] | None = None,
+    tell: Callable[[str, AnyPath], None] | None = None,
 ) -> Store:
     """Tokenise every document of the files, in order, each followed by the end id, into the folder `out`.
+
+    Files of token ids are checked against the vocabulary; `tell` hears (how their documents were told apart, file).
 
     The bytes of the store are a function of files, tokenizer, reading settings and `shard_tokens` alone: not of
     `workers` (0: in this process), not of `batch_bytes` of text that a process gets at a time, not of how often it
@@ -69,45 +77,45 @@ def write_store(
     tokenizer = load_tokenizer(tokenizer_folder)
     facts = {"tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end}
     states, sources = _hashed(files)
-    key = _key([facts, shard_tokens, fields, errors, allow_truncated, sources])
-    partial = partial_of(out)
+    key = _key([facts, shard_tokens, fields, errors, allow_truncated, raw_ids, sources])
+    aside = partial_of(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _disk_full_explained(partial), locked(partial):
+    with _disk_full_explained(aside), locked(aside):
         if _is_complete(out, key):
-            partial.rmdir()
+            aside.rmdir()
             return Store(out)
         _require_free(out)
-        if not _is_complete(partial, key):
+        if not _is_complete(aside, key):
             dtype = dtype_for(tokenizer.vocabulary)
-            writer = ShardWriter(partial, key=key, dtype=dtype, shard_tokens=shard_tokens)
-            reading = {"fields": fields, "errors": errors, "allow_truncated": allow_truncated, "warn": warn}
+            writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens)
+            reading = Reading(fields, errors, allow_truncated, warn, allow_pickle, raw_ids)
+            read = partial(contents, vocabulary=Vocabulary.of(tokenizer), reading=reading, tell=tell)
             try:
-                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, reading)
+                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, read)
+                here = workers == 0 or sum(file.bytes for file in files) <= batch_bytes
                 encoded = (
-                    _encoded_here(batches, tokenizer)
-                    if workers == 0 or sum(file.bytes for file in files) <= batch_bytes
+                    _encoded_here(batches, tokenizer) if here
                     else _encoded_by(workers, batches, load_tokenizer, tokenizer_folder)
-                )
+                )  # fmt: skip
                 _write_all(writer, encoded, report)
                 _require_documents(writer, files)
                 writer.finish({"key": key, **facts}, sources)
             finally:
                 writer.abandon()
-        publish(partial, out)
+        publish(aside, out)
     return Store(out)
 
 
 @dataclass
 class _Batch:
-    """Texts that go to a process together, with the source and the UTF-8 bytes of each."""
+    """Texts, or the ids of some, that go to a process together, with the source of each."""
 
-    texts: list[str] = field(default_factory=list)
+    contents: list[str | NDArray[np.int64]] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
 
 
-Encoded = tuple[NDArray[Any], NDArray[np.int64]]
-"""Ids of several documents end to end, and the number of ids of each."""
+Encoded = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+"""Ids of several documents end to end, the number of ids of each, and the UTF-8 bytes of its text."""
 
 
 def _write_all(
@@ -117,43 +125,42 @@ def _write_all(
     if writer.text_bytes:
         heard(writer.text_bytes)    # what an earlier try has done
     with closing(encoded):    # an error here ends the processes at once, not when the traceback is forgotten
-        for batch, (ids, lengths) in encoded:
-            writer.append(ids, lengths, np.array(batch.sources), np.array(batch.sizes))
-            heard(sum(batch.sizes))
+        for batch, (ids, lengths, sizes) in encoded:
+            writer.append(ids, lengths, np.array(batch.sources), sizes)
+            heard(int(sizes.sum()))
 
 
 def _batches(
-    files: Sequence[SourceFile], states: list[tuple[int, int]], done: list[int], batch_bytes: int,
-    reading: dict[str, Any],
+    files: Sequence[SourceFile], states: list[State], done: list[int], batch_bytes: int,
+    read: Callable[[Sequence[SourceFile]], Iterator[Document | Tokens]],
 ) -> Iterator[_Batch]:
     """What is left to do behind the `done` documents of each file."""
     last = max((source for source, count in enumerate(done) if count), default=0)
     batch, held = _Batch(), 0
     for source in range(last, len(files)):
-        for document in documents([files[source]], **reading):
+        for document in read([files[source]]):
             if document.record <= done[source]:
                 continue
-            batch.texts.append(document.text)
+            batch.contents.append(document.text if isinstance(document, Document) else document.ids)
             batch.sources.append(source)
-            batch.sizes.append(document.bytes)
-            held += document.bytes
-            if held >= batch_bytes or len(batch.texts) >= _BATCH_DOCUMENTS:
+            held += document.bytes if isinstance(document, Document) else document.ids.nbytes
+            if held >= batch_bytes or len(batch.contents) >= _BATCH_DOCUMENTS:
                 yield batch
                 batch, held = _Batch(), 0
-        if _state(files[source].path) != states[source]:
+        if state_of(files[source].path) != states[source]:
             raise UserError(
                 "a file changed while it was read",
                 where=str(files[source].path),
                 why="the store would hold some of its old text and some of its new",
                 fix="let the file come to rest, then run the same command again",
             )
-    if batch.texts:
+    if batch.contents:
         yield batch
 
 
 def _encoded_here(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Generator[tuple[_Batch, Encoded]]:
     for batch in batches:
-        yield batch, _encode(tokenizer, batch.texts)
+        yield batch, _encode(tokenizer, batch.contents)
 
 
 def _encoded_by(
@@ -166,7 +173,7 @@ def _encoded_by(
     waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_as_worker, batch.texts)))
+            waiting.append((batch, pool.submit(_encode_as_worker, batch.contents)))
             if len(waiting) >= _IN_FLIGHT * workers:    # memory is bounded by what is on its way
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -205,37 +212,57 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_as_worker(texts: list[str]) -> Encoded:
+def _encode_as_worker(contents: list[str | NDArray[np.int64]]) -> Encoded:
     assert _tokenizer is not None
-    return _encode(_tokenizer, texts)
+    return _encode(_tokenizer, contents)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+def _encode(tokenizer: Tokenizer, contents: list[str | NDArray[np.int64]]) -> Encoded:
     # One by one: `encode_batch` would start a thread per core in each of the processes.
-    documents = [tokenizer.encode(text) for text in texts]
+    documents = [tokenizer.encode(item) if isinstance(item, str) else item.tolist() for item in contents]
+    sizes = [
+        len((item if isinstance(item, str) else tokenizer.decode(ids, skip_control=True)).encode())
+        for item, ids in zip(contents, documents, strict=True)
+    ]
     lengths = np.array([len(ids) + 1 for ids in documents], dtype=np.int64)
     end = (tokenizer.end,)
     flat = chain.from_iterable(chain(ids, end) for ids in documents)
     ids = np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum()))
     assert ids.max(initial=0) < tokenizer.vocabulary, "the tokenizer gave an id beyond its vocabulary"
-    return ids.astype(dtype_for(tokenizer.vocabulary)), lengths
+    return ids.astype(dtype_for(tokenizer.vocabulary)), lengths, np.array(sizes, dtype=np.int64)
 
 
-def _hashed(files: Sequence[SourceFile]) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+State = tuple[int | str | None, ...]
+"""What changes when a file does."""
+
+
+def _hashed(files: Sequence[SourceFile]) -> tuple[list[State], list[dict[str, Any]]]:
     """(size and time, manifest entry) of each file; hashing leaves Python's lock alone, so threads help."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        states = [_state(file.path) for file in files]
-        hashes = list(threads.map(lambda file: sha256_of(file.path), files))
+        states = [state_of(file.path) for file in files]
+        identities = list(threads.map(lambda file: identity_of(file.path), files))
     sources = [
-        {"path": str(file.path), "bytes": state[0], "sha256": digest}
-        for file, state, digest in zip(files, states, hashes, strict=True)
+        {"path": str(file.path), "bytes": state[0], **identity}
+        for file, state, identity in zip(files, states, identities, strict=True)
     ]
     return states, sources
 
 
-def _state(path: Path) -> tuple[int, int]:
+def state_of(path: AnyPath) -> State:
+    """Size and time of a file, or what its server says of it; asked anew each time."""
+    if isinstance(path, RemoteFile):
+        facts = remote_facts(path)
+        return facts.bytes, facts.identity
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def identity_of(path: AnyPath) -> dict[str, str]:
+    """What a file's content is known by: its SHA-256, or what its server vouches for instead (`identity`)."""
+    if not isinstance(path, RemoteFile):
+        return {"sha256": sha256_of(path)}
+    identity = remote_facts(path).identity
+    return {"identity": identity} if identity else {"sha256": remote_sha256(path)}
 
 
 def _key(facts: list[Any]) -> str:

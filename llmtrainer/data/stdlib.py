@@ -61,7 +61,7 @@ def split(root: Path) -> tuple[list[SourceFile], list[SourceFile]]:
 
 
 def _place(file: SourceFile, root: Path) -> float:
-    digest = hashlib.sha256(file.path.relative_to(root).as_posix().encode()).digest()
+    digest = hashlib.sha256(Path(str(file.path)).relative_to(root).as_posix().encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -23,6 +23,10 @@ SMALLEST_BATCH = 4096
 """Tokens of a micro-batch where nobody chose: enough to keep a processor busy, little for any memory."""
 
 
+Text = str | Sequence[int]
+"""A document, or the ids of one that was tokenised before."""
+
+
 class Perplexity(Suite):
     """Mean surprise per predicted token over whole documents.
 
@@ -56,12 +60,15 @@ class Perplexity(Suite):
         return total.figures(self.path)
 
     def scores(
-        self, policy: ContextPolicy, tokenizer: Tokenizer, texts: Iterable[str], report: Report | None = None
+        self, policy: ContextPolicy, tokenizer: Tokenizer, texts: Iterable[Text], report: Report | None = None
     ) -> Iterator[Score]:
         """One Score per document, in the order of `texts`. Memory does not grow with their number."""
         window, budget = self._window(policy), self._budget(policy)
         for group in _groups(texts):
-            yield from _score_group(policy, tokenizer.encode_batch(group), group, window, budget, report)
+            written = [item if isinstance(item, str) else tokenizer.decode(item, skip_control=True) for item in group]
+            encoded = iter(tokenizer.encode_batch([item for item in group if isinstance(item, str)]))
+            ids = [next(encoded) if isinstance(item, str) else item for item in group]
+            yield from _score_group(policy, ids, written, window, budget, report)
 
     def _window(self, policy: ContextPolicy) -> int:
         context = policy.context_length
@@ -166,8 +173,8 @@ def windows(document: int, positions: int, length: int) -> list[Window]:
     return found
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
+def _groups(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    group: list[Text] = []
     characters = 0
     for text in texts:
         group.append(text)

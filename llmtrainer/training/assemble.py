@@ -67,6 +67,11 @@ def assemble(
         log.append("warning", text=text)
         view({"kind": "warning", "text": text})
 
+    for tracker in recipe.log.trackers:
+        tracker.require()
+        # Its settings are read on its own thread, which may be after the first step has asked what was read.
+        for name in type(tracker).model_fields:
+            getattr(tracker, name)
     # 1. The engine decides the device, and the device what is fast.
     engine, precision = engine_of(recipe)
     # 2. Vocabulary, text, rows.
@@ -209,7 +214,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
         assert choice.vocabulary is not None
         folder = trained_tokenizer(
             recipe.data.train.path, choice.vocabulary, Path(recipe.cache), fields=recipe.data.train.fields,
-            allow_truncated=recipe.data.allow_truncated,
+            allow_truncated=recipe.data.allow_truncated, allow_pickle=recipe.data.allow_pickle,
         )  # fmt: skip
     return folder, load_tokenizer(folder)
 
@@ -219,7 +224,7 @@ def source_of(recipe: Recipe, folder: Path, engine: Engine) -> DiskSource:
     corpus, data = recipe.data.train, recipe.data
     path = prepared(
         corpus.path, folder, Path(recipe.cache), fields=corpus.fields, workers=corpus.workers,
-        allow_truncated=data.allow_truncated,
+        allow_truncated=data.allow_truncated, allow_pickle=data.allow_pickle, raw_ids=corpus.raw_ids,
     )  # fmt: skip
     return DiskSource(
         Store(path), rows_per_step=data.rows_per_step, tokens_per_batch=data.tokens_per_batch, shuffle=data.shuffle,

@@ -20,6 +20,7 @@ from llmtrainer.optim.groups import Group
 from llmtrainer.optim.rules.adamw import AdamW
 from llmtrainer.optim.schedules.cosine import Cosine
 from llmtrainer.parallel.engines.single import Single
+from llmtrainer.training.tracking import Tracker
 
 _STEP = "data.tokens_per_step says how much a step learns from, data.tokens_per_batch how much is computed at a time"
 KNOWN_ELSEWHERE = {
@@ -66,11 +67,16 @@ class Corpus(Config):
     shorthand: ClassVar[str] = "path"
 
     path: str
-    """A file, a folder, a glob, `stdlib:train` (this Python's own library), or a prepared token store. Raw text
-    is prepared into the cache first, and the run says so."""
+    """A file, a folder, a glob, an address such as `s3://bucket/corpus/`, `stdlib:train` (this Python's own
+    library), files of token ids, or a prepared token store. All but the last is prepared into the cache first, and
+    the run says so."""
 
     fields: tuple[str, ...] = ("text", "content")
-    """Where a record's text is: the first of these fields that it has."""
+    """Where a record's text is: the first of these fields that it has. `title+content`: both, with a newline
+    between. `input_ids`: token ids."""
+
+    raw_ids: Literal["uint16", "uint32"] = "uint16"
+    """How a raw .bin stores a token id."""
 
     workers: int = Field(default=0, ge=0)
     """Processes that tokenise raw text. 0: one per core."""
@@ -112,6 +118,9 @@ class Data(Config):
 
     allow_truncated: bool = False
     """Accept a source file that ends in the middle of a record; what is missing is reported."""
+
+    allow_pickle: bool = False
+    """Let a source file .pkl run whatever code is in it. Only for files of people you trust."""
 
     @property
     def rows_per_step(self) -> int:
@@ -233,6 +242,10 @@ class Log(Config):
     peak_flops: float | None = Field(default=None, gt=0.0)
     """Floating-point operations per second of one device at its best, for MFU. By default from a table; unknown
     devices have no MFU."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Where the figures are shown besides, by kind: `trackers=[{kind: tensorboard}, {kind: wandb, project: mine}]`.
+    One that fails is switched off and the run goes on."""
 
 
 class Recipe(Config):

@@ -18,6 +18,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.training.assemble import Assembled, assemble
 from llmtrainer.training.console import TrainingView
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.tracking import Trackers
 from llmtrainer.training.trainer import Trainer
 
 
@@ -69,6 +70,10 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
         assembled = assemble(recipe, log, view.show, stop)
         _write_recipe(run, recipe)
         trainer, resumption = assembled.trainer, assembled.resumption
+        trackers = Trackers(
+            recipe.log.trackers, run, recipe.plain(), trainer.progress.step,
+            lambda text: trainer.tell("warning", text=text),
+        )  # fmt: skip
         if resumption is None:
             trainer.tell("start", step=0, **assembled.facts)
         else:
@@ -77,7 +82,10 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
         try:
             yield run, assembled, stop
         finally:
-            trainer.close()
+            try:
+                trainer.close()
+            finally:
+                trackers.close()
 
 
 def _write_recipe(run: RunDir, recipe: Recipe) -> None:

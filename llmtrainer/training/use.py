@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from llmtrainer.base.config import Config
@@ -18,7 +19,10 @@ from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.suite import Suite
-from llmtrainer.data.open import Document, SourceFile, documents, find
+from llmtrainer.data.document import Document, Reading, SourceFile, Tokens
+from llmtrainer.data.open import contents, documents, find, is_container
+from llmtrainer.data.packed import Store, is_store
+from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.evals.perplexity import Perplexity, Score, Totals, figures
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.training.console import bar, stdout_is_for_people, warn
@@ -40,7 +44,8 @@ class Evaluation(Config):
     """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder."""
 
     data: str | None = None
-    """Text: a file, a folder, a glob, or `stdlib:held_out`. Each document is scored by itself."""
+    """Text: a file, a folder, a glob, an address, or `stdlib:held_out`; or token ids of the model's own
+    tokenizer, as files or as a token store. Each document is scored by itself."""
 
     fields: tuple[str, ...] = ("text", "content")
     """Where a record's text is: the first of these fields that it has."""
@@ -138,14 +143,14 @@ def evaluate(settings: Evaluation) -> Evaluated:
 
 
 def _measure(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
-    files = find(data)
+    files, found = _documents(opened, settings, data)
     perplexity = Perplexity(max_length=settings.max_length, tokens_per_batch=settings.tokens_per_batch)
-    read: deque[Document] = deque()
+    read: deque[Document | Tokens] = deque()
 
-    def texts() -> Iterator[str]:
-        for document in islice(documents(files, fields=settings.fields, warn=warn), settings.documents):
+    def texts() -> Iterator[str | list[int]]:
+        for document in islice(found, settings.documents):
             read.append(document)
-            yield document.text
+            yield document.text if isinstance(document, Document) else document.ids.tolist()
 
     total, items = Totals(), list[dict[str, Any]]()
     with bar("evaluate", _bytes_of(files) if settings.documents is None else None, "bytes") as advance:
@@ -157,7 +162,21 @@ def _measure(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
     return {**total.figures(data), "items": items if settings.items else None}
 
 
-def _item(document: Document, score: Score, opened: Opened | None) -> dict[str, Any]:
+def _documents(
+    opened: Opened, settings: Evaluation, data: str
+) -> tuple[list[SourceFile], Iterator[Document | Tokens]]:
+    """The documents of text, of files of ids, or of a token store (which has no files to tell of)."""
+    tokenizer = opened.tokenizer
+    if not is_store(Path(data)):
+        files = find(data)
+        return files, contents(files, Vocabulary.of(tokenizer), Reading(settings.fields, warn=warn))
+    store = Store(data)
+    store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
+    numbers = range(store.documents)
+    return [], (Tokens(store.read(number)[:-1].astype(np.int64), store.path, number + 1) for number in numbers)
+
+
+def _item(document: Document | Tokens, score: Score, opened: Opened | None) -> dict[str, Any]:
     place = {"file": str(document.file), "record": document.record}
     if not score.tokens:
         return {**place, "loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0, "bytes": score.bytes}
@@ -184,8 +203,7 @@ def _texts(path: str, fields: tuple[str, ...]) -> Iterable[str]:
 def _bytes_of(files: Iterable[SourceFile]) -> int | None:
     """Bytes of text to come; None where files hold more or less than their text."""
     files = list(files)
-    packed = (".gz", ".zst", ".xz", ".bz2", ".json", ".jsonl", ".parquet")
-    return None if any(str(file.path).endswith(packed) for file in files) else sum(file.bytes for file in files)
+    return sum(file.bytes for file in files) if files and not any(is_container(file.path) for file in files) else None
 
 
 def _require_own_titles(suites: tuple[Suite, ...]) -> None:

@@ -45,8 +45,18 @@ def write_large(path: Path) -> None:
             write_batch_size=32,
         )    # fmt: skip
         return
+    if path.suffix == ".arrow":
+        schema = pyarrow.schema({"text": pyarrow.string()})
+        with pyarrow.ipc.new_stream(str(path), schema) as table:
+            for first in range(0, RECORDS, 100):
+                rows = [text(number) for number in range(first, first + 100)]
+                table.write_batch(pyarrow.record_batch([rows], schema=schema))
+        return
     with path.open("wb") as file:
-        if path.suffix == ".gz":
+        if path.suffix == ".csv":
+            file.write(b"id,text\n")
+            file.writelines(f'{number},"{text(number)}"\n'.encode() for number in range(RECORDS))
+        elif path.suffix == ".gz":
             with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as packed:
                 packed.writelines(pieces(False))
         elif path.suffix == ".zst":
@@ -88,7 +98,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.csv", "a.arrow"])
 def test_200_megabytes_are_read_in_less_than_50(tmp_path: Path, name: str) -> None:
     import hashlib
 

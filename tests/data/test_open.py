@@ -246,7 +246,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     warned: list[str] = []
     found = find(tmp_path / "data", warned.append)
     names = [file.path.relative_to(tmp_path / "data").as_posix() for file in found]
-    assert names == ["B.txt", "a/z.md", "a.txt", "b/10.txt", "b/2.txt"]
+    assert names == ["B.txt", "a/z.md", "a.txt", "b/2.txt", "b/10.txt"]
     assert [file.bytes for file in found] == [len(name) for name in names]
     assert len(warned) == 1 and "2 files" in warned[0] and "c.bin" in warned[0]
 

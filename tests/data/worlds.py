@@ -31,7 +31,8 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_control: bool = False) -> str:
-        return "".join("" if skip_control else "<|endoftext|>" if id == END else chr(id) for id in ids)
+        end = "" if skip_control else "<|endoftext|>"
+        return "".join(end if id == END else chr(id) for id in ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([id]) for id in ids]

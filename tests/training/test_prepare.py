@@ -16,6 +16,7 @@ import pytest
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.packed import Store
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
+from llmtrainer.training import cache as cache_module
 from llmtrainer.training import prepare as module
 from llmtrainer.training.console import voice
 from llmtrainer.training.prepare import (
@@ -130,8 +131,8 @@ def test_a_file_that_was_not_touched_is_not_hashed_again(
     cache = tmp_path / "cache"
     prepared(str(corpus), tokenizer, cache, workers=1)
     hashed: list[str] = []
-    digest = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda path: hashed.append(path.name) or digest(path))
+    digest = cache_module.identity_of
+    monkeypatch.setattr(cache_module, "identity_of", lambda path: hashed.append(path.name) or digest(path))
     prepared(str(corpus), tokenizer, cache, workers=1)
     assert hashed == []
     os.utime(corpus / "4.txt", ns=(1, 1))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data.document import Reader, Reading, text_in
+from llmtrainer.data.document import AnyPath, Reader, Reading, text_in
 
 LONGEST = 2**30
 """Bytes of one record: a file whose first record has no end is refused before it has filled the memory."""
@@ -24,13 +23,13 @@ class Json(Reader):
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson", ".json")
 
-    def records(self, stream: BinaryIO, path: Path, reading: Reading) -> Iterator[tuple[Any, int | None]]:
+    def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
         if any(suffix.lower() == ".json" for suffix in path.suffixes[-2:]):
             return _Values(stream, path, reading).records()
         return _lines(stream, path, reading)
 
 
-def _lines(stream: BinaryIO, path: Path, reading: Reading) -> Iterator[tuple[Any, int]]:
+def _lines(stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int]]:
     number = byte = 0
     while line := stream.readline(LONGEST + 1):
         number += 1
@@ -61,7 +60,7 @@ class _Values:
     The text in memory is the current value and one block, however long the file.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path, reading: Reading) -> None:
+    def __init__(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> None:
         self.stream, self.path, self.reading = stream, path, reading
         self.buffer, self.at, self.line, self.byte, self.ended = b"", 0, 1, 0, False
 
@@ -180,7 +179,7 @@ class _Values:
         return _no_json(why, self.path, self.line)
 
 
-def _value(content: bytes, path: Path, reading: Reading, byte: int, line: int) -> Any:
+def _value(content: bytes, path: AnyPath, reading: Reading, byte: int, line: int) -> Any:
     try:
         return json.loads(text_in(content, reading, path, byte=byte, line=line))
     except json.JSONDecodeError as error:
@@ -189,14 +188,14 @@ def _value(content: bytes, path: Path, reading: Reading, byte: int, line: int) -
         raise _no_json("brackets are nested too deeply", path, line) from error
 
 
-def _no_json(why: str, path: Path, line: int) -> UserError:
+def _no_json(why: str, path: AnyPath, line: int) -> UserError:
     return UserError(
         "a record is no JSON", where=f"{path}, line {line:,}", why=why,
         fix="mend or delete the record; nothing is left out silently",
     )
 
 
-def _endless(path: Path, line: int) -> UserError:
+def _endless(path: AnyPath, line: int) -> UserError:
     return UserError(
         f"a record has no end within {LONGEST // 2**20:,} MiB", where=f"{path}, line {line:,}",
         fix="one document a record; is this really JSON?",

@@ -1,13 +1,12 @@
-"""Parquet tables, a few rows at a time and only the column that holds the text."""
+"""Parquet tables, a few rows at a time and only the columns that hold the text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data.document import Reader, Reading
+from llmtrainer.data.document import AnyPath, Reader, Reading
 
 ROWS = 64
 """Rows decoded at a time."""
@@ -20,7 +19,7 @@ class Parquet(Reader):
     suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
     seeks: ClassVar[bool] = True
 
-    def records(self, stream: BinaryIO, path: Path, reading: Reading) -> Iterator[tuple[object, int | None]]:
+    def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[object, int | None]]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
 
@@ -28,12 +27,12 @@ class Parquet(Reader):
             # A buffer and no read-ahead: a column chunk is read page by page, not whole.
             table = ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False)
             names = table.schema_arrow.names
-            field = next((name for name in reading.fields if name in names), None)
-            if field is None:
-                reading.text_of(dict.fromkeys(names), str(path))
-            for batch in table.iter_batches(ROWS, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    yield {field: value}, None
+            fields = list(reading.chosen(names))
+            if not fields:
+                reading.content_of(dict.fromkeys(names), str(path))
+            for batch in table.iter_batches(ROWS, columns=fields, use_threads=False):
+                for record in batch.to_pylist():
+                    yield record, None
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
             raise UserError(
                 "the table cannot be read", where=str(path), why=str(error).splitlines()[0],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from llmtrainer.data.document import Reader, Reading, text_in
+from llmtrainer.data.document import AnyPath, Reader, Reading, text_in
 
 
 class Text(Reader):
@@ -20,5 +19,5 @@ class Text(Reader):
         ".cmake", ".asm", ".s", ".f90", ".zig", ".dart",
     )
 
-    def records(self, stream: BinaryIO, path: Path, reading: Reading) -> Iterator[tuple[str, int | None]]:
+    def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[str, int | None]]:
         yield text_in(stream.read(), reading, path).removeprefix("\ufeff"), 1
