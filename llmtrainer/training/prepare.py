@@ -35,6 +35,7 @@ from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
 from llmtrainer.training.console import bar, say, warn
 from llmtrainer.training.figures import amount
+from llmtrainer.training.hub import locate
 
 VERSION = 1
 """Raised when the same sources and settings would give other bytes: every older key then misses."""
@@ -86,7 +87,7 @@ class Preparation(Config):
     """The folder to write. Killed at any moment, the same command goes on where it was."""
 
     tokenizer: str
-    """A folder with tokenizer.json."""
+    """A folder with tokenizer.json, or a hub id: `Qwen/Qwen3-0.6B`."""
 
     fields: tuple[str, ...] = TEXT_FIELDS
     """Where a record's text is: the first of these fields that it has."""
@@ -115,7 +116,7 @@ class Prepared(Result):
 def prepare(preparation: Preparation) -> Prepared:
     """Write a token store. The same one in the same place is left as it is; another one there is refused."""
     sources = Sources.found(preparation.data, preparation.fields, preparation.allow_truncated)
-    out, tokenizer = Path(preparation.out), Path(preparation.tokenizer)
+    out, tokenizer = Path(preparation.out), locate(preparation.tokenizer, weights=False).folder
     reused = _store(sources, tokenizer, out, _store_key(sources, tokenizer, {}), preparation.workers)
     return _figures(out, reused)
 
