@@ -83,6 +83,8 @@ def to_config(
         "torch_dtype": dtype,
         _OWN: family.model_dump(mode="json"),
     }
+    if model_type == _OWN:
+        del config["rope_scaling"]      # transformers warns about it where no class takes it
     if model_type in ("qwen2", "qwen3") and family.sliding_window is not None:
         config |= {
             "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["sliding_attention"] * family.layers

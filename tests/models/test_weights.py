@@ -144,13 +144,78 @@ def test_a_tied_head_is_saved_once_and_its_copy_is_accepted_only_if_equal(tmp_pa
         load_policy(tmp_path, torch.float64)
 
 
-def test_a_base_model_s_names_without_prefix_are_understood(tmp_path: Path) -> None:
-    model = decoder(tied_head=True)
+PREFIXES = [("", ""), ("language_model.model.", "language_model."), ("model.language_model.", ""), ("a.model.", "a.")]
+
+
+@pytest.mark.parametrize(("prefix", "outer"), PREFIXES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+def test_the_prefix_of_the_names_is_found(tmp_path: Path, prefix: str, outer: str, tied: bool) -> None:
+    model, batch = decoder(tied_head=tied), rows([[9]])
     save_weights(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    save_file({name.removeprefix("model."): value for name, value in stored.items()}, tmp_path / "model.safetensors")
-    batch = rows([[9]])
+    named = {
+        outer + name if name.startswith("lm_head") else prefix + name.removeprefix("model."): value
+        for name, value in stored.items()
+    }
+    assert named.keys() != stored.keys()
+    save_file(named, tmp_path / "model.safetensors")
     assert torch.equal(logits(load_policy(tmp_path, torch.float64), batch), logits(model, batch))
+
+
+def test_what_lies_beside_the_language_model_is_refused_by_name(tmp_path: Path) -> None:
+    save_weights(decoder(), tmp_path)
+    stored = {f"language_model.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file({**stored, "vision_tower.patch.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"unexpected: vision_tower\.patch\.weight"):
+        load_policy(tmp_path)
+    other = {f"draft.{name}": value.clone() for name, value in stored.items()}
+    save_file({**stored, **other}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds 2 models") as caught:
+        load_policy(tmp_path)
+    assert "`language_model.model.`" in str(caught.value) and "`draft.language_model.model.`" in str(caught.value)
+
+
+def test_an_export_in_bfloat16_is_the_weights_rounded_once(tmp_path: Path) -> None:
+    model = decoder(compute=torch.float32, attention_bias=True)
+    save_weights(model, tmp_path / "whole")
+    save_weights(model, tmp_path / "half", dtype=torch.bfloat16, shard_bytes=20_000)
+    size = {name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in
+            ("whole", "half")}
+    assert size["half"] < 0.6 * size["whole"]
+    told = {name: json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] for name in size}
+    assert told == {"whole": "float32", "half": "bfloat16"}
+    index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert load_file(tmp_path / "half" / file)[name].dtype == torch.bfloat16
+    again = load_policy(tmp_path / "half")
+    for name, value in tensors(model).items():
+        assert torch.equal(tensors(again)[name], value.bfloat16().float())
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_a_bias_that_the_model_has_not_must_be_zero(tmp_path: Path) -> None:
+    model = decoder(attention_bias=True)
+    save_weights(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.bias"
+    assert name not in tensors(model) and not stored[name].any()
+    load_weights(model, tmp_path)
+    stored[name][3] = 1.0
+    save_file(stored, tmp_path / "model.safetensors")
+    before = {name: value.clone() for name, value in tensors(model).items()}
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
+        load_weights(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    save_weights(decoder(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="F8_E4M3"):
+        load_policy(tmp_path)
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
