@@ -189,8 +189,8 @@ def _rope(given: Mapping[str, Any], longest: int, where: str) -> tuple[float, di
     """
     rope = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
     theta = float(rope.pop("rope_theta", None) or given.get("rope_theta") or 10_000.0)
-    kind = [found for found in (rope.pop(key, None) for key in ("rope_type", "type")) if found]
-    kind = kind[0] if kind else "default"
+    told, older = rope.pop("rope_type", None), rope.pop("type", None)
+    kind = str(told or older or "default")
     partial = rope.pop("partial_rotary_factor", None) or given.get("partial_rotary_factor")
     _refuse(where, "partial_rotary_factor", 1.0 if partial is None else partial, 1.0)
     if kind not in _ROPE_KEYS or any(isinstance(value, dict) for value in rope.values()):
@@ -207,7 +207,11 @@ def _rope(given: Mapping[str, Any], longest: int, where: str) -> tuple[float, di
     if kind == "dynamic":
         # The class of transformers grows the base from here on, whatever the other key says.
         _refuse(where, "original_max_position_embeddings", original, longest)
-    scaling: dict[str, Any] = {"kind": kind, "factor": float(rope.pop("factor", None) or longest / original)}
+    # Only YaRN's class works a missing factor out.
+    factor = rope.pop("factor", longest / original if kind == "yarn" else None)
+    if not isinstance(factor, int | float):
+        _refuse(where, f"`factor` of rope_type `{kind}`", factor, "a number")
+    scaling: dict[str, Any] = {"kind": kind, "factor": float(factor)}
     if kind != "linear":
         scaling["original_context"] = original
     scaling |= {key: _number(rope.pop(key)) for key in _ROPE_KEYS[kind] if key in rope}

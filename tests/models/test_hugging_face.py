@@ -18,7 +18,7 @@ from llmtrainer.models.weights import load_policy, save_weights, tensors
 from tests.models import rope, theirs
 from tests.models.rows import rows
 from tests.models.test_decoder import TINY, decoder, logits
-from tests.tolerances import FLOAT64_LOGITS
+from tests.tolerances import FLOAT32_FREQUENCY_RELATIVE, FLOAT64_LOGITS
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -160,6 +160,7 @@ def test_what_a_config_leaves_out_is_what_the_class_takes(model_type: str) -> No
         (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "extrapolation_factor": 2.0}), "extrapolation_factor"),
         (dict(rope_scaling={"rope_type": "default", "factor": 4.0}), "factor"),
         (dict(rope_scaling={"rope_type": "linear", "factor": 0.5}), "factor"),
+        (dict(rope_scaling={"rope_type": "llama3"}), "factor"),
         (dict(rope_scaling={"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}), "is 9"),
         (dict(rope_scaling={"full_attention": {"rope_type": "default"}}), "each kind of layer"),
     ],
@@ -190,6 +191,37 @@ def test_layers_with_and_without_a_window_are_refused_by_name(change: dict[str, 
     off = {**config, **change, "use_sliding_window": False}
     if change["model_type"] != "mistral":
         assert from_config(off, "here")[0].sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"factor": None, "original_max_position_embeddings": 16},
+        {"factor": 4.0, "original_max_position_embeddings": 16, "finetuned": True, "beta_fast": 32, "mscale": 0.7},
+        {"factor": 4, "original_max_position_embeddings": 16, "attention_factor": 1.2, "mscale": 1.0,
+         "mscale_all_dim": 2.0},
+        {"factor": 4.0},
+    ],
+    ids=["factor worked out", "half of mscale", "mscale beside its result", "no original context"],
+)  # fmt: skip
+def test_settings_of_yarn_that_the_class_works_out_or_ignores_are_understood_alike(told: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {"rope_type": "yarn", **told}
+    told = {**given, "rope_theta": 500.0}
+    config = {**to_config(Llama(**TINY), 320), "rope_scaling": None, "rope_parameters": told}
+    config.pop("llmtrainer")
+    scaling = from_config(config, "here")[0].rope_scaling
+    assert scaling is not None
+    whole = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=64, rope_parameters=dict(told)
+    )
+    expected, magnitude = ROPE_INIT_FUNCTIONS["yarn"](whole)
+    assert scaling.magnitude == pytest.approx(magnitude, rel=1e-12)
+    torch.testing.assert_close(
+        scaling.frequencies(8, 500.0, 1), expected.double(), rtol=FLOAT32_FREQUENCY_RELATIVE, atol=0.0
+    )
 
 
 def test_a_description_that_was_edited_in_one_place_is_refused() -> None:
