@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,11 +77,7 @@ def load_policy(folder: Path, compute: torch.dtype = torch.float32) -> Decoder:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError("no model here", where=str(folder), why=f"{CONFIG} is missing", fix="name a model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{CONFIG} is no JSON", where=str(path), why=str(error), fix="save the model again") from None
-    family, vocabulary = from_config(config, str(path))
+    family, vocabulary = from_config(_read_json(path), str(path))
     decoder = family.build(vocabulary, compute)
     load_weights(decoder, folder)
     return decoder
@@ -143,10 +140,27 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path.name} is no JSON", where=str(path), why=str(error), fix="copy it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name} holds no keys", where=str(path), fix="copy it again")
+    return found
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        named = _read_json(folder / INDEX).get("weight_map")
+        names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(
+                f"{INDEX} names no files of this folder", where=str(folder / INDEX), fix="copy it again"
+            )
+        files = [folder / name for name in names]
     else:
         files = [folder / ONE_FILE]
     absent = [file.name for file in files if not file.is_file()]

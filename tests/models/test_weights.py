@@ -252,6 +252,14 @@ def test_folders_without_readable_weights_say_what_is_wrong(tmp_path: Path) -> N
         load_policy(tmp_path)
 
 
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../other/model.safetensors"}}'])
+def test_an_index_that_names_no_files_of_the_folder_is_refused(tmp_path: Path, index: str) -> None:
+    save_weights(decoder(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        load_policy(tmp_path)
+
+
 def trained_names(model: Decoder) -> set[str]:
     """Names of the parameters that three steps of AdamW with decay change; the optimizer's state is theirs."""
     before = {name: value.clone() for name, value in tensors(model).items()}
