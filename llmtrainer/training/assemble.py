@@ -35,7 +35,7 @@ from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.evaluation import Evaluations, write_samples
 from llmtrainer.training.hub import locate
-from llmtrainer.training.models import model_folder
+from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
@@ -155,7 +155,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
     """The checkpoint that the first checkpoint of this process descends from."""
     if resumption is not None:
         return resumption.folder.name
-    return None if recipe.model.start_from is None else locate(recipe.model.start_from, weights=True).origin
+    return None if recipe.model.start_from is None else locate_model(recipe.model.start_from).origin
 
 
 def evaluations_of(

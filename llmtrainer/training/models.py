@@ -16,7 +16,7 @@ from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.average import FOLDER
-from llmtrainer.training.hub import locate
+from llmtrainer.training.hub import Located, locate
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
@@ -72,12 +72,17 @@ def load_tokenizer(path: str | Path) -> FileTokenizer:
 def model_folder(path: str | Path, *, weights: bool = True) -> Path:
     """A run directory stands for its newest checkpoint, `ema` below it for the moving average there; any other
     folder for itself. A hub id is fetched, without its weights if they are not wanted."""
+    return locate_model(path, weights=weights).folder
+
+
+def locate_model(path: str | Path, *, weights: bool = True) -> Located:
+    """As `model_folder`, with the name of where it came from."""
     # Asked first: `run/ema` need not exist, and could be an id by its looks.
     below = Path(path)
     if below.name == FOLDER and not below.is_dir() and _is_run(below.parent):
-        return RunDir(below.parent).newest_checkpoint() / FOLDER
-    folder = locate(path, weights=weights).folder
-    return RunDir(folder).newest_checkpoint() if _is_run(folder) else folder
+        return Located(RunDir(below.parent).newest_checkpoint() / FOLDER, str(path))
+    found = locate(path, weights=weights)
+    return Located(RunDir(found.folder).newest_checkpoint(), found.origin) if _is_run(found.folder) else found
 
 
 def tokenizer_class(folder: Path) -> str | None:

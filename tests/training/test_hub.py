@@ -20,6 +20,7 @@ from llmtrainer.models.weights import save_weights
 from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
 from llmtrainer.training import hub as hub_module
 from llmtrainer.training.hub import Located, locate
+from llmtrainer.training.models import locate_model
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
 from llmtrainer.training.use import Evaluation, evaluate
@@ -170,6 +171,14 @@ def test_a_folder_that_exists_wins_and_only_two_plain_words_are_an_id(
     asked = {"Qwen/Qwen3-0.6B": None, "a/b@main": "main", "a/b@refs/pr/3": "refs/pr/3", "HuggingFaceTB/SmolLM2": None}
     for name, revision in asked.items():
         assert locate(name, weights=False) == (name.partition("@")[0], revision, False)
+
+
+def test_the_average_of_a_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmtrainer.training.hub._fetched", lambda *asked: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(RunDir, "newest_checkpoint", lambda run: run.path / "newest")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    assert locate_model("run/ema") == Located(Path("run/newest/ema"), "run/ema")
 
 
 def test_without_the_package_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
