@@ -266,8 +266,10 @@ def require_one_work(result: Figures) -> Figures:
 def main() -> None:
     parser = turns.parser(__doc__ or "")
     parser.add_argument("--data", help="text; else this Python's own library")
-    parser.add_argument("--litgpt-python", type=Path, default=turns.PEERS.parents[2] / ".venv-litgpt" / "bin" / "python",
-                        help="litgpt's environment; left out if it is not there")
+    parser.add_argument(
+        "--litgpt-python", type=Path, default=turns.PEERS.parents[2] / ".venv-litgpt" / "bin" / "python",
+        help="litgpt's environment; left out if it is not there",
+    )
     parser.add_argument("--tokens-per-batch", type=int, default=ROWS * LENGTH, help="of our micro-batches")
     parser.add_argument("--eager", action="store_true", help="ours without torch.compile")
     wish = parser.parse_args()

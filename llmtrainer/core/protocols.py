@@ -139,7 +139,8 @@ class Family(Kind):
     default_kind: ClassVar[str] = "llama"
 
     start_from: str | None = None
-    """A run directory, a checkpoint or a Hugging Face folder to take weights and shape from."""
+    """A run directory, a checkpoint, a Hugging Face folder or a hub id (`Qwen/Qwen3-0.6B`, `owner/name@revision`)
+    to take weights and shape from."""
 
     freeze: tuple[str, ...] = ()
     """Patterns on parameter names that stay as they are: `model.embed_tokens.*`, `model.layers.0.*`."""

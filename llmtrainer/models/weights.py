@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.hugging_face import from_config, to_config
+from llmtrainer.models.hugging_face import from_config, to_config, zero_biases
 
 ONE_FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Types of stored weights that are plain numbers."""
 SHARD_BYTES = 5 * 10**9
 """Size at which Hugging Face's own libraries begin another file."""
 
@@ -28,16 +31,22 @@ def tensors(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def save_weights(
-    decoder: Decoder, folder: Path, *, shard_bytes: int = SHARD_BYTES, end: int | None = None, pad: int | None = None
-) -> list[Path]:
+    decoder: Decoder, folder: Path, *, shard_bytes: int = SHARD_BYTES, end: int | None = None, pad: int | None = None,
+    dtype: torch.dtype | None = None, tokenizer_class: str | None = None,
+) -> list[Path]:  # fmt: skip
     """Write config.json and the weights, one file or shards with an index. Returns the files written.
 
-    `end` and `pad` are the tokenizer's ids, for whoever generates with another library. The bytes are a
-    function of the weights alone.
+    `end` and `pad` are the tokenizer's ids, for whoever generates with another library, and `tokenizer_class` is
+    what its tokenizer_config.json says (see `to_config`). `dtype` rounds the weights, for an export; None keeps
+    the masters. The bytes are a function of the weights alone.
     """
-    return save_tensors(
-        tensors(decoder), to_config(decoder.family, decoder.vocabulary, end=end, pad=pad), folder, shard_bytes
-    )
+    dtype = dtype or decoder.head_weight.dtype
+    config = to_config(
+        decoder.family, decoder.vocabulary, end=end, pad=pad, dtype=str(dtype).removeprefix("torch."),
+        tokenizer_class=tokenizer_class,
+    )  # fmt: skip
+    rounded = {name: value.to(dtype) for name, value in tensors(decoder).items()}
+    return save_tensors(rounded, config, folder, shard_bytes)
 
 
 def save_tensors(
@@ -45,6 +54,7 @@ def save_tensors(
 ) -> list[Path]:
     """As `save_weights`, from tensors that may be a copy taken earlier."""
     folder.mkdir(parents=True, exist_ok=True)
+    named = {**named, **zero_biases(named, config)}
     shards = _shards(named, shard_bytes)
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     files = dict(zip([ONE_FILE] if len(shards) == 1 else names, shards, strict=True))
@@ -67,11 +77,7 @@ def load_policy(folder: Path, compute: torch.dtype = torch.float32) -> Decoder:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError("no model here", where=str(folder), why=f"{CONFIG} is missing", fix="name a model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{CONFIG} is no JSON", where=str(path), why=str(error), fix="save the model again") from None
-    family, vocabulary = from_config(config, str(path))
+    family, vocabulary = from_config(_read_json(path), str(path))
     decoder = family.build(vocabulary, compute)
     load_weights(decoder, folder)
     return decoder
@@ -83,20 +89,19 @@ def load_weights(decoder: Decoder, folder: Path) -> None:
     wanted = dict(decoder.named_parameters())
     files = _weight_files(folder)
     shapes = {name: shape for file in files for name, shape in _shapes(file)}
-    ours = {name: _our_name(name, shapes) for name in shapes}
-    found = {ours[name]: shape for name, shape in shapes.items() if not _redundant(name, decoder)}
+    ours = _our_names(shapes, folder)
+    found = {ours[name]: shape for name, shape in shapes.items() if not _redundant(ours[name], decoder)}
     _require_equal({name: tuple(value.shape) for name, value in wanted.items()}, found, folder)
-    second_head = None
-    with torch.no_grad():
+    # Copies and zeros are read first: a folder that is refused has changed nothing.
+    for changes in (False, True):
         for file in files:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="pt") as opened, torch.no_grad():
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if not _redundant(name, decoder):
+                    redundant = _redundant(ours[name], decoder)
+                    if changes and not redundant:
                         wanted[ours[name]].copy_(opened.get_tensor(name))
-                    elif name == "lm_head.weight":
-                        second_head = opened.get_tensor(name)
-    if second_head is not None:
-        _require_tied(second_head, decoder, folder)
+                    elif not changes and redundant:
+                        _require_redundant(ours[name], opened.get_tensor(name), files, ours, folder)
 
 
 def freeze(decoder: Decoder, patterns: Sequence[str]) -> list[str]:
@@ -135,10 +140,27 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path.name} is no JSON", where=str(path), why=str(error), fix="copy it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name} holds no keys", where=str(path), fix="copy it again")
+    return found
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        named = _read_json(folder / INDEX).get("weight_map")
+        names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(
+                f"{INDEX} names no files of this folder", where=str(folder / INDEX), fix="copy it again"
+            )
+        files = [folder / name for name in names]
     else:
         files = [folder / ONE_FILE]
     absent = [file.name for file in files if not file.is_file()]
@@ -157,31 +179,76 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
-                yield name, tuple(opened.get_slice(name).get_shape())
+                part = opened.get_slice(name)
+                if part.get_dtype() not in _NUMBERS:
+                    raise UserError(
+                        f"{name} is stored as {part.get_dtype()}", where=str(file),
+                        why="quantised weights mean something only with their scales", fix="use the original model",
+                    )
+                yield name, tuple(part.get_shape())
     except SafetensorError as error:
         raise UserError(
             "a weight file is damaged", where=str(file), why=str(error), fix="copy or download it again"
         ) from None
 
 
-def _our_name(name: str, all_names: Mapping[str, object]) -> str:
-    # A base model saved without its head has the same names without the prefix.
-    bare = not any(other.startswith("model.") for other in all_names)
-    return f"model.{name}" if bare and name != "lm_head.weight" else name
+def _our_names(stored: Mapping[str, object], folder: Path) -> dict[str, str]:
+    """Our name for each stored one. What stands before `embed_tokens` is the prefix of the whole stack: `model.`,
+    nothing in a base model that was saved without its head, `language_model.model.` in a model of several parts."""
+    ending = "embed_tokens.weight"
+    prefixes = [name.removesuffix(ending) for name in stored if name == ending or name.endswith("." + ending)]
+    heads = [name for name in stored if name == "lm_head.weight" or name.endswith(".lm_head.weight")]
+    for found in (prefixes, heads):
+        if len(found) > 1:
+            raise UserError(
+                f"the folder holds {len(found)} models", where=str(folder),
+                why=f"it has weights under {' and '.join(f'`{name}`' for name in found)}",
+                fix="save the language model alone",
+            )
+    prefix = prefixes[0] if prefixes else "model."
+    names = {}
+    for name in stored:
+        if name in heads:
+            names[name] = "lm_head.weight"
+        else:
+            names[name] = "model." + name.removeprefix(prefix) if name.startswith(prefix) else name
+    return names
 
 
 def _redundant(name: str, decoder: Decoder) -> bool:
-    """Whether a stored tensor follows from others: a tied head's copy, an old library's rotary table."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.lm_head is None)
+    """Whether a stored tensor follows from others: a tied head's copy, an old library's rotary table, a bias of
+    zeros that another library's class has and the model has not."""
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (name == "lm_head.weight" and decoder.lm_head is None)
+        or (name.endswith("self_attn.o_proj.bias") and not decoder.family.output_bias)
+    )
 
 
-def _require_tied(stored: Tensor, decoder: Decoder, folder: Path) -> None:
-    embedding = decoder.model.embed_tokens.weight
-    if stored.shape != embedding.shape or not torch.equal(stored.to(embedding), embedding):
+def _require_redundant(
+    name: str, stored: Tensor, files: Sequence[Path], ours: Mapping[str, str], folder: Path
+) -> None:
+    if name.endswith("o_proj.bias") and bool(stored.any()):
         raise UserError(
-            "lm_head.weight differs from the embedding, but the model says they are tied",
-            where=str(folder), why="one of the two would be lost", fix='"tie_word_embeddings": false in config.json',
+            f"{name} is not zero, and the model has no such bias", where=str(folder), why="it would be lost",
+            fix="remove `llmtrainer` from config.json, if another program trained these weights further",
         )
+    if name == "lm_head.weight":
+        embedding = _stored("model.embed_tokens.weight", files, ours)
+        if stored.shape != embedding.shape or not torch.equal(stored.to(embedding.dtype), embedding):
+            raise UserError(
+                "lm_head.weight differs from the embedding, but the model says they are tied", where=str(folder),
+                why="one of the two would be lost", fix='"tie_word_embeddings": false in config.json',
+            )
+
+
+def _stored(name: str, files: Sequence[Path], ours: Mapping[str, str]) -> Tensor:
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for stored in opened.keys():  # noqa: SIM118 (not a dict)
+                if ours[stored] == name:
+                    return opened.get_tensor(stored)
+    raise AssertionError(f"{name} was found before")
 
 
 def _require_equal(

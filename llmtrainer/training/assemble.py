@@ -34,7 +34,8 @@ from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.evaluation import Evaluations, write_samples
-from llmtrainer.training.models import model_folder
+from llmtrainer.training.hub import locate
+from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
@@ -159,7 +160,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
     """The checkpoint that the first checkpoint of this process descends from."""
     if resumption is not None:
         return resumption.folder.name
-    return recipe.model.start_from
+    return None if recipe.model.start_from is None else locate_model(recipe.model.start_from).origin
 
 
 def evaluations_of(
@@ -209,7 +210,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
     """The recipe's vocabulary; trained on the training text, once, if the recipe gives a size."""
     choice = recipe.tokenizer
     if choice.path is not None:
-        folder = Path(choice.path)
+        folder = locate(choice.path, weights=False).folder
     else:
         assert choice.vocabulary is not None
         folder = trained_tokenizer(
@@ -277,7 +278,7 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
             policy.initialise(derive(recipe.seed, "initialise"))
     else:
         _require_no_shape(recipe)
-        policy = load_policy(continued or model_folder(Path(recipe.model.start_from)), compute)
+        policy = load_policy(continued or model_folder(recipe.model.start_from), compute)
         if policy.vocabulary < tokenizer.vocabulary:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocabulary:,} ids and the model {policy.vocabulary:,} embedding rows",

@@ -16,6 +16,7 @@ from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.average import FOLDER
+from llmtrainer.training.hub import Located, locate
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 
@@ -39,10 +40,10 @@ def open_model(
 
     UserError if there is no model, or the tokenizer has ids that the model has no row for.
     """
-    folder = model_folder(Path(path))
+    folder = model_folder(path)
     chosen = _precision_of(folder) if precision == "auto" else precision
     place = find_device(device, chosen)
-    words = tokenizers.load_tokenizer(tokenizer if tokenizer is not None else folder)
+    words = tokenizers.load_tokenizer(folder if tokenizer is None else locate(tokenizer, weights=False).folder)
     policy = load_policy(folder, DTYPES[chosen])
     if words.vocabulary > policy.vocabulary:
         raise UserError(
@@ -56,23 +57,39 @@ def open_model(
 
 
 def load_model(path: str | Path, precision: Precision = "float32", device: str = "cpu") -> Decoder:
-    """The model of a run directory (its newest checkpoint), of a checkpoint or of a Hugging Face folder."""
-    folder = model_folder(Path(path))
+    """The model of a run directory (its newest checkpoint), of a checkpoint, of a Hugging Face folder or of a
+    hub id."""
+    folder = model_folder(path)
     chosen = _precision_of(folder) if precision == "auto" else precision
     return load_policy(folder, DTYPES[chosen]).to(find_device(device, chosen))
 
 
 def load_tokenizer(path: str | Path) -> FileTokenizer:
-    """The tokenizer of a folder that holds one, or of a run's newest checkpoint."""
-    return tokenizers.load_tokenizer(model_folder(Path(path)))
+    """The tokenizer of a folder that holds one, of a run's newest checkpoint, or of a hub id."""
+    return tokenizers.load_tokenizer(model_folder(path, weights=False))
 
 
-def model_folder(path: Path) -> Path:
+def model_folder(path: str | Path, *, weights: bool = True) -> Path:
     """A run directory stands for its newest checkpoint, `ema` below it for the moving average there; any other
-    folder for itself."""
-    if path.name == FOLDER and not path.is_dir() and _is_run(path.parent):
-        return RunDir(path.parent).newest_checkpoint() / FOLDER
-    return RunDir(path).newest_checkpoint() if _is_run(path) else path
+    folder for itself. A hub id is fetched, without its weights if they are not wanted."""
+    return locate_model(path, weights=weights).folder
+
+
+def locate_model(path: str | Path, *, weights: bool = True) -> Located:
+    """As `model_folder`, with the name of where it came from."""
+    # Asked first: `run/ema` need not exist, and could be an id by its looks.
+    below = Path(path)
+    if below.name == FOLDER and not below.is_dir() and _is_run(below.parent):
+        return Located(RunDir(below.parent).newest_checkpoint() / FOLDER, str(path))
+    found = locate(path, weights=weights)
+    return Located(RunDir(found.folder).newest_checkpoint(), found.origin) if _is_run(found.folder) else found
+
+
+def tokenizer_class(folder: Path) -> str | None:
+    """The class that the tokenizer_config.json of a folder names: what transformers should read it with."""
+    file = folder / "tokenizer_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _is_run(path: Path) -> bool:

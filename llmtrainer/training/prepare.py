@@ -27,6 +27,7 @@ from llmtrainer.tokenizer.train import train_vocabulary
 from llmtrainer.training.cache import built, identity, known_hashes, receipt
 from llmtrainer.training.console import bar, say, warn
 from llmtrainer.training.figures import amount
+from llmtrainer.training.hub import locate
 
 VERSION = 1
 """Raised when the same sources and settings would give other bytes: every older key then misses."""
@@ -82,7 +83,7 @@ class Preparation(Config):
     """The folder to write. Killed at any moment, the same command goes on where it was."""
 
     tokenizer: str
-    """A folder with tokenizer.json."""
+    """A folder with tokenizer.json, or a hub id: `Qwen/Qwen3-0.6B`."""
 
     fields: tuple[str, ...] = TEXT_FIELDS
     """Where a record's text is: the first of these fields that it has. `title+content`: both, with a newline
@@ -120,7 +121,8 @@ class Prepared(Result):
 
 def prepare(preparation: Preparation) -> Prepared:
     """Write a token store. The same one in the same place is left as it is; another one there is refused."""
-    out, tokenizer, workers = Path(preparation.out), Path(preparation.tokenizer), preparation.workers
+    out, workers = Path(preparation.out), preparation.workers
+    tokenizer = locate(preparation.tokenizer, weights=False).folder
     if is_store(Path(preparation.data)):
         if preparation.format == "store":
             raise UserError("it is a token store already", where=preparation.data, fix=f"data.train={preparation.data}")

@@ -46,7 +46,7 @@ class TokenizerChoice(Config):
     shorthand: ClassVar[str] = "path"
 
     path: str | None = None
-    """A folder with tokenizer.json."""
+    """A folder with tokenizer.json, or a hub id: `Qwen/Qwen3-0.6B`, `Qwen/Qwen3-0.6B@main`."""
 
     vocabulary: int | None = Field(default=None, ge=256)
     """Train a byte-level BPE with this many entries on data.train, once, into the cache."""

@@ -20,6 +20,7 @@ from llmtrainer.models.hugging_face import to_config
 from llmtrainer.models.weights import save_tensors, tensors
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER, MovingAverage
+from llmtrainer.training.models import tokenizer_class
 from llmtrainer.training.recipe import Save
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -37,7 +38,10 @@ class Saver:
         self._recipe_yaml = recipe_yaml
         self._tokenizer_folder = tokenizer_folder
         self._facts = facts
-        self._config = to_config(policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad)
+        self._config = to_config(
+            policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
+            tokenizer_class=tokenizer_class(tokenizer_folder),
+        )  # fmt: skip
         self._policy = policy
         self._engine = engine
         self._parent = parent

@@ -41,7 +41,8 @@ class Evaluation(Config):
     words: ClassVar[tuple[str, ...]] = ("model", "data")
 
     model: str
-    """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+    """A run directory (its newest checkpoint), a checkpoint, a Hugging Face folder, or a hub id:
+    `Qwen/Qwen3-0.6B`, `owner/name@revision`."""
 
     data: str | None = None
     """Text: a file, a folder, a glob, an address, or `stdlib:held_out`; or token ids of the model's own
@@ -54,7 +55,7 @@ class Evaluation(Config):
     """Only the first so many documents."""
 
     tokenizer: str | None = None
-    """A folder with tokenizer.json, if the model's own has none."""
+    """A folder with tokenizer.json or a hub id, if the model's own folder has none."""
 
     precision: Precision = "auto"
     """Type of the computation. auto: the one the checkpoint was trained in, float32 where nothing says so."""
@@ -222,7 +223,8 @@ class Generation(Config):
     words: ClassVar[tuple[str, ...]] = ("model", "prompt")
 
     model: str
-    """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face folder."""
+    """A run directory (its newest checkpoint), a checkpoint, a Hugging Face folder, or a hub id:
+    `Qwen/Qwen3-0.6B`, `owner/name@revision`."""
 
     prompt: str
     """What stands before the first token that is written."""
@@ -246,7 +248,7 @@ class Generation(Config):
     """The same seed writes the same text."""
 
     tokenizer: str | None = None
-    """A folder with tokenizer.json, if the model's own has none."""
+    """A folder with tokenizer.json or a hub id, if the model's own folder has none."""
 
     precision: Precision = "auto"
     """Type of the computation. auto: the one the checkpoint was trained in, float32 where nothing says so."""

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.weights import freeze, load_policy, load_weights, save_weights, tensors
 from tests.models.rows import rows
 from tests.models.test_decoder import TINY, decoder, logits
+from tests.models.theirs import in_float64, loaded
 from tests.tolerances import FLOAT64_LOGITS
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -35,44 +35,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def in_float64(model: Any) -> None:
-    """Replace the library's float32 angles and norms by float64 ones: the formula is the oracle, not its
-    rounding."""
-    for norm in [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]:
-        norm.forward = partial(torch_rms_norm, norm)
-    rotary = model.model.rotary_emb
-    size = rotary.inv_freq.numel() * 2
-    theta = model.config.rope_parameters["rope_theta"]
-    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-
-    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angle = position_ids[..., None].double() * frequency
-        both = torch.cat([angle, angle], dim=-1)
-        return both.cos().to(x.dtype), both.sin().to(x.dtype)
-
-    rotary.forward = forward
-
-
-def torch_rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
-
-
-def theirs(folder: Path, architecture: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    # Its eager attention would take the softmax in float32.
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
-    assert type(model).__name__ == architecture
-    in_float64(model)
-    return model.eval()
-
-
 @pytest.mark.parametrize(("architecture", "fields"), FAMILIES.values(), ids=FAMILIES.keys())
 def test_transformers_computes_the_same_logits_and_gradients_from_what_we_save(
     tmp_path: Path, architecture: str, fields: dict[str, Any]
 ) -> None:
     ours, batch = decoder(**fields), rows([[14], [14]])
-    save_weights(ours, tmp_path, end=5, pad=6)
-    other = theirs(tmp_path, architecture)
+    save_weights(ours, tmp_path, end=5, pad=6, tokenizer_class="Qwen2Tokenizer")
+    other = loaded(tmp_path, architecture)
     assert (other.config.eos_token_id, other.config.pad_token_id, other.config.bos_token_id) == (5, 6, None)
     found = other(batch.tokens_BT).logits
     torch.testing.assert_close(logits(ours, batch), found, rtol=0, atol=FLOAT64_LOGITS)
@@ -89,13 +58,13 @@ def test_a_model_that_transformers_saved_loads_with_the_same_logits(
     tmp_path: Path, architecture: str, fields: dict[str, Any]
 ) -> None:
     ours, batch = decoder(**fields), rows([[14]])
-    save_weights(ours, tmp_path / "ours")
-    theirs(tmp_path / "ours", architecture).save_pretrained(tmp_path / "theirs")
+    save_weights(ours, tmp_path / "ours", tokenizer_class="Qwen2Tokenizer")
+    loaded(tmp_path / "ours", architecture).save_pretrained(tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     config.pop("llmtrainer")
     (tmp_path / "theirs/config.json").write_text(json.dumps(config))
-    loaded = load_policy(tmp_path / "theirs", torch.float64)
-    torch.testing.assert_close(logits(loaded, batch), logits(ours, batch), rtol=0, atol=FLOAT64_LOGITS)
+    again = load_policy(tmp_path / "theirs", torch.float64)
+    torch.testing.assert_close(logits(again, batch), logits(ours, batch), rtol=0, atol=FLOAT64_LOGITS)
 
 
 def test_the_library_s_own_fresh_model_loads_with_the_same_logits(tmp_path: Path) -> None:
@@ -109,8 +78,8 @@ def test_the_library_s_own_fresh_model_loads_with_the_same_logits(tmp_path: Path
     in_float64(other)
     other.save_pretrained(tmp_path)
     batch = rows([[20], [20]], vocabulary=96)
-    loaded = load_policy(tmp_path, torch.float64)
-    torch.testing.assert_close(logits(loaded, batch), other(batch.tokens_BT).logits, rtol=0, atol=FLOAT64_LOGITS)
+    again = load_policy(tmp_path, torch.float64)
+    torch.testing.assert_close(logits(again, batch), other(batch.tokens_BT).logits, rtol=0, atol=FLOAT64_LOGITS)
 
 
 @pytest.mark.parametrize("fields", [{}, dict(rotary_share=0.5, dropout=0.1, tied_head=True)])
@@ -175,13 +144,78 @@ def test_a_tied_head_is_saved_once_and_its_copy_is_accepted_only_if_equal(tmp_pa
         load_policy(tmp_path, torch.float64)
 
 
-def test_a_base_model_s_names_without_prefix_are_understood(tmp_path: Path) -> None:
-    model = decoder(tied_head=True)
+PREFIXES = [("", ""), ("language_model.model.", "language_model."), ("model.language_model.", ""), ("a.model.", "a.")]
+
+
+@pytest.mark.parametrize(("prefix", "outer"), PREFIXES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+def test_the_prefix_of_the_names_is_found(tmp_path: Path, prefix: str, outer: str, tied: bool) -> None:
+    model, batch = decoder(tied_head=tied), rows([[9]])
     save_weights(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    save_file({name.removeprefix("model."): value for name, value in stored.items()}, tmp_path / "model.safetensors")
-    batch = rows([[9]])
+    named = {
+        outer + name if name.startswith("lm_head") else prefix + name.removeprefix("model."): value
+        for name, value in stored.items()
+    }
+    assert named.keys() != stored.keys()
+    save_file(named, tmp_path / "model.safetensors")
     assert torch.equal(logits(load_policy(tmp_path, torch.float64), batch), logits(model, batch))
+
+
+def test_what_lies_beside_the_language_model_is_refused_by_name(tmp_path: Path) -> None:
+    save_weights(decoder(), tmp_path)
+    stored = {f"language_model.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file({**stored, "vision_tower.patch.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"unexpected: vision_tower\.patch\.weight"):
+        load_policy(tmp_path)
+    other = {f"draft.{name}": value.clone() for name, value in stored.items()}
+    save_file({**stored, **other}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds 2 models") as caught:
+        load_policy(tmp_path)
+    assert "`language_model.model.`" in str(caught.value) and "`draft.language_model.model.`" in str(caught.value)
+
+
+def test_an_export_in_bfloat16_is_the_weights_rounded_once(tmp_path: Path) -> None:
+    model = decoder(compute=torch.float32, attention_bias=True)
+    save_weights(model, tmp_path / "whole")
+    save_weights(model, tmp_path / "half", dtype=torch.bfloat16, shard_bytes=20_000)
+    size = {name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in
+            ("whole", "half")}
+    assert size["half"] < 0.6 * size["whole"]
+    told = {name: json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] for name in size}
+    assert told == {"whole": "float32", "half": "bfloat16"}
+    index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert load_file(tmp_path / "half" / file)[name].dtype == torch.bfloat16
+    again = load_policy(tmp_path / "half")
+    for name, value in tensors(model).items():
+        assert torch.equal(tensors(again)[name], value.bfloat16().float())
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_a_bias_that_the_model_has_not_must_be_zero(tmp_path: Path) -> None:
+    model = decoder(attention_bias=True)
+    save_weights(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.bias"
+    assert name not in tensors(model) and not stored[name].any()
+    load_weights(model, tmp_path)
+    stored[name][3] = 1.0
+    save_file(stored, tmp_path / "model.safetensors")
+    before = {name: value.clone() for name, value in tensors(model).items()}
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.o_proj\.bias is not zero"):
+        load_weights(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    save_weights(decoder(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="F8_E4M3"):
+        load_policy(tmp_path)
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:
@@ -202,26 +236,6 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path: Path) -> N
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (dict(model_type="gpt2"), "gpt2"),
-        (dict(hidden_act="gelu"), "hidden_act"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type"),
-        (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary"),
-    ],
-)
-def test_a_model_that_we_would_compute_differently_is_refused(
-    tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
-    save_weights(decoder(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config.pop("llmtrainer")
-    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match=words):
-        load_policy(tmp_path)
-
-
 def test_folders_without_readable_weights_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model"):
         load_policy(tmp_path)
@@ -238,11 +252,12 @@ def test_folders_without_readable_weights_say_what_is_wrong(tmp_path: Path) -> N
         load_policy(tmp_path)
 
 
-def test_what_no_class_of_transformers_computes_is_not_called_by_its_name(tmp_path: Path) -> None:
-    for fields in (dict(rotary_share=0.5), dict(query_key_norm=True, mlp_bias=True), dict(output_bias=True)):
-        save_weights(decoder(**fields), tmp_path)
-        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llmtrainer"
-        load_policy(tmp_path, torch.float64)
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../other/model.safetensors"}}'])
+def test_an_index_that_names_no_files_of_the_folder_is_refused(tmp_path: Path, index: str) -> None:
+    save_weights(decoder(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        load_policy(tmp_path)
 
 
 def trained_names(model: Decoder) -> set[str]:

@@ -13,8 +13,9 @@ class Dynamic(RopeScaling):
     1))^(R / (R - 2)): the slowest frequency is then divided by about factor * n / original_context - (factor - 1),
     and the fastest stays. Shorter texts are read as without scaling.
 
-    n is the length of the token's own document in training and evaluation, and in generation the length that the
-    text may grow to (prompt and new tokens), from its first token on.
+    n is the length of the token's own document in training and evaluation. In generation it is the length that the
+    longest text of the batch may grow to (prompt and new tokens), from its first token on: keys that were turned by
+    one base never meet queries that were turned by another.
     """
 
     factor: float = Field(ge=1.0)
