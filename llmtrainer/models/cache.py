@@ -42,7 +42,7 @@ class Cache:
     def take(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was, and there are as many rows as named: finished rows are left out, and
         the row of a prompt is repeated for each of its answers."""
-        assert rows and 0 <= min(rows) and max(rows) < len(self.lengths_B)
+        assert rows and min(rows) >= 0 and max(rows) < len(self.lengths_B)
         self.lengths_B = self.lengths_B[list(rows)]
         downwards = len(set(rows)) == len(rows) and all(source >= row for row, source in enumerate(rows))
         for held in (self.keys, self.values):
@@ -86,7 +86,7 @@ class _Step:
     def __init__(self, cache: Cache, tokens_BT: Tensor, lengths_B: Tensor) -> None:
         weights, before_B = cache.weights, cache.lengths_B
         self.shape = tokens_BT.shape
-        B, T = tokens_BT.shape
+        T = tokens_BT.shape[1]
         K = cache.keys[0].shape[1] if cache.keys else 1
         device = before_B.device
         real_BT = torch.arange(T, device=device) < lengths_B[:, None]
@@ -160,10 +160,13 @@ def _state(decoder: Decoder) -> _State:
 
     Versions alone are not enough: what is written through `.data` leaves them as they were.
     """
-    return tuple(
-        (weight.data_ptr(), weight._version, int(weight.detach().view(torch.int32).sum()))
-        for weight in decoder.parameters()
-    )
+    return tuple((weight.data_ptr(), weight._version, _sum(weight.detach())) for weight in decoder.parameters())
+
+
+def _sum(weight: Tensor) -> int:
+    # Eight bytes at a time, which is as fast as memory; narrower numbers would first be made wide.
+    whole, rest = weight.flatten().view(torch.uint8).tensor_split([weight.nbytes // 8 * 8])
+    return int(whole.view(torch.int64).sum()) + int(rest.sum())
 
 
 class _Layer:
