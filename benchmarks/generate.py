@@ -77,11 +77,12 @@ def _turns(settings: Figures, write: Any, prompts: list[list[int]], logits_BV: A
     yield {"prompts": prompts, "logits": logits_BV[:, : every * COMPARED : every].float().tolist()}
     seed = 0
     while True:
-        started, tokens = time.perf_counter(), 0
+        started, busy, tokens = time.perf_counter(), time.process_time(), 0
         for _ in range(settings["batches"]):
             seed += 1
             tokens += write(seed)
-        yield {"rate": tokens / (time.perf_counter() - started)}
+        wall, busy = time.perf_counter() - started, time.process_time() - busy
+        yield {"rate": tokens / wall, "per_processor_second": tokens / busy}
 
 
 def difference(told: Figures) -> float:

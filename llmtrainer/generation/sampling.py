@@ -189,7 +189,8 @@ def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     beside it. First the block of ids is found, then the id in it, so that only few numbers need 64 bits.
     """
     B, V = probability_BV.shape
-    blocks_BNW = F.pad(probability_BV, (0, -V % _BLOCK)).view(B, -1, _BLOCK)
+    padded_BV = F.pad(probability_BV, (0, -V % _BLOCK)) if V % _BLOCK else probability_BV
+    blocks_BNW = padded_BV.view(B, -1, _BLOCK)
     uniform_B1 = uniform_B.to(probability_BV.device, torch.float64)[:, None]
     sum_BN = blocks_BNW.sum(dim=-1).double()
     running_BN = sum_BN.cumsum(dim=1)
