@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,8 @@ def _fuses(device: torch.device, compute: torch.dtype) -> bool:
     processors with AMX, whose products of tiny matrices take twice its time. Elsewhere products take an eighth."""
     if device.type != "cpu" or compute not in (torch.bfloat16, torch.float16):
         return device.type != "cpu"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()     # newer than the oldest torch that we run on
+    # The question is newer than the oldest torch that we run on.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 

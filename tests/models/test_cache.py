@@ -121,7 +121,7 @@ def test_a_cache_holds_the_weights_that_filled_it() -> None:
 
 
 def test_a_cache_in_float32_holds_them_too() -> None:
-    model, batch = decoder(), rows([[12]])
+    model, batch = decoder(compute=torch.float32), rows([[12]])
     cache = model.cache(1, 12)
     before = model.read(batch.tokens_BT, torch.tensor([12]), model.cache(1, 12))
     with torch.no_grad():
