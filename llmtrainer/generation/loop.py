@@ -205,8 +205,8 @@ class _Batch:
         V = self.logits_BV.shape[1]
         require_ids(sampling.stop_ids, V, "stop_ids")
         require_ids(sampling.penalty_exempt, V, "penalty_exempt")
-        self.ends_V = _marked([tokenizer.end, *sampling.stop_ids], self.logits_BV)
-        """bool [V]: the ids that end a row."""
+        self.ends_N = _marked([tokenizer.end, *sampling.stop_ids], self.logits_BV).nonzero()[:, 0]
+        """The ids that end a row."""
         self.counted_V = ~_marked(sampling.penalty_exempt, self.logits_BV)
         """bool [V]: the ids that penalties may change."""
         self.count_BV = self._counts() if sampling.penalises else None
@@ -216,10 +216,8 @@ class _Batch:
         sampling, logits_BV = self.sampling, self.logits_BV
         if self.count_BV is not None:
             logits_BV = penalised(logits_BV, sampling, self.count_BV)
-        early = [self.done[row] < sampling.min_new_tokens for row in self.rows]
-        if any(early):
-            early_B1 = torch.tensor(early, device=logits_BV.device)[:, None]
-            logits_BV = logits_BV.masked_fill(early_B1 & self.ends_V, -torch.inf)
+        if self.done[self.rows[0]] < sampling.min_new_tokens:    # all rows of a batch are equally far
+            logits_BV = logits_BV.index_fill(1, self.ends_N, -torch.inf)
         uniform_B = torch.tensor(
             [
                 uniform(self.seed, self.first_row + row, len(self.prompts[row]) + self.done[row])
