@@ -112,7 +112,8 @@ def compare(work: str, unit: str, sides: Sequence[Side], times: int) -> Figures:
     for turn in range(times):
         for side in sides:
             answers[side.name].append(side.answer())
-            say(f"turn {turn + 1} of {times}, {side.name}: {answers[side.name][-1]['rate']:,.1f} {unit}")
+            told = ", ".join(f"{key} {short(value)}" for key, value in answers[side.name][-1].items())
+            say(f"turn {turn + 1} of {times}, {side.name}: {told}")
     for side in sides:
         side.close()
     return {"work": work, "unit": unit, **summary(answers), "facts": facts}

@@ -21,6 +21,7 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.units import Bytes
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import multiplies_bfloat16, resolve
+from llmtrainer.models import prepacked
 
 PACKAGES = (
     "torch", "numpy", "pydantic", "ruamel.yaml", "tokenizers", "safetensors", "pyarrow", "zstandard", "rich",
@@ -123,6 +124,8 @@ def _fallbacks(
     found = []
     if device.type == "cpu":
         found.append("no accelerator: everything runs on the processor")
+        if (reason := prepacked.missing()) is not None:
+            found.append(f"generate multiplies with plain weights, more slowly: {reason}")
     if not native:
         found.append(f"{device.type} does not multiply bfloat16 natively: `precision: auto` is float32")
     if compiler is None and device.type == "cpu":

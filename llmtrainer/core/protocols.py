@@ -15,6 +15,18 @@ from llmtrainer.base.config import Kind
 from llmtrainer.core.batch import Batch, Outputs
 
 
+class TextStream(Protocol):
+    """Ids to text while they arrive."""
+
+    def feed(self, token: int) -> str:
+        """The text that this id completes; "" while a character is open."""
+        ...
+
+    def close(self) -> str:
+        """What is left of a character that never ended."""
+        ...
+
+
 class Tokenizer(Protocol):
     """Text to ids and back. Text never becomes a control id, whatever it says."""
 
@@ -50,6 +62,10 @@ class Tokenizer(Protocol):
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One text per id; joined they are the decoded text. A token that is part of a character shows "" until
         the character's last token; a control token shows its name."""
+        ...
+
+    def stream(self) -> TextStream:
+        """A text that grows, from its beginning."""
         ...
 
     def save(self, folder: Path) -> None: ...

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrainer.models.attention import attend_cached, cached_blocks
+from llmtrainer.models.prepacked import Product
 
 if TYPE_CHECKING:
-    from llmtrainer.models.decoder import Decoder
+    from llmtrainer.models.attention import Attention
+    from llmtrainer.models.decoder import Block, Decoder
+    from llmtrainer.models.layers import Linear, RMSNorm
 
 
 class Cache:
     """Keys and values [B, K, S, C] of every layer, S the capacity, with the weights that made them.
 
-    Rows may have different lengths; a row's tokens lie without gaps from place 0. Right padding is never
-    written.
+    Rows may have different lengths; a row's tokens lie without gaps from place 0. Padding is never written, and
+    costs nothing but its share of attention.
     """
 
     def __init__(self, decoder: Decoder, rows: int, capacity: int) -> None:
         family = decoder.family
         self.capacity = capacity
-        self.weights = _in_compute_type(decoder)
+        self.weights = Weights.of(decoder)
         device = decoder.head_weight.device
         self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
         shape = (rows, family.kv_heads or family.heads, capacity, family.channels)
@@ -34,46 +39,219 @@ class Cache:
             for _ in range(2)
         )
 
+    def take(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was, and there are as many rows as named: finished rows are left out, and
+        the row of a prompt is repeated for each of its answers."""
+        assert rows and min(rows) >= 0 and max(rows) < len(self.lengths_B)
+        self.lengths_B = self.lengths_B[list(rows)]
+        downwards = len(set(rows)) == len(rows) and all(source >= row for row, source in enumerate(rows))
+        for held in (self.keys, self.values):
+            for layer, kept_BKSC in enumerate(held):
+                if not downwards:
+                    held[layer] = kept_BKSC[list(rows)]
+                    continue
+                # Only rows that move are copied. None moves up, so none is written over before it was read.
+                for row, source in enumerate(rows):
+                    if source != row:
+                        kept_BKSC[row] = kept_BKSC[source]
+                held[layer] = kept_BKSC[: len(rows)]
+
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """See Decoder.read."""
-        decoder, model = self.weights, self.weights.model
-        B, T = tokens_BT.shape
+        weights = self.weights
         lengths_B = lengths_B.to(self.lengths_B.device)
         after_B = self.lengths_B + lengths_B
         assert int(after_B.max()) <= self.capacity, f"the cache holds {self.capacity} tokens a row"
-        assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= T
-        place_BT = self.lengths_B[:, None] + torch.arange(T, device=lengths_B.device)
-        real_BT = place_BT < after_B[:, None]
-        row_N, column_N = real_BT.nonzero(as_tuple=True)
-        place_N = place_BT[row_N, column_N]
-        # Padding may stand beyond the capacity, where no rotary table and no key is.
-        place_BT = place_BT.clamp(max=self.capacity - 1)
-        rotary = decoder.rotary(place_BT, self.capacity)
-        window = decoder.family.sliding_window
-        blocks = cached_blocks(self.lengths_B, T, window, self.capacity)
-        x_BTD = model.embed_tokens(tokens_BT).to(decoder.residual_type)
-        for index, block in enumerate(model.blocks()):
-            attention = block.self_attn
-            q_BTHC, k_BTKC, v_BTKC = attention.project(block.input_layernorm(x_BTD, decoder.compute), rotary)
-            self.keys[index][row_N, :, place_N] = k_BTKC[row_N, column_N]
-            self.values[index][row_N, :, place_N] = v_BTKC[row_N, column_N]
-            attended = attend_cached(q_BTHC, self.keys[index], self.values[index], blocks)
-            x_BTD = x_BTD + attention.o_proj(attended.flatten(2))
-            x_BTD = x_BTD + block.mlp(block.post_attention_layernorm(x_BTD, decoder.compute))
-        last_BD = x_BTD[torch.arange(B, device=x_BTD.device), (lengths_B - 1).clamp(min=0)]
+        assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= tokens_BT.shape[1]
+        step = _Step(self, tokens_BT, lengths_B)
+        # Real tokens only, row after row: products and norms never see padding.
+        x_ND = F.embedding(step.tokens_N, weights.embedding_VD)
+        for layer, k_BKSC, v_BKSC in zip(weights.layers, self.keys, self.values, strict=True):
+            q_NHC, k_NKC, v_NKC = layer.project(layer.norm_before(x_ND), step.cos, step.sin)
+            for held, new_NKC in ((k_BKSC, k_NKC), (v_BKSC, v_NKC)):
+                held.view(-1, held.shape[-1]).index_copy_(0, step.slot, new_NKC.flatten(0, 1))
+            x_ND = x_ND + layer.output(step.attend(q_NHC, k_BKSC, v_BKSC).flatten(1))
+            gate_NF, up_NF = layer.gate_up(layer.norm_after(x_ND)).chunk(2, dim=-1)
+            x_ND = x_ND + layer.down(F.silu(gate_NF).mul_(up_NF))
         self.lengths_B = after_B
-        logits_BV = F.linear(model.norm(last_BD, decoder.compute), decoder.head_weight.to(decoder.compute))
-        return logits_BV.to(torch.promote_types(decoder.compute, torch.float32))
+        last_B = (lengths_B.cumsum(0) - 1).clamp(min=0)
+        logits_BV = weights.head(weights.norm(x_ND[last_B]))
+        return logits_BV.to(torch.promote_types(weights.compute, torch.float32))
 
 
-def _in_compute_type(decoder: Decoder) -> Decoder:
-    """The same decoder with matrices already cast, so that no step casts them again."""
-    with torch.device("meta"):
-        copy = decoder.family.build(decoder.vocabulary, decoder.compute)
-    weights = {
-        name: value.detach() if value.ndim == 1 else value.detach().to(decoder.compute)
-        for name, value in decoder.named_parameters()
-    }
-    copy.load_state_dict(weights, assign=True)
-    return copy.eval()
+class _Step:
+    """Where the new tokens of one `read` stand, and what each of them sees; the same for every layer."""
+
+    def __init__(self, cache: Cache, tokens_BT: Tensor, lengths_B: Tensor) -> None:
+        weights, before_B = cache.weights, cache.lengths_B
+        self.shape = tokens_BT.shape
+        T = tokens_BT.shape[1]
+        K = cache.keys[0].shape[1] if cache.keys else 1
+        device = before_B.device
+        real_BT = torch.arange(T, device=device) < lengths_B[:, None]
+        self.all_real = bool(real_BT.all())
+        self.real = real_BT.flatten().nonzero()[:, 0]
+        """[N]: places of the real tokens among all B * T."""
+        self.tokens_N = tokens_BT.flatten()[self.real]
+        row_N = self.real // T
+        place_N = before_B[row_N] + self.real % T
+        self.slot = ((row_N * K)[:, None] + torch.arange(K, device=device)) * cache.capacity + place_N[:, None]
+        self.slot = self.slot.flatten()
+        """[N * K]: where a token's keys go, in a cache that is one list of keys."""
+        cos, sin = weights.rotary(place_N[None], cache.capacity)
+        self.cos, self.sin = torch.cat([cos, cos], dim=-1)[0], torch.cat([-sin, sin], dim=-1)[0]
+        self.blocks = cached_blocks(before_B, T, weights.window, cache.capacity)
+        self.single = T == 1 and self.all_real
+        self.attend_single = _fused if _fuses(device, weights.compute) else _by_products
+        self.hidden_B11S: Tensor | None = None
+        """0 for a key that may be seen, minus infinity for one that may not. None: all may."""
+        if self.single and (hidden := self.blocks[0].hidden_B11QK) is not None:
+            zeros = torch.zeros(hidden.shape, dtype=weights.compute, device=device)
+            self.hidden_B11S = zeros.masked_fill(hidden, -torch.inf)[:, :, 0]
+
+    def attend(self, q_NHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+        """[N, H, C]"""
+        B, T = self.shape
+        if self.single:
+            # The G heads that share a key head are G queries to it: no key is read twice, none is repeated.
+            keys = self.blocks[0].keys
+            q_BKGC = q_NHC.view(B, k_BKSC.shape[1], -1, q_NHC.shape[-1])
+            out_BKGC = self.attend_single(q_BKGC, k_BKSC[:, :, keys], v_BKSC[:, :, keys], self.hidden_B11S)
+            return out_BKGC.reshape(q_NHC.shape)
+        if self.all_real:
+            return attend_cached(q_NHC.unflatten(0, (B, T)), k_BKSC, v_BKSC, self.blocks).flatten(0, 1)
+        padded = q_NHC.new_zeros(B * T, *q_NHC.shape[1:]).index_copy_(0, self.real, q_NHC)
+        return attend_cached(padded.unflatten(0, (B, T)), k_BKSC, v_BKSC, self.blocks).flatten(0, 1)[self.real]
+
+
+def _fuses(device: torch.device, compute: torch.dtype) -> bool:
+    """Whether torch's fused attention is the faster one for single queries: on accelerators, and in 16 bits on
+    processors with AMX, whose products of tiny matrices take twice its time. Elsewhere products take an eighth."""
+    if device.type != "cpu" or compute not in (torch.bfloat16, torch.float16):
+        return device.type != "cpu"
+    # The question is newer than the oldest torch that we run on.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
+def _fused(q_BKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, hidden_B11S: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q_BKGC, k_BKSC, v_BKSC, attn_mask=hidden_B11S)
+
+
+def _by_products(q_BKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, hidden_B11S: Tensor | None) -> Tensor:
+    scores_BKGS = (q_BKGC * q_BKGC.shape[-1] ** -0.5) @ k_BKSC.transpose(2, 3)
+    if hidden_B11S is not None:
+        scores_BKGS += hidden_B11S
+    return scores_BKGS.softmax(dim=-1) @ v_BKSC
+
+
+class Weights:
+    """A copy of a decoder's weights in its compute type, made for reading: queries, keys and values are one
+    product, gate and up another, and matrices are laid out as the processor wants them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.compute, self.rotary = decoder.compute, decoder.rotary
+        self.window = decoder.family.sliding_window
+        self.embedding_VD = decoder.model.embed_tokens.weight.detach().to(decoder.residual_type, copy=True)
+        self.layers = [_Layer(block, decoder.compute) for block in decoder.model.blocks()]
+        self.norm = _Norm(decoder.model.norm, decoder.compute)
+        self.head = Product([decoder.head_weight], [None], decoder.compute)
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Weights:
+        """The copy that a living cache of this decoder holds, if no weight has changed since; else a new one."""
+        state = _state(decoder)
+        kept = _COPIES.get(decoder)
+        copy = kept[1]() if kept is not None and kept[0] == state else None
+        if copy is None:
+            copy = cls(decoder)
+            # Not kept alive from here: a policy in training must not pay for a second copy of itself.
+            _COPIES[decoder] = (state, weakref.ref(copy))
+        return copy
+
+
+_State = tuple[tuple[int, int, int], ...]
+_COPIES: weakref.WeakKeyDictionary[Decoder, tuple[_State, weakref.ref[Weights]]] = weakref.WeakKeyDictionary()
+
+
+def _state(decoder: Decoder) -> _State:
+    """Equal only if no weight has changed: address, version, and the sum of the bits as whole numbers.
+
+    Versions alone are not enough: what is written through `.data` leaves them as they were.
+    """
+    return tuple((weight.data_ptr(), weight._version, _sum(weight.detach())) for weight in decoder.parameters())
+
+
+def _sum(weight: Tensor) -> int:
+    # Eight bytes at a time, which is as fast as memory; narrower numbers would first be made wide.
+    whole, rest = weight.flatten().view(torch.uint8).tensor_split([weight.nbytes // 8 * 8])
+    return int(whole.view(torch.int64).sum()) + int(rest.sum())
+
+
+class _Layer:
+    def __init__(self, block: Block, compute: torch.dtype) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.shape = attention.shape
+        self.compute = compute
+        self.norm_before = _Norm(block.input_layernorm, compute)
+        self.norm_after = _Norm(block.post_attention_layernorm, compute)
+        self.queries_keys_values = _product(compute, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = _product(compute, attention.o_proj)
+        self.gate_up = _product(compute, mlp.gate_proj, mlp.up_proj)
+        self.down = _product(compute, mlp.down_proj)
+        self.norm_heads = _head_norm(attention, compute)
+
+    def project(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Attention.project: queries and keys of all heads at once, normalised (if asked) and rotated."""
+        H, K, C = self.shape.heads, self.shape.kv_heads, self.shape.head_size
+        all_NHC = self.queries_keys_values(x_ND).view(len(x_ND), H + 2 * K, C)
+        turned_NHC = all_NHC[:, : H + K]
+        if self.norm_heads is not None:
+            turned_NHC = self.norm_heads(turned_NHC)
+        turned_NHC = _turn(turned_NHC, cos, sin)
+        return turned_NHC[:, :H], turned_NHC[:, H:], all_NHC[:, H + K :]
+
+
+class _Norm:
+    """RMSNorm, with torch's own operator: the same numbers in fewer calls."""
+
+    def __init__(self, norm: RMSNorm, compute: torch.dtype) -> None:
+        self.compute, self.epsilon = compute, norm.epsilon
+        self.weight = norm.weight.detach().clone()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, x.shape[-1:], self.weight, self.epsilon).to(self.compute)
+
+
+class _HeadNorm:
+    """RMSNorm of each head, with the queries' weights for the first heads and the keys' for the others."""
+
+    def __init__(self, queries: _Norm, keys: _Norm, heads: int, kv_heads: int) -> None:
+        self.plain = queries
+        self.weight_HC = torch.cat([queries.weight.expand(heads, -1), keys.weight.expand(kv_heads, -1)])
+
+    def __call__(self, x_NHC: Tensor) -> Tensor:
+        wide = x_NHC.to(torch.promote_types(x_NHC.dtype, torch.float32))
+        normed = F.rms_norm(wide, x_NHC.shape[-1:], None, self.plain.epsilon) * self.weight_HC
+        return normed.to(x_NHC.dtype)
+
+
+def _head_norm(attention: Attention, compute: torch.dtype) -> _HeadNorm | None:
+    if attention.q_norm is None or attention.k_norm is None:
+        return None
+    queries, keys = _Norm(attention.q_norm, compute), _Norm(attention.k_norm, compute)
+    return _HeadNorm(queries, keys, attention.shape.heads, attention.shape.kv_heads)
+
+
+def _turn(x_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As layers.rotate, in half the calls; cos and sin [N, 1, R], the sines of the first half negative."""
+    R = cos.shape[-1]
+    part = x_NHC if x_NHC.shape[-1] == R else x_NHC[..., :R]
+    turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x_NHC.dtype)
+    return turned if x_NHC.shape[-1] == R else torch.cat([turned, x_NHC[..., R:]], dim=-1)
+
+
+def _product(compute: torch.dtype, *layers: Linear) -> Product:
+    return Product([layer.weight for layer in layers], [layer.bias for layer in layers], compute)

@@ -217,8 +217,8 @@ def _require_own_titles(suites: tuple[Suite, ...]) -> None:
             )
 
 
-class Generation(Config):
-    """Let a model continue a text."""
+class Generation(Sampling):
+    """Let a model continue a text, or many."""
 
     words: ClassVar[tuple[str, ...]] = ("model", "prompt")
 
@@ -226,23 +226,23 @@ class Generation(Config):
     """A run directory (its newest checkpoint), a checkpoint, a Hugging Face folder, or a hub id:
     `Qwen/Qwen3-0.6B`, `owner/name@revision`."""
 
-    prompt: str
+    prompt: str | None = None
     """What stands before the first token that is written."""
+
+    prompts: str | None = None
+    """Instead of `prompt`: a file with many, each record's `prompt`, `text` or `content`."""
 
     max_new_tokens: int = Field(default=200, ge=1)
     """Most tokens to write. The model may end the text before."""
 
-    temperature: float = Field(default=0.8, ge=0.0)
+    temperature: float = Field(default=0.8, ge=0.0, allow_inf_nan=False)
     """0 always takes the likeliest token; 1 draws as the model has learned; more is more daring."""
 
-    top_k: int = Field(default=0, ge=0)
-    """Draw from this many likeliest tokens only. 0: from all."""
-
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Draw from the fewest likeliest tokens that together have this probability. 1: from all."""
-
     samples: int = Field(default=1, ge=1)
-    """How many continuations to write, side by side."""
+    """How many continuations of each prompt to write."""
+
+    rows_at_once: int = Field(default=16, ge=1)
+    """Continuations written side by side: the memory knob. It changes no text."""
 
     seed: int = Field(default=0, ge=0)
     """The same seed writes the same text."""
@@ -282,18 +282,34 @@ class Generated(Result):
 
 
 def generate(settings: Generation) -> Generated:
-    """Continue a prompt. The same settings on the same weights write the same text."""
+    """Continue prompts. The same settings on the same weights write the same text."""
+    prompts = _prompts(settings)
     opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
     started = time.perf_counter()
-    stream = settings.stream and settings.samples == 1 and stdout_is_for_people()
-    sampling = Sampling(
-        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
+    stream = settings.stream and settings.samples * len(prompts) == 1 and stdout_is_for_people()
+    sampling = Sampling(**{name: getattr(settings, name) for name in Sampling.model_fields})
     completions = write(
-        opened, settings.prompt, sampling, samples=settings.samples, seed=settings.seed, stream=stream
+        opened, prompts, sampling, samples=settings.samples, seed=settings.seed,
+        rows_at_once=settings.rows_at_once, stream=stream,
     )
     return Generated(completions, time.perf_counter() - started, streamed=stream)
+
+
+def _prompts(settings: Generation) -> list[str]:
+    if (settings.prompt is None) == (settings.prompts is None):
+        raise UserError(
+            "there is nothing to continue" if settings.prompt is None else "prompt and prompts are both given",
+            why="either one text is continued, or those of a file",
+            fix=f'llmtrainer generate {settings.model} "Once upon a time", or prompts=FILE.jsonl',
+        )
+    if settings.prompts is None:
+        assert settings.prompt is not None
+        return [settings.prompt]
+    fields = ("prompt", "text", "content")
+    found = [document.text for document in documents(find(settings.prompts), fields=fields, warn=warn)]
+    if not found:
+        raise UserError("no prompt in this file", where=settings.prompts, fix='write records: {"prompt": "..."}')
+    return found
 
 
 class Plot(Config):

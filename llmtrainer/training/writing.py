@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llmtrainer.core.protocols import Tokenizer
-from llmtrainer.generation.loop import generate
+from llmtrainer.generation.loop import Chosen, Completion, Finish, completion, generate, text_stream
 from llmtrainer.generation.sampling import Sampling
+from llmtrainer.generation.stopping import Growing
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.console import bar
 from llmtrainer.training.models import Opened
@@ -21,45 +22,98 @@ class Completed:
 
     prompt: str
     text: str
-    """Without the prompt, and without the names of control tokens."""
+    """Without the prompt, without the names of control tokens, and cut before a stop string."""
     ids: tuple[int, ...]
     """As they were drawn, the end token included."""
-    finish: Literal["end", "length"]
-    """Whether the model ended its text, or its room did."""
+    finish: Finish
+    """Whether the model ended its text (`end`), a stop id or string did (`stop`), or its room (`length`)."""
+    logprobs: dict[str, Any] | None = None
+    """For each id: `model`, nats under the model's own distribution; `sampled`, under the one it was drawn from;
+    `top`, the likeliest ids as [{id, piece, logprob}]."""
 
     def json(self) -> dict[str, Any]:
-        """prompt, text, tokens (how many), finish, ids."""
+        """prompt, text, tokens (how many), finish, ids; logprobs if they were asked for."""
         told = {"prompt": self.prompt, "text": self.text, "tokens": len(self.ids), "finish": self.finish}
-        return {**told, "ids": list(self.ids)}
+        told |= {"ids": list(self.ids)}
+        return told if self.logprobs is None else {**told, "logprobs": self.logprobs}
 
 
 def write(
-    opened: Opened, prompt: str, sampling: Sampling, *, samples: int = 1, seed: int = 0, stream: bool = False
+    opened: Opened,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    rows_at_once: int = 16,
+    stream: bool = False,
 ) -> list[Completed]:
-    """Continue a prompt `samples` times, side by side. `stream`: the only one goes to stdout as it grows."""
-    assert not stream or samples == 1
+    """Continue each prompt `samples` times; completions of one prompt stand together. `rows_at_once` are written
+    side by side, which changes no text. `stream`: the only one goes to stdout as it grows."""
+    texts = [prompt for prompt in prompts for _ in range(samples)]
+    assert not stream or len(texts) == 1
     tokenizer = opened.tokenizer
-    before = tokenizer.encode(prompt)
-    drawn: list[list[int]] = [[] for _ in range(samples)]
-    steps = generate(opened.policy, [before] * samples, sampling, tokenizer, seed=seed)
-    if stream:
-        screen = _Screen(tokenizer, prompt, before)
-        for _, token in steps:
-            drawn[0].append(token)
-            screen.show(token)
+    sampling = _with_control_ids(sampling, tokenizer)
+    before = [ids for ids in tokenizer.encode_batch(prompts) for _ in range(samples)]
+    rows: list[list[Chosen]] = [[] for _ in texts]
+    screen = _Screen(text_stream(sampling, tokenizer, before[0]), prompts[0]) if stream else None
+    # As long as one cache lives, the others share its copy of the weights.
+    kept = opened.policy.cache(1, 1)
+    with bar("generate", None if stream else len(texts) * sampling.max_new_tokens, "tokens") as advance:
+        for start in range(0, len(texts), rows_at_once):
+            batch = before[start : start + rows_at_once]
+            for chosen in generate(opened.policy, batch, sampling, tokenizer, seed=seed, first_row=start):
+                rows[start + chosen.row].append(chosen)
+                if screen is not None:
+                    screen.show(chosen.token)
+                else:
+                    advance(1)
+    del kept
+    if screen is not None:
         screen.close()
-    else:
-        with bar("generate", samples * sampling.max_new_tokens, "tokens") as advance:
-            for row, token in steps:
-                drawn[row].append(token)
-                advance(1)
     return [
-        Completed(
-            prompt, text_after(tokenizer, before, ids), tuple(ids),
-            "end" if ids and ids[-1] == tokenizer.end else "length",
-        )
-        for ids in drawn
+        _completed(tokenizer, sampling, text, ids, completion(row))
+        for text, ids, row in zip(texts, before, rows, strict=True)
     ]
+
+
+def _with_control_ids(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:
+    """A stop string that names a control token means that token: its name is never part of a text."""
+    named = [tokenizer.control[text] for text in sampling.stop if text in tokenizer.control]
+    plain = tuple(text for text in sampling.stop if text not in tokenizer.control)
+    return sampling.model_copy(update={"stop": plain, "stop_ids": (*sampling.stop_ids, *named)})
+
+
+def _completed(
+    tokenizer: FileTokenizer, sampling: Sampling, prompt: str, before: Sequence[int], written: Completion
+) -> Completed:
+    if sampling.stop:
+        growing = text_stream(sampling, tokenizer, before)
+        text = "".join(growing.feed(token) for token in written.tokens) + growing.close()
+    else:
+        last = written.tokens[-1]
+        shown = written.tokens[:-1] if last in sampling.stop_ids else written.tokens
+        text = text_after(tokenizer, before, shown)
+    return Completed(prompt, text, written.tokens, written.finish, _logprobs(tokenizer, written))
+
+
+def _logprobs(tokenizer: Tokenizer, written: Completion) -> dict[str, Any] | None:
+    told = written.logprobs
+    if told is None:
+        return None
+    return {
+        "model": [one.model for one in told],
+        "sampled": [one.sampled for one in told],
+        "top": [
+            [{"id": token, "piece": _piece(tokenizer, token), "logprob": nats} for token, nats in one.top]
+            for one in told
+        ],
+    }
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    # Rows of the head that only pad it have no text.
+    return "".join(tokenizer.pieces([token])) if token < tokenizer.vocabulary else ""
 
 
 def text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -79,18 +133,14 @@ def visible(text: str) -> str:
 
 
 class _Screen:
-    """Writes a prompt and what follows it to stdout, a character as soon as its last token is there."""
+    """Writes a prompt and what follows it to stdout, a character as soon as it is certain."""
 
-    def __init__(self, tokenizer: FileTokenizer, prompt: str, before: Sequence[int]) -> None:
-        self._text = tokenizer.stream()
-        self._silent = set(tokenizer.control.values())
-        for token in before:    # what comes next may depend on it
-            self._text.feed(token)
+    def __init__(self, text: Growing, prompt: str) -> None:
+        self._text = text
         self._put(prompt)
 
     def show(self, token: int) -> None:
-        if token not in self._silent:
-            self._put(self._text.feed(token))
+        self._put(self._text.feed(token))
 
     def close(self) -> None:
         self._put(self._text.close() + "\n")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrainer.models import cache as cache_module
+from llmtrainer.models import prepacked
 from llmtrainer.models.decoder import Decoder
 from tests.models.rows import rows
 from tests.models.test_decoder import decoder, logits
@@ -114,6 +118,85 @@ def test_a_cache_holds_the_weights_that_filled_it() -> None:
         model.model.layers[0].mlp.up_proj.weight.zero_()
     assert torch.equal(model.read(batch.tokens_BT, torch.tensor([12]), other), before)
     assert not torch.equal(model.read(batch.tokens_BT, torch.tensor([12]), model.cache(1, 12)), before)
+
+
+def test_a_cache_in_float32_holds_them_too() -> None:
+    model, batch = decoder(compute=torch.float32), rows([[12]])
+    cache = model.cache(1, 12)
+    before = model.read(batch.tokens_BT, torch.tensor([12]), model.cache(1, 12))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    assert torch.equal(model.read(batch.tokens_BT, torch.tensor([12]), cache), before)
+
+
+def test_caches_share_their_copy_of_the_weights_until_one_weight_changes() -> None:
+    model = decoder(compute=torch.bfloat16)
+    first = model.cache(1, 4)
+    assert model.cache(2, 8).weights is first.weights
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+    second = model.cache(1, 4)
+    assert second.weights is not first.weights
+    model.model.norm.weight.data[3] += 1.0    # which no version counter sees
+    third = model.cache(1, 4)
+    assert third.weights is not second.weights
+    kept = weakref.ref(third.weights)
+    del third
+    assert kept() is None, "a policy in training must not hold a second copy of itself"
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=str)
+@pytest.mark.parametrize("taken", [[0, 3, 2], [2, 3], [1, 1, 0, 3, 1], [3, 2, 1, 0], [0, 1, 2, 3]], ids=str)
+def test_rows_that_are_taken_go_on_as_if_they_had_been_alone(taken: list[int], window: int | None) -> None:
+    model, batch = decoder(sliding_window=window), rows([[16]] * 4)
+    lengths, more = torch.tensor([3, 9, 6, 1]), torch.tensor([[5], [6], [7], [8]])
+    cache = model.cache(4, 16)
+    model.read(batch.tokens_BT[:, :9], lengths, cache)
+    cache.take(taken)
+    assert cache.lengths_B.tolist() == lengths[taken].tolist()
+    found = [model.read(more[taken], torch.ones(len(taken), dtype=torch.int64), cache) for _ in range(2)]
+    for place, row in enumerate(taken):
+        alone = model.cache(1, 16)
+        model.read(batch.tokens_BT[row : row + 1, :9], lengths[row : row + 1], alone)
+        for step in found:
+            expected = model.read(more[row : row + 1], torch.tensor([1]), alone)
+            torch.testing.assert_close(step[place], expected[0], rtol=0, atol=FLOAT64_LOGITS)
+
+
+def test_both_ways_to_attend_with_one_query_are_the_reference() -> None:
+    random = torch.Generator().manual_seed(0)
+    q_BKGC, k_BKSC, v_BKSC = (
+        torch.randn(3, 2, n, 8, generator=random, dtype=torch.float64) for n in (4, 11, 11)
+    )
+    hidden = torch.zeros(3, 1, 1, 11, dtype=torch.float64)
+    hidden[0, ..., 7:], hidden[2, ..., :3] = -torch.inf, -torch.inf
+    scores = torch.einsum("bkgc,bksc->bkgs", q_BKGC, k_BKSC) / 8**0.5 + hidden
+    expected = torch.einsum("bkgs,bksc->bkgc", scores.softmax(-1), v_BKSC)
+    for attend in (cache_module._fused, cache_module._by_products):
+        torch.testing.assert_close(attend(q_BKGC, k_BKSC, v_BKSC, hidden), expected, rtol=0, atol=FLOAT64_LOGITS)
+
+
+def test_packed_products_have_the_bits_of_plain_ones_and_without_the_operators_nothing_is_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 64, generator=random) for n in (96, 32)]
+    biases = [torch.randn(n, generator=random) for n in (96, 32)]
+    x_NI = torch.randn(7, 64, generator=random).bfloat16()
+    plain = F.linear(x_NI, torch.cat(weights).bfloat16(), torch.cat(biases).bfloat16())
+    usual = prepacked.Product(weights, biases, torch.bfloat16)
+    assert torch.equal(usual(x_NI), plain)
+    assert usual.packed == (prepacked.missing() is None)
+    monkeypatch.setattr(prepacked, "_PROVED", {})
+    monkeypatch.setattr(prepacked, "_multiply", lambda x, packed, bias: F.linear(x, torch.zeros(128, 64).bfloat16()))
+    wrong = prepacked.Product(weights, biases, torch.bfloat16)
+    assert not wrong.packed, "products with other bits must be refused"
+    assert torch.equal(wrong(x_NI), plain)
+    monkeypatch.setattr(prepacked, "_PROVED", {})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert prepacked.missing() == "torch was built without oneDNN"
+    assert torch.equal(prepacked.Product(weights, biases, torch.bfloat16)(x_NI), plain)
 
 
 def test_more_tokens_than_the_capacity_are_refused() -> None:

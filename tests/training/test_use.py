@@ -220,6 +220,49 @@ def test_samples_are_written_side_by_side_and_differ(model: Path) -> None:
     assert told.text().startswith("--- 1 of 3\ndef ")
 
 
+def test_a_file_of_prompts_is_continued_as_each_would_be_alone(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["def ", "return value", "def step_1("]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    wish = Generation(model=str(model), prompts=str(file), max_new_tokens=6, temperature=0.0, samples=2, rows_at_once=4)
+    found = generate(wish).json()["completions"]
+    assert [completion["prompt"] for completion in found] == [text for text in prompts for _ in range(2)]
+    for text, completion in zip(prompts, found[::2], strict=True):
+        alone = generate(Generation(model=str(model), prompt=text, max_new_tokens=6, temperature=0.0))
+        assert alone.json()["completions"] == [completion]
+
+
+@pytest.mark.parametrize("given", [{}, {"prompt": "a", "prompts": "b"}], ids=["neither", "both"])
+def test_generation_needs_either_a_prompt_or_a_file(given: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"nothing to continue|both given"):
+        generate(Generation(model="m", **given))
+
+
+def test_a_stop_string_cuts_the_text_and_a_control_tokens_name_is_its_id(model: Path) -> None:
+    plain = {"model": str(model), "prompt": "def step", "max_new_tokens": 14, "temperature": 0.0}
+    (whole,) = generate(Generation(**plain)).json()["completions"]
+    stop = whole["text"][5:8]
+    (cut,) = generate(Generation(**plain, stop=(stop,))).json()["completions"]
+    assert (cut["text"], cut["finish"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+    assert cut["ids"] == whole["ids"][: cut["tokens"]]
+    control = {number: name for name, number in load_tokenizer(model).control.items()}
+    place = next(place for place, number in enumerate(whole["ids"]) if number in control)
+    (ended,) = generate(Generation(**plain, stop=(control[whole["ids"][place]],))).json()["completions"]
+    assert (ended["ids"], ended["finish"]) == (whole["ids"][: place + 1], "stop")
+
+
+def test_logprobs_are_told_for_every_token_and_only_on_request(model: Path) -> None:
+    wish = {"model": str(model), "prompt": "def step", "max_new_tokens": 5, "temperature": 0.0, "precision": "float64"}
+    assert "logprobs" not in generate(Generation(**wish)).json()["completions"][0]
+    (found,) = generate(Generation(**wish, logprobs=2)).json()["completions"]
+    ids, told = found["ids"], found["logprobs"]
+    assert told["sampled"] == [0.0] * 5
+    assert [tops[0]["id"] for tops in told["top"]] == ids
+    assert [tops[0]["logprob"] for tops in told["top"]] == told["model"]
+    assert all(tops[1]["logprob"] <= tops[0]["logprob"] < 0.0 for tops in told["top"])
+    json.dumps(found, allow_nan=False)
+
+
 def test_the_end_token_ends_a_text_and_is_not_shown(tmp_path: Path) -> None:
     folder = tmp_path / "ends"
     tokenizer = train_vocabulary(iter([TEXT]), 320)
@@ -234,7 +277,10 @@ def test_the_end_token_ends_a_text_and_is_not_shown(tmp_path: Path) -> None:
     assert (found["text"], found["tokens"], found["finish"]) == ("", 1, "end")
 
 
-def test_a_person_sees_the_text_as_it_grows_and_only_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["to the end", "to a stop string"])
+def test_a_person_sees_the_text_as_it_grows_and_only_once(
+    model: Path, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[str] = []
 
     class Terminal(io.StringIO):
@@ -245,14 +291,17 @@ def test_a_person_sees_the_text_as_it_grows_and_only_once(model: Path, monkeypat
             written.append(text)
             return len(text)
 
-    wish = Generation(model=str(model), prompt="def ", max_new_tokens=15, temperature=1.0, seed=3)
-    expected = generate(wish)
+    wish = dict(model=str(model), prompt="def ", max_new_tokens=15, temperature=1.0, seed=3)
+    stop = {"stop": (generate(Generation(**wish)).json()["completions"][0]["text"][9:11],)} if stopped else {}
+    settings = Generation(**wish, **stop)
+    expected = generate(settings)
+    assert expected.completions[0].finish == ("stop" if stopped else "length")
     monkeypatch.setattr("sys.stdout", Terminal())
     with voice():
-        told = generate(wish)
+        told = generate(settings)
     assert told.json()["completions"] == expected.json()["completions"]
     assert "".join(written) == visible(expected.text()) + "\n"
-    assert len(written) > 10, "in one piece, not as it grows"
+    assert len(written) > 5, "in one piece, not as it grows"
     assert told.text() == "", "the command line would print it a second time"
 
 

@@ -1,0 +1,125 @@
+"""Text from one model, by llmtrainer and by transformers.generate: tokens a second.
+
+The work: SmolLM2-135M-Instruct in bfloat16, 16 short prompts, 64 new tokens each, drawn at temperature 1 from all
+ids; the end is not chosen before. Reading the prompts counts, loading the model and splitting texts does not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import turns
+from turns import Figures
+
+PROMPTS = [f"What is {n} + {7 * n + 3}? Answer with the number." for n in range(16)]
+NEW = 64
+COMPARED = 64
+"""Logits of so many ids after each prompt are compared, to see that both sides run one model."""
+LARGEST_DIFFERENCE = 0.5
+"""Two bfloat16 implementations differ by a few steps of 1/8 in logits of 16 to 32; another model by far more."""
+
+
+def ours(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from llmtrainer.generation.loop import complete
+    from llmtrainer.generation.sampling import Sampling
+    from llmtrainer.training.models import open_model
+
+    opened = open_model(settings["model"], "bfloat16", "cpu")
+    policy, tokenizer = opened.policy, opened.tokenizer
+    prompts = tokenizer.encode_batch(PROMPTS)
+    kept = policy.cache(len(prompts), max(map(len, prompts)))    # with its copy of the weights, as a server has it
+    tokens_BT = torch.tensor([ids + [0] * (max(map(len, prompts)) - len(ids)) for ids in prompts])
+    logits_BV = policy.read(tokens_BT, torch.tensor([len(ids) for ids in prompts]), kept)
+    sampling = Sampling(max_new_tokens=NEW, min_new_tokens=NEW)
+
+    def write(seed: int) -> int:
+        return sum(len(one.tokens) for one in complete(policy, prompts, sampling, tokenizer, seed=seed))
+
+    yield from _turns(settings, write, prompts, logits_BV)
+
+
+def transformers(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    read = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(read["input_ids"], read["attention_mask"], strict=True)]
+    with torch.inference_mode():
+        logits_BV = model(**read).logits[:, -1].float()
+
+    def write(seed: int) -> int:
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            written = model.generate(
+                **read, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            )
+        return int(written[:, read["input_ids"].shape[1] :].numel())
+
+    yield from _turns(settings, write, prompts, logits_BV)
+
+
+def _turns(settings: Figures, write: Any, prompts: list[list[int]], logits_BV: Any) -> Iterator[Figures]:
+    every = logits_BV.shape[1] // COMPARED
+    write(0)
+    yield {"prompts": prompts, "logits": logits_BV[:, : every * COMPARED : every].float().tolist()}
+    seed = 0
+    while True:
+        started, busy, tokens = time.perf_counter(), time.process_time(), 0
+        for _ in range(settings["batches"]):
+            seed += 1
+            tokens += write(seed)
+        wall, busy = time.perf_counter() - started, time.process_time() - busy
+        yield {"rate": tokens / wall, "per_processor_second": tokens / busy}
+
+
+def difference(told: Figures) -> float:
+    """The largest difference between the sides' logits after the prompts. SystemExit if it is not one work."""
+    mine, theirs = told["ours"], told["transformers"]
+    if mine["prompts"] != theirs["prompts"]:
+        turns.refuse("the sides read other ids", "compare the tokenizers of the model's folder")
+    found = max(
+        abs(a - b)
+        for mine_V, theirs_V in zip(mine["logits"], theirs["logits"], strict=True)
+        for a, b in zip(mine_V, theirs_V, strict=True)
+    )
+    if found > LARGEST_DIFFERENCE:
+        turns.refuse(f"the sides' logits differ by {found:.3f}", "this is not one model: look at its folder")
+    return found
+
+
+def main() -> None:
+    parser = turns.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
+    wish = parser.parse_args()
+    if wish.side:
+        turns.serve({"ours": ours, "transformers": transformers}[wish.side], wish.settings)
+        return
+    if wish.model is None or not (Path(wish.model) / "config.json").is_file():
+        turns.refuse(
+            "there is no model" if wish.model is None else f"there is no model in {wish.model}",
+            "--model FOLDER, or SMOLLM2=FOLDER: SmolLM2-135M-Instruct as a Hugging Face folder",
+        )
+    settings = {"model": str(wish.model), "batches": 2 if wish.quick else 4}
+    pythons = {"ours": Path(sys.executable), "transformers": wish.peer_python}
+    script = Path(__file__).resolve()
+    sides = [turns.Side(name, python, script, settings, wish.threads) for name, python in pythons.items()]
+    work = f"SmolLM2-135M bfloat16, {len(PROMPTS)} prompts, {NEW} new tokens each, temperature 1, all ids"
+    result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
+    turns.tell({**result, "largest_logit_difference": difference(result["facts"]), "threads": wish.threads})
+
+
+if __name__ == "__main__":
+    main()
