@@ -100,6 +100,8 @@ def byte_level(
     normalizer: dict[str, Any] | None, *, prefix: bool = False, whole_words: bool = False,
 ) -> dict[str, Any]:
     """A byte-level BPE as tokenizer.json holds it. `whole_words`: a piece of text that is a word needs no merge."""
+    # The library numbers added tokens without a gap, unless the model lists them under their ids too.
+    named = {token["content"]: token["id"] for token in added}
     split = {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     # GPT-2's blank in front of a text comes before the split, and joins its first word.
@@ -112,7 +114,7 @@ def byte_level(
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole_words,
-            "vocab": dict(vocabulary), "merges": [list(merge) for merge in merges],
+            "vocab": {**vocabulary, **named}, "merges": [list(merge) for merge in merges],
         },
     }  # fmt: skip
 
@@ -161,7 +163,7 @@ def in_oniguruma(pattern: str, where: str) -> str:
     # Behind a count, `+` is possessive there and a repetition here; where nothing follows, greedy is the same.
     changed = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=[|)]|\Z)", r"\1", pattern)
     changed = re.sub(r"(?<!\\)\$(?=[|)]|\Z)", r"\\z", changed)
-    if re.search(r"\}\+|(?<![\\\[])\^|(?<!\\)\$", changed):
+    if re.search(r"\{\d+(?:,\d*)?\}\+|(?<![\\\[])\^|(?<!\\)\$", changed):
         raise UserError(
             "this pattern cannot be carried over", where=where, why=f"pat_str is {pattern}",
             fix="write it without `{n,m}+` inside an alternative, and without `^`",

@@ -133,7 +133,7 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
         "model": {
             "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": bytes_too, "ignore_merges": False,
-            "vocab": places, "merges": [list(merge) for merge in merges_of_ranks(order)] if order else [],
+            "vocab": places | {name: told["id"] for name, told in added.items()}, "merges": [list(merge) for merge in merges_of_ranks(order)] if order else [],
         },
     }  # fmt: skip
     return {FILE: json.dumps(description, ensure_ascii=False), **_with_roles(model, with_class(files, where), where)}
@@ -174,7 +174,7 @@ class SentencePieceTokenizer(FileTokenizer):
     def _by(self, processor: Any, texts: Sequence[str]) -> list[list[int]]:
         try:
             return [list(processor.encode(text, out_type=int)) for text in texts]
-        except UnicodeEncodeError as error:
+        except (UnicodeError, RuntimeError) as error:  # the library cannot cast such a text
             raise not_unicode(texts, error) from error
 
 

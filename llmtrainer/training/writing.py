@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmtrainer.core.protocols import Tokenizer
+from llmtrainer.core.protocols import Tokenizer, opening
 from llmtrainer.generation.loop import generate
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
@@ -39,7 +39,7 @@ def write(
     """Continue a prompt `samples` times, side by side. `stream`: the only one goes to stdout as it grows."""
     assert not stream or samples == 1
     tokenizer = opened.tokenizer
-    before = tokenizer.encode(prompt)
+    before = opening(tokenizer) + tokenizer.encode(prompt)
     drawn: list[list[int]] = [[] for _ in range(samples)]
     steps = generate(opened.policy, [before] * samples, sampling, tokenizer, seed=seed)
     if stream:
@@ -85,7 +85,8 @@ class _Screen:
         self._text = tokenizer.stream()
         self._silent = set(tokenizer.control.values())
         for token in before:    # what comes next may depend on it
-            self._text.feed(token)
+            if token not in self._silent:
+                self._text.feed(token)
         self._put(prompt)
 
     def show(self, token: int) -> None:

@@ -31,9 +31,13 @@ class Letters:
     """One id per UTF-8 byte: what a text becomes can be read off it."""
 
     vocabulary, end, pad, control, fingerprint = 256, 0, 0, {}, "letters"
+    begin: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -252,11 +252,11 @@ def test_only_special_tokens_are_skipped_and_pad_may_be_the_end(tmp_path: Path) 
 
 
 def test_a_model_that_reads_a_control_name_itself_is_refused(tmp_path: Path) -> None:
-    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["<end>", -1.0], ["a", -2.0]]}
+    words = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0, "<end>": 1, "a": 2}}
     added = [{"id": 1, "content": "<end>", **FLAGS, "special": True}]
     with pytest.raises(UserError, match="text could forge <end>"):
         foreign(
-            tmp_path, model=unigram, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None
+            tmp_path, model=words, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None
         )
 
 
