@@ -133,7 +133,8 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
         "model": {
             "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": bytes_too, "ignore_merges": False,
-            "vocab": places | {name: told["id"] for name, told in added.items()}, "merges": [list(merge) for merge in merges_of_ranks(order)] if order else [],
+            "vocab": places | {name: told["id"] for name, told in added.items()},
+            "merges": [list(merge) for merge in merges_of_ranks(order)] if order else [],
         },
     }  # fmt: skip
     return {FILE: json.dumps(description, ensure_ascii=False), **_with_roles(model, with_class(files, where), where)}

@@ -15,6 +15,7 @@ import tokenizers
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer.bare import first_only, is_word, without_control, without_prefix
+from llmtrainer.tokenizer.byte_pairs import QWEN_RULE
 from llmtrainer.tokenizer.files import CONFIG_FILE, FILE, MAP_FILE, not_unicode, parsed, pre_tokenizer
 from llmtrainer.tokenizer.split import END, PAD, cut
 from llmtrainer.tokenizer.stream import ByteStream, TextStream, WindowStream, byte_alphabet
@@ -86,6 +87,14 @@ class FileTokenizer:
     def begin(self) -> int | None:
         """The id that the tokenizer's own template puts before a text, as Llama's does; None where it has none."""
         return self._begin
+
+    @property
+    def cuts_as_qwen2(self) -> bool:
+        """Whether text is prepared and cut by the rule of Qwen2's own tokenizer, which transformers takes for every
+        model of that type."""
+        split = (self._bare.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+        rule = (split[0].get("pattern") or {}).get("Regex")
+        return rule == QWEN_RULE and (self._bare.get("normalizer") or {}).get("type") == "NFC"
 
     @property
     def control(self) -> Mapping[str, int]:
