@@ -26,7 +26,10 @@ def without_control(description: Mapping[str, Any], control: Mapping[str, int]) 
             "".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model["merges"]
         }
         kept = made | {model.get("unk_token")} | (set(model["vocab"]) - set(control))
-        bare["model"] = {**model, "vocab": {token: i for token, i in model["vocab"].items() if token in kept}}
+        vocabulary = {token: number for token, number in model["vocab"].items() if token in kept}
+        # The library numbers added tokens anew, unless the model lists them under their ids too.
+        listed = {token["content"]: token["id"] for token in words}
+        bare["model"] = {**model, "vocab": vocabulary | listed}
     elif model.get("type") == "Unigram":
         bare["model"] = {**model, "vocab": _unreachable(model, control)}
     return bare

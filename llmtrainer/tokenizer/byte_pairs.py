@@ -59,10 +59,11 @@ def files_of_gpt2(files: Mapping[str, str], where: str) -> dict[str, str]:
     added = {"<|endoftext|>": added.get("<|endoftext|>")} | added if "<|endoftext|>" in vocabulary else added
     rule, normalizer = rules[owner]
     kept = {name: files[name] for name in files if name not in (VOCAB_FILE, MERGES_FILE, ADDED_FILE)}
+    entries = _numbered(added, vocabulary, where)
     description = byte_level(
-        vocabulary, merges, _numbered(added, vocabulary, where), rule, normalizer,
-        prefix=bool(config.get("add_prefix_space", False)),
+        vocabulary, merges, entries, rule, normalizer, prefix=bool(config.get("add_prefix_space", False))
     )
+    description["post_processor"] = template(config, entries)
     return {FILE: json.dumps(description, ensure_ascii=False), **with_class(kept, where)}
 
 
@@ -116,6 +117,21 @@ def byte_level(
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole_words,
             "vocab": {**vocabulary, **named}, "merges": [list(merge) for merge in merges],
         },
+    }  # fmt: skip
+
+
+def template(config: Mapping[str, Any], added: Collection[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The begin token before every text, as tokenizer.json says it, where a config without one asks for it."""
+    told = config.get("bos_token")
+    name = told.get("content") if isinstance(told, dict) else told
+    number = next((token["id"] for token in added if token["content"] == name), None)
+    if not config.get("add_bos_token") or number is None:
+        return None
+    begin, first = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing", "single": [begin, first],
+        "pair": [begin, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.tokenizer.byte_pairs import added_tokens, merges_of_ranks, with_class
+from llmtrainer.tokenizer.byte_pairs import added_tokens, merges_of_ranks, template, with_class
 from llmtrainer.tokenizer.files import CONFIG_FILE, FILE, not_unicode, parsed
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 
@@ -116,6 +116,11 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
     for name, told in more.items():
         added[name] = {**told, "id": places.get(name, told["id"])}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    entries = [
+        {"id": told["id"], "content": name, **flags, "special": told["special"]}
+        for name, told in sorted(added.items(), key=lambda item: item[1]["id"])
+    ]
+    beside = _with_roles(model, with_class(files, where), where)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
     prepend = [{"type": "Prepend", "prepend": BLANK}] if model.dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.dummy_prefix else []
@@ -123,12 +128,9 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
     bytes_too = any(piece.kind == BYTE for piece in model.pieces)
     description = {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {"id": told["id"], "content": name, **flags, "special": told["special"]}
-            for name, told in sorted(added.items(), key=lambda item: item[1]["id"])
-        ],
+        "added_tokens": entries,
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]}, "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": template(parsed(beside, CONFIG_FILE, where), entries),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
@@ -137,7 +139,7 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
             "merges": [list(merge) for merge in merges_of_ranks(order)] if order else [],
         },
     }  # fmt: skip
-    return {FILE: json.dumps(description, ensure_ascii=False), **_with_roles(model, with_class(files, where), where)}
+    return {FILE: json.dumps(description, ensure_ascii=False), **beside}
 
 
 class SentencePieceTokenizer(FileTokenizer):

@@ -65,7 +65,7 @@ class FileTokenizer:
         roles = _roles(files, where)
         self._end = self._control_id(roles, "eos_token", (END, "</s>", "<|end_of_text|>"))
         self._pad = self._control_id(roles, "pad_token", (PAD, "<pad>"), self._end)
-        self._begin = self._template_begin(roles, parsed(files, CONFIG_FILE, where) if CONFIG_FILE in files else {})
+        self._begin = self._template_begin()
         self._require_unforgeable(description)
 
     @property
@@ -277,11 +277,8 @@ class FileTokenizer:
             fix=f'name one of its tokens in {CONFIG_FILE}: {{"{role}": "..."}}',
         )
 
-    def _template_begin(self, roles: Mapping[str, str], config: Mapping[str, Any]) -> int | None:
-        # As transformers does: where the config speaks of it, the config goes before the file's own template.
-        if config.get("add_bos_token") is not None or config.get("add_eos_token") is not None:
-            name = roles.get("bos_token") if config.get("add_bos_token") else None
-            return None if name is None else self._whole.token_to_id(name)
+    def _template_begin(self) -> int | None:
+        # The file's own template counts. transformers too passes over `add_bos_token` in the config beside it.
         shown = self._whole.encode("a", add_special_tokens=True)
         before = list(takewhile(lambda pair: pair[1], zip(shown.ids, shown.special_tokens_mask, strict=True)))
         if len(before) > 1:
