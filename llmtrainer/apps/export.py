@@ -202,8 +202,8 @@ def _proved(
     """Read everything back as a stranger would. UserError, and no folder, if anything is not as it was."""
     unread = dict(weights)
     for opened, name in _opened(folder):
-        kept = unread.pop(name, None)
-        _require(kept is not None and torch.equal(opened.get_tensor(name), kept), folder, "weights", name)
+        value = unread.pop(name, None)
+        _require(value is not None and torch.equal(opened.get_tensor(name), value), folder, "weights", name)
     _require(not unread, folder, "weights", ", ".join(unread))
     yield "weights", f"{len(weights):,} tensors read back equal"
     described = _json(folder / CONFIG)

@@ -56,7 +56,8 @@ def files_of_gpt2(files: Mapping[str, str], where: str) -> dict[str, str]:
     vocabulary = {str(token): int(number) for token, number in parsed(files, VOCAB_FILE, where).items()}
     merges = list(_merges(files[MERGES_FILE], vocabulary, where))
     added = added_tokens(files, where, vocabulary)
-    added = {"<|endoftext|>": added.get("<|endoftext|>")} | added if "<|endoftext|>" in vocabulary else added
+    if "<|endoftext|>" in vocabulary:
+        added.setdefault("<|endoftext|>", {"id": vocabulary["<|endoftext|>"], "special": True})
     rule, normalizer = rules[owner]
     kept = {name: files[name] for name in files if name not in (VOCAB_FILE, MERGES_FILE, ADDED_FILE)}
     entries = _numbered(added, vocabulary, where)
@@ -227,7 +228,6 @@ def _numbered(
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     entries = []
     for name, told in added.items():
-        told = told or {"special": True}
         number = told.get("id") if told.get("id") is not None else vocabulary.get(name)
         assert number is not None, where
         entries.append({"id": number, "content": name, **flags, "special": told["special"]})

@@ -112,7 +112,9 @@ def files_of_model(model: Model, files: Mapping[str, str], where: str) -> dict[s
         if piece.kind == CONTROL or (piece.kind == USER_DEFINED and _is_name(piece.text))
     }
     more = {name: told for name, told in added_tokens(files, where, places).items() if name != unknown}
-    added = {name: {"id": places.get(name), "special": special} for name, special in named.items()}
+    added: dict[str, dict[str, Any]] = {
+        name: {"id": places[name], "special": special} for name, special in named.items()
+    }
     for name, told in more.items():
         added[name] = {**told, "id": places.get(name, told["id"])}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -123,6 +123,17 @@ def test_every_token_of_every_document_has_the_surprise_worked_out_by_hand(polic
         assert nats == pytest.approx(by_hand(policy, text), abs=FLOAT64_NATS)
 
 
+def test_the_tokenizers_own_begin_is_read_and_the_first_token_of_the_text_predicted(policy: MeanPolicy) -> None:
+    tokenizer = Letters()
+    tokenizer.begin = 7
+    (score,) = Perplexity().scores(policy, tokenizer, ["hello"])
+    ids = [7, *b"hello"]
+    assert score.ids == tuple(ids) and score.bytes == 5
+    assert score.nats == pytest.approx(
+        [surprise(policy, ids[:place], ids[place]) for place in range(1, 6)], abs=FLOAT64_NATS
+    )
+
+
 def test_a_shorter_window_is_the_same_rule_with_that_window(policy: MeanPolicy) -> None:
     (nats,) = scores(policy, ["the quick brown fox"], max_length=5)
     assert nats == pytest.approx(by_hand(policy, "the quick brown fox", window=5), abs=FLOAT64_NATS)
