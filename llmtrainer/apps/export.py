@@ -137,24 +137,20 @@ def _in_a_class_of_transformers(
     """
     family = decoder.family
     weights = {name: value.to(dtype) for name, value in tensors(decoder).items()}
-    written_as = to_config(family, decoder.vocabulary)["model_type"]
-    if written_as == OWN:
+    is_qwen2 = tokenizer.cuts_as_qwen2 and to_config(family, decoder.vocabulary)["model_type"] == "qwen2"
+    if family.attention_bias and not family.output_bias and not is_qwen2:
+        family = family.model_copy(update={"output_bias": True})
+        zeros = torch.zeros(family.hidden_size, dtype=dtype)
+        for layer in range(family.layers):
+            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = zeros.clone()
+    if to_config(family, decoder.vocabulary)["model_type"] == OWN:
         raise UserError(
             "no class of transformers computes this model", where="model",
-            why=f"a partial rotary, say, exists in ours alone: {family.model_dump(exclude_defaults=True)}",
-            fix="use it with llmtrainer, or train a model without what is special",
+            why="a partial rotary exists in ours alone; biases with a window exist as `qwen2` alone, and beside a "
+            "qwen2 transformers takes Qwen2's tokenizer",
+            fix="use it with llmtrainer, or train a model without what is special about it",
         )
-    if written_as != "qwen2" or tokenizer.cuts_as_qwen2:
-        return family, weights
-    if family.sliding_window is not None:
-        raise UserError(
-            "transformers would read text for this model by another tokenizer's rule", where="model.sliding_window",
-            why="biases with a window exist as `qwen2` only, and beside a qwen2 it takes Qwen2's tokenizer",
-            fix="train with Qwen2's tokenizer, or without a window",
-        )
-    zeros = torch.zeros(family.hidden_size, dtype=dtype)
-    named = {f"model.layers.{layer}.self_attn.o_proj.bias": zeros.clone() for layer in range(family.layers)}
-    return family.model_copy(update={"output_bias": True}), {**weights, **named}
+    return family, weights
 
 
 def _config(

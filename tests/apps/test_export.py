@@ -216,9 +216,12 @@ def test_an_export_that_is_not_the_model_is_refused_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
-def test_a_model_that_no_class_of_transformers_computes_is_refused(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [{"rotary_share": 0.5}, {"attention_bias": True, "sliding_window": 8}], ids=str)
+def test_a_model_that_no_class_of_transformers_computes_is_refused(
+    run: Path, tmp_path: Path, shape: dict[str, Any]
+) -> None:
     ours = load_tokenizer(sorted((run / "checkpoints").iterdir())[-1])
-    source = model_folder(tmp_path / "in", ours, rotary_share=0.5)
+    source = model_folder(tmp_path / "in", ours, **shape)
     with pytest.raises(UserError, match="no class of transformers computes this model"):
         export(Export(model=str(source), out=str(tmp_path / "out")))
 
