@@ -54,7 +54,7 @@ class Inspection(Config):
     """Which part of a recipe's data."""
 
     tokenizer: str | None = None
-    """A folder with tokenizer.json: for text and token stores. A recipe has its own."""
+    """A folder or a file with a tokenizer of any known format: for text and token stores. A recipe has its own."""
 
     fields: tuple[str, ...] = ("text", "content")
     """For text: where a record's text is, the first of these fields that it has."""

@@ -123,7 +123,8 @@ def test_a_continuation_is_encoded_as_if_alone_and_joins_to_the_exact_text(
         start = chance.randrange(len(text) - 1)
         text = text[start : start + chance.randrange(2, 200)]
         place = chance.randrange(len(text))
-        prompt, answer = trained.encode(text[:place]), trained.encode(text[place:])
+        prompt, answer = trained.encode(text[:place]), trained.encode_continuation(text[place:])
+        assert answer == trained.encode(text[place:])
         assert trained.decode(prompt + answer) == text
         assert trained.encode_batch([text[:place], text[place:]])[1] == answer
 
