@@ -62,8 +62,7 @@ def write_store(
     warn: Callable[[str], None] | None = None,
     tell: Callable[[str, AnyPath], None] | None = None,
 ) -> Store:
-    """Tokenise every document of the files, in order, each followed by the end id (and after the begin id
-    of a tokenizer that has one), into the folder `out`.
+    """Tokenise every document of the files, in order, each between the tokenizer's begin id, if any, and its end.
 
     Files of token ids are checked against the vocabulary; `tell` hears (how their documents were told apart, file).
 

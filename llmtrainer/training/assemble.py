@@ -97,7 +97,7 @@ def assemble(
     recipe.optim.schedule.require_fit(length)
     # 6. What is watched and kept.
     saver = Saver(
-        run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
+        run, recipe.save, dump(recipe), tokenizer_folder, tokenizer, {**facts, "schedule_length": str(length)},
         policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {}, average,
     )  # fmt: skip
     saver.tidy()

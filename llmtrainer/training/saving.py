@@ -27,8 +27,8 @@ class Saver:
     """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
 
     def __init__(
-        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer: Tokenizer, facts: Mapping[str, Any],
-        policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
+        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, tokenizer: Tokenizer,
+        facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
         average: MovingAverage | None = None,
     ) -> None:  # fmt: skip
         self._run = run
