@@ -39,6 +39,7 @@ _NAMES = {
     "Evaluation": "llmtrainer.training.use",
     "Generation": "llmtrainer.training.use",
     "Plot": "llmtrainer.training.use",
+    "Export": "llmtrainer.apps.export",
     "Inspection": "llmtrainer.apps.inspect",
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",

@@ -32,3 +32,5 @@ FLOAT64_PROBABILITY = 1e-12
 """What is drawn from, against the definition worked out number by number, float64."""
 FLOAT32_FREQUENCY_RELATIVE = 1e-5
 """Rotary frequencies against a library that works them out in float32."""
+TRANSFORMERS_FLOAT64_LOGITS = 1e-6
+"""Against transformers' own classes as they are: beside float64 weights they keep float32 angles and norms."""

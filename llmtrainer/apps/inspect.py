@@ -16,7 +16,7 @@ from llmtrainer.base.config import Config, load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
-from llmtrainer.core.protocols import Tokenizer
+from llmtrainer.core.protocols import Tokenizer, opening
 from llmtrainer.data.collate import Row
 from llmtrainer.data.document import Document, Reading
 from llmtrainer.data.open import contents, find
@@ -54,7 +54,7 @@ class Inspection(Config):
     """Which part of a recipe's data."""
 
     tokenizer: str | None = None
-    """A folder with tokenizer.json: for text and token stores. A recipe has its own."""
+    """A folder or a file with a tokenizer of any known format: for text and token stores. A recipe has its own."""
 
     fields: tuple[str, ...] = ("text", "content")
     """For text: where a record's text is, the first of these fields that it has."""
@@ -162,7 +162,7 @@ def _of_documents(settings: Inspection) -> Iterator[Shown]:
 
 
 def _ids(settings: Inspection, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Documents as a store holds them: their ids, then the end."""
+    """Documents as a store holds them: the begin of a tokenizer that has one, their ids, then the end."""
     if is_store(Path(settings.source)):
         store = Store(settings.source)
         store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
@@ -171,8 +171,10 @@ def _ids(settings: Inspection, tokenizer: Tokenizer) -> Iterator[list[int]]:
     else:
         files, vocabulary = find(settings.source, warn), Vocabulary.of(tokenizer)
         for found in contents(files, vocabulary, Reading(settings.fields, warn=warn)):
-            ids = tokenizer.encode(found.text) if isinstance(found, Document) else found.ids.tolist()
-            yield [*ids, tokenizer.end]
+            if isinstance(found, Document):
+                yield [*opening(tokenizer), *tokenizer.encode(found.text), tokenizer.end]
+            else:
+                yield [*found.ids.tolist(), tokenizer.end]
 
 
 def _title(index: int, row: Shown) -> str:

@@ -66,6 +66,10 @@ VERBS = {
         "llmtrainer.training.use:generate", "continue a prompt",
         ("generate runs/demo 'def main():' temperature=0.7",),
     ),
+    "export": Verb(
+        "llmtrainer.apps.export:export", "a model as a Hugging Face folder, proved by reading it back",
+        ("export runs/demo exported", "export runs/demo exported precision=bfloat16 check=true"),
+    ),
     "inspect": Verb(
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
         ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),

@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
     def pad(self) -> int: ...
 
     @property
+    def begin(self) -> int | None:
+        """The id that the tokenizer's own template puts before a text; None where it has none."""
+        ...
+
+    @property
     def control(self) -> Mapping[str, int]:
         """Control tokens by name, for example {"<|endoftext|>": 4001}."""
         ...
@@ -53,7 +58,14 @@ class Tokenizer(Protocol):
         """SHA-256 over everything that decides which ids a text becomes."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text from its beginning, without `begin`."""
+        ...
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on where another ended: the same behind any other, and the exact text when they
+        are decoded together."""
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -69,6 +81,11 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: Path) -> None: ...
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text: its begin id, or nothing."""
+    return [] if tokenizer.begin is None else [tokenizer.begin]
 
 
 class Cache(Protocol):

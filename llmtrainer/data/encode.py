@@ -62,7 +62,7 @@ def write_store(
     warn: Callable[[str], None] | None = None,
     tell: Callable[[str, AnyPath], None] | None = None,
 ) -> Store:
-    """Tokenise every document of the files, in order, each followed by the end id, into the folder `out`.
+    """Tokenise every document of the files, in order, each between the tokenizer's begin id, if any, and its end.
 
     Files of token ids are checked against the vocabulary; `tell` hears (how their documents were told apart, file).
 
@@ -219,7 +219,9 @@ def _encode_as_worker(contents: list[str | NDArray[np.int64]]) -> Encoded:
 
 def _encode(tokenizer: Tokenizer, contents: list[str | NDArray[np.int64]]) -> Encoded:
     # One by one: `encode_batch` would start a thread per core in each of the processes.
-    documents = [tokenizer.encode(item) if isinstance(item, str) else item.tolist() for item in contents]
+    # Ids that another program wrote are taken as they are; a text begins as the tokenizer begins one.
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    documents = [begin + tokenizer.encode(item) if isinstance(item, str) else item.tolist() for item in contents]
     sizes = [
         len((item if isinstance(item, str) else tokenizer.decode(ids, skip_control=True)).encode())
         for item, ids in zip(contents, documents, strict=True)

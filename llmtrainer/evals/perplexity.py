@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
-from llmtrainer.core.protocols import Policy, Tokenizer
+from llmtrainer.core.protocols import Policy, Tokenizer, opening
 from llmtrainer.core.suite import ContextPolicy, Read, Report, Suite
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 512, 4_000_000
@@ -64,10 +64,11 @@ class Perplexity(Suite):
     ) -> Iterator[Score]:
         """One Score per document, in the order of `texts`. Memory does not grow with their number."""
         window, budget = self._window(policy), self._budget(policy)
+        begin = opening(tokenizer)
         for group in _groups(texts):
             written = [item if isinstance(item, str) else tokenizer.decode(item, skip_control=True) for item in group]
             encoded = iter(tokenizer.encode_batch([item for item in group if isinstance(item, str)]))
-            ids = [next(encoded) if isinstance(item, str) else item for item in group]
+            ids = [begin + next(encoded) if isinstance(item, str) else item for item in group]
             yield from _score_group(policy, ids, written, window, budget, report)
 
     def _window(self, policy: ContextPolicy) -> int:

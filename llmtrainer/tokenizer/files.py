@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer.split import CONTROL_NAMES, ROLES, SPLIT_RULE
 
 FILE = "tokenizer.json"
@@ -62,3 +64,35 @@ def byte_level_files(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, 
         CONFIG_FILE: json.dumps(config, indent=2) + "\n",
         MAP_FILE: json.dumps({**ROLES, "additional_special_tokens": others}, indent=2) + "\n",
     }
+
+
+def parsed(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
+    """One of the files as JSON. UserError where it is none, or does not describe a tokenizer."""
+    try:
+        found = json.loads(files[name])
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name} is no JSON", where=f"{where}, line {error.lineno:,}", why=error.msg
+        ) from error
+    if not isinstance(found, dict) or (name == FILE and not isinstance(found.get("model"), dict)):
+        raise UserError(f"{name} does not describe a tokenizer", where=where)
+    return found
+
+
+def not_unicode(texts: Sequence[str], error: Exception) -> Exception:
+    """A half of a surrogate pair is no character: no UTF-8 text can hold it, so nothing could give it
+    back."""
+    for number, text in enumerate(texts):
+        surrogates = _surrogates(text)
+        for place in surrogates:
+            return UserError(
+                f"the text holds U+{ord(text[place]):04X}, half of a surrogate pair",
+                where=f"text {number:,}, character {place:,}",
+                why="it is not Unicode text: it was read with the wrong encoding or cut inside a character",
+                fix='mend the file, or text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
+            )
+    return error
+
+
+def _surrogates(text: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer("[\ud800-\udfff]", text))

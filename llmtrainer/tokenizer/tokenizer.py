@@ -1,19 +1,22 @@
-"""Text to ids and back, from a tokenizer.json, with control tokens that no text can forge."""
+"""Text to ids and back, from the files of any common format, with control tokens that no text can forge."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.tokenizer.files import CONFIG_FILE, FILE, MAP_FILE, pre_tokenizer
+from llmtrainer.tokenizer.bare import first_only, is_word, without_control, without_prefix
+from llmtrainer.tokenizer.byte_pairs import QWEN_RULE
+from llmtrainer.tokenizer.files import CONFIG_FILE, FILE, MAP_FILE, not_unicode, parsed, pre_tokenizer
 from llmtrainer.tokenizer.split import END, PAD, cut
 from llmtrainer.tokenizer.stream import ByteStream, TextStream, WindowStream, byte_alphabet
 
@@ -38,27 +41,31 @@ class FileTokenizer:
     def __init__(self, files: Mapping[str, str], where: str = "a tokenizer in memory") -> None:
         self._files = dict(files)
         self._where = where
-        description = _parsed(files, FILE, where)
+        description = parsed(files, FILE, where)
         added = sorted(description.get("added_tokens") or (), key=lambda token: token["id"])
-        self._control: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._control: dict[str, int] = {token["content"]: token["id"] for token in added if not is_word(token)}
         self._hidden = frozenset(token["id"] for token in added if token["special"])
-        self._bare = bare = _without_control(description, self._control)
+        self._bare = bare = without_control(description, self._control)
+        self._first_only = first_only(bare)
+        goes_on = without_prefix(bare)
         self._by_bytes = (description.get("decoder") or {}).get("type") == "ByteLevel"
         self._ours = description.get("pre_tokenizer") == pre_tokenizer() and not description.get("normalizer")
         try:
             self._whole = tokenizers.Tokenizer.from_str(files[FILE])
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(bare))
+            self._later = self._plain if goes_on == bare else tokenizers.Tokenizer.from_str(json.dumps(goes_on))
         except Exception as error:  # the library raises a plain Exception for every kind of damage
             raise UserError(
                 f"{FILE} is not one the tokenizers library can read", where=where, why=str(error)
             ) from error
-        for tokenizer in (self._whole, self._plain):
+        for tokenizer in (self._whole, self._plain, self._later):
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._vocabulary = 1 + max(self._whole.get_vocab(with_added_tokens=True).values())
         roles = _roles(files, where)
         self._end = self._control_id(roles, "eos_token", (END, "</s>", "<|end_of_text|>"))
         self._pad = self._control_id(roles, "pad_token", (PAD, "<pad>"), self._end)
+        self._begin = self._template_begin()
         self._require_unforgeable(description)
 
     @property
@@ -77,12 +84,25 @@ class FileTokenizer:
         return self._pad
 
     @property
+    def begin(self) -> int | None:
+        """The id that the tokenizer's own template puts before a text, as Llama's does; None where it has none."""
+        return self._begin
+
+    @property
+    def cuts_as_qwen2(self) -> bool:
+        """Whether text is prepared and cut by the rule of Qwen2's own tokenizer, which transformers takes for every
+        model of that type."""
+        split = (self._bare.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+        rule = (split[0].get("pattern") or {}).get("Regex")
+        return rule == QWEN_RULE and (self._bare.get("normalizer") or {}).get("type") == "NFC"
+
+    @property
     def control(self) -> Mapping[str, int]:
         return dict(self._control)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the model, what prepares text for it, the added tokens and the id that ends a
+        """SHA-256 over the model, what prepares text for it, the added tokens and the ids that begin and end a
         document. The layout of the files does not count, nor their names for the other control tokens."""
         decides = {key: self._bare.get(key) for key in ("normalizer", "pre_tokenizer")}
         model = {**self._bare["model"]}
@@ -90,6 +110,10 @@ class FileTokenizer:
             " ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", ())
         ]
         decides |= {"model": model, "control": self._control, "end": self._end}
+        if self._begin is not None:
+            decides["begin"] = self._begin
+        if self._bare["added_tokens"]:
+            decides["words"] = self._bare["added_tokens"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str, *, allowed: Allowed = "none") -> list[int]:
@@ -114,19 +138,32 @@ class FileTokenizer:
             return self.encode_batch([text])[0]
         ids: list[int] = []
         names = self._names(allowed)
-        for part in found:
-            ids.extend([self._control[part]] if part in names else self.encode_batch([part])[0])
+        for place, part in enumerate(found):
+            if part in names:
+                ids.append(self._control[part])
+            elif place and self._first_only:
+                ids.extend(self.encode_continuation(part))
+            else:
+                ids.extend(self.encode_batch([part])[0])
         return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on where another ended. They do not depend on that other one, and decode to the
+        exact text behind it: a tokenizer that puts a blank before a text's first word puts none here."""
+        return self._encoded(self._later, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores. A control name in a text is text."""
+        return self._encoded(self._plain, texts)
+
+    def _encoded(self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(cut(text, LONG_TEXT)) if self._ours else [text] for text in texts]
         try:
             done = iter(
-                self._plain.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False)
+                tokenizer.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False)
             )
         except (TypeError, UnicodeEncodeError) as error:
-            raise _not_unicode(texts, error) from error
+            raise not_unicode(texts, error) from error
         batches: list[list[int]] = []
         for part in parts:
             ids: list[int] = []
@@ -240,6 +277,17 @@ class FileTokenizer:
             fix=f'name one of its tokens in {CONFIG_FILE}: {{"{role}": "..."}}',
         )
 
+    def _template_begin(self) -> int | None:
+        # The file's own template counts. transformers too passes over `add_bos_token` in the config beside it.
+        shown = self._whole.encode("a", add_special_tokens=True)
+        before = list(takewhile(lambda pair: pair[1], zip(shown.ids, shown.special_tokens_mask, strict=True)))
+        if len(before) > 1:
+            raise UserError(
+                f"this tokenizer begins a text with {len(before)} ids", where=self._where,
+                why="one at most is known here", fix=f"change the post_processor in {FILE}",
+            )
+        return int(before[0][0]) if before else None
+
     def _require_unforgeable(self, description: Mapping[str, Any]) -> None:
         """Refuse a vocabulary whose model, added tokens or not, turns a control token's name into its id."""
         unknown = description["model"].get("unk_token") or ""
@@ -254,26 +302,12 @@ class FileTokenizer:
                 )
 
 
-def load_tokenizer(folder: str | Path) -> FileTokenizer:
-    """The tokenizer of a folder that holds a tokenizer.json: ours, a checkpoint's, or a Hugging Face
-    model's."""
-    folder = Path(folder)
-    if not (folder / FILE).is_file():
-        raise UserError(
-            f"no {FILE} in {folder}",
-            why="there is no such folder" if not folder.is_dir() else "the folder holds no tokenizer",
-            fix=f"llmtrainer train-tokenizer DATA {folder}",
-        )
-    files = {}
-    for name in (FILE, *COMPANIONS):
-        if (folder / name).is_file():
-            try:
-                files[name] = (folder / name).read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{name} is not UTF-8", where=f"{folder / name}, byte {error.start:,}"
-                ) from error
-    return FileTokenizer(files, where=str(folder))
+def load_tokenizer(path: str | Path) -> FileTokenizer:
+    """The tokenizer of a folder or of a file: tokenizer.json (ours, a checkpoint's, or a Hugging Face model's),
+    GPT-2's vocab.json with merges.txt, tiktoken's ranks, or a SentencePiece model."""
+    from llmtrainer.tokenizer.formats import open_tokenizer  # which makes tokenizers of the class above
+
+    return open_tokenizer(Path(path))
 
 
 def padded_vocabulary(vocabulary: int, multiple: int = 64) -> int:
@@ -282,60 +316,12 @@ def padded_vocabulary(vocabulary: int, multiple: int = 64) -> int:
     return -(-vocabulary // multiple) * multiple
 
 
-def _without_control(description: Mapping[str, Any], control: Mapping[str, int]) -> dict[str, Any]:
-    """The same tokenizer with every added token removed, special or not.
-
-    GPT-2 and others list their control tokens among the words of the model too. There they go as well, unless
-    a merge makes them: a pre-token that is a word as a whole may become its id without any merge.
-    """
-    bare = {**description, "added_tokens": [], "post_processor": None}
-    model = bare["model"]
-    if model.get("type") == "BPE":
-        made = {
-            "".join(merge if isinstance(merge, list) else merge.split(" ", 1)) for merge in model["merges"]
-        }
-        kept = made | {model.get("unk_token")} | (set(model["vocab"]) - set(control))
-        bare["model"] = {**model, "vocab": {token: i for token, i in model["vocab"].items() if token in kept}}
-    return bare
-
-
 def _roles(files: Mapping[str, str], where: str) -> dict[str, str]:
     """Token names by role, such as `eos_token`. The config goes before the map: transformers reads it so."""
     roles: dict[str, str] = {}
     for name in (MAP_FILE, CONFIG_FILE):
-        for role, token in _parsed(files, name, where).items() if name in files else ():
+        for role, token in parsed(files, name, where).items() if name in files else ():
             content = token.get("content") if isinstance(token, dict) else token
             if role.endswith("_token") and isinstance(content, str):
                 roles[role] = content
     return roles
-
-
-def _parsed(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(files[name])
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{name} is no JSON", where=f"{where}, line {error.lineno:,}", why=error.msg
-        ) from error
-    if not isinstance(parsed, dict) or (name == FILE and not isinstance(parsed.get("model"), dict)):
-        raise UserError(f"{name} does not describe a tokenizer", where=where)
-    return parsed
-
-
-def _not_unicode(texts: Sequence[str], error: Exception) -> Exception:
-    """A half of a surrogate pair is no character: no UTF-8 text can hold it, so nothing could give it
-    back."""
-    for number, text in enumerate(texts):
-        surrogates = _surrogates(text)
-        for place in surrogates:
-            return UserError(
-                f"the text holds U+{ord(text[place]):04X}, half of a surrogate pair",
-                where=f"text {number:,}, character {place:,}",
-                why="it is not Unicode text: it was read with the wrong encoding or cut inside a character",
-                fix='mend the file, or text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
-            )
-    return error
-
-
-def _surrogates(text: str) -> Iterator[int]:
-    return (match.start() for match in re.finditer("[\ud800-\udfff]", text))

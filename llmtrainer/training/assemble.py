@@ -19,7 +19,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import DTYPES, resolve
-from llmtrainer.core.protocols import Engine, Tokenizer
+from llmtrainer.core.protocols import Engine, Tokenizer, opening
 from llmtrainer.core.randomness import derive
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
@@ -43,6 +43,7 @@ from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
+from llmtrainer.training.writing import text_after
 
 View = Callable[[Mapping[str, Any]], None]
 """Shows an event to whoever watches."""
@@ -182,14 +183,14 @@ def evaluations_of(
 
     def sample(progress: Progress) -> None:
         sampling = Sampling(max_new_tokens=tokens, temperature=0.0)
-        prompts = [tokenizer.encode(prompt) for prompt in settings.prompts]
+        prompts = [opening(tokenizer) + tokenizer.encode(prompt) for prompt in settings.prompts]
         completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
         told: list[Mapping[str, object]] = [
             {
-                "prompt": prompt, "text": tokenizer.decode(item.tokens, skip_control=True), "tokens": len(item.tokens),
+                "prompt": prompt, "text": text_after(tokenizer, ids, item.tokens), "tokens": len(item.tokens),
                 "finish": item.finish,
             }
-            for prompt, item in zip(settings.prompts, completions, strict=True)
+            for prompt, ids, item in zip(settings.prompts, prompts, completions, strict=True)
         ]
         write_samples(run, progress, told)
 

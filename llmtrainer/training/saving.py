@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,8 +22,6 @@ from llmtrainer.training.average import FOLDER, MovingAverage
 from llmtrainer.training.models import tokenizer_class
 from llmtrainer.training.recipe import Save
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
 
 class Saver:
     """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
@@ -36,7 +33,7 @@ class Saver:
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
-        self._tokenizer_folder = tokenizer_folder
+        self._tokenizer = tokenizer
         self._facts = facts
         self._config = to_config(
             policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
@@ -103,9 +100,7 @@ class Saver:
         def fill(partial: Path) -> None:
             for below, named in weights.items():
                 save_tensors(named, self._config, partial / below)
-                for name in TOKENIZER_FILES:
-                    if (self._tokenizer_folder / name).is_file():
-                        shutil.copyfile(self._tokenizer_folder / name, partial / below / name)
+                self._tokenizer.save(partial / below)
             save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 

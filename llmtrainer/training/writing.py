@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrainer.core.protocols import Tokenizer
+from llmtrainer.core.protocols import Tokenizer, opening
 from llmtrainer.generation.loop import Chosen, Completion, Finish, completion, generate, text_stream
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.generation.stopping import Growing
@@ -54,7 +54,8 @@ def write(
     assert not stream or len(texts) == 1
     tokenizer = opened.tokenizer
     sampling = _with_control_ids(sampling, tokenizer)
-    before = [ids for ids in tokenizer.encode_batch(prompts) for _ in range(samples)]
+    begin = opening(tokenizer)
+    before = [begin + ids for ids in tokenizer.encode_batch(prompts) for _ in range(samples)]
     rows: list[list[Chosen]] = [[] for _ in texts]
     screen = _Screen(text_stream(sampling, tokenizer, before[0]), prompts[0]) if stream else None
     # As long as one cache lives, the others share its copy of the weights.

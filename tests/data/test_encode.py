@@ -72,6 +72,20 @@ def texts_ids(texts: list[str]) -> list[list[int]]:
     return [[*text.encode(), END] for text in texts]
 
 
+def load_bytes_with_begin(folder: Path) -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.begin = 255
+    return tokenizer
+
+
+def test_a_document_stands_between_the_begin_and_the_end_of_a_tokenizer_that_has_both(tmp_path: Path) -> None:
+    files = find(make_text(tmp_path / "text", files=1, records=5))
+    store = write_store(files, tmp_path, load_bytes_with_begin, tmp_path / "store")
+    assert [store.read(index).tolist() for index in range(store.documents)] == [
+        [255, *document.text.encode(), END] for document in documents(files)
+    ]
+
+
 def test_processes_batches_and_repetition_do_not_change_a_byte(tmp_path: Path) -> None:
     files = find(make_text(tmp_path / "text"))
     for number, (workers, batch_bytes) in enumerate([(0, 2**20), (0, 1), (0, 333), (2, 500)]):

@@ -20,12 +20,16 @@ class ByteTokenizer:
 
     vocabulary = 257
     end = END
+    begin: int | None = None
     pad = END
     control: Mapping[str, int] = {"<|endoftext|>": END}
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]

@@ -31,9 +31,13 @@ class Letters:
     """One id per UTF-8 byte: what a text becomes can be read off it."""
 
     vocabulary, end, pad, control, fingerprint = 256, 0, 0, {}, "letters"
+    begin: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -117,6 +121,17 @@ def run(policy: MeanPolicy, texts: Sequence[str], **settings: object) -> dict[st
 def test_every_token_of_every_document_has_the_surprise_worked_out_by_hand(policy: MeanPolicy) -> None:
     for nats, text in zip(scores(policy, TEXTS), TEXTS, strict=True):
         assert nats == pytest.approx(by_hand(policy, text), abs=FLOAT64_NATS)
+
+
+def test_the_tokenizers_own_begin_is_read_and_the_first_token_of_the_text_predicted(policy: MeanPolicy) -> None:
+    tokenizer = Letters()
+    tokenizer.begin = 7
+    (score,) = Perplexity().scores(policy, tokenizer, ["hello"])
+    ids = [7, *b"hello"]
+    assert score.ids == tuple(ids) and score.bytes == 5
+    assert score.nats == pytest.approx(
+        [surprise(policy, ids[:place], ids[place]) for place in range(1, 6)], abs=FLOAT64_NATS
+    )
 
 
 def test_a_shorter_window_is_the_same_rule_with_that_window(policy: MeanPolicy) -> None:

@@ -123,7 +123,8 @@ def test_a_continuation_is_encoded_as_if_alone_and_joins_to_the_exact_text(
         start = chance.randrange(len(text) - 1)
         text = text[start : start + chance.randrange(2, 200)]
         place = chance.randrange(len(text))
-        prompt, answer = trained.encode(text[:place]), trained.encode(text[place:])
+        prompt, answer = trained.encode(text[:place]), trained.encode_continuation(text[place:])
+        assert answer == trained.encode(text[place:])
         assert trained.decode(prompt + answer) == text
         assert trained.encode_batch([text[:place], text[place:]])[1] == answer
 
@@ -252,11 +253,11 @@ def test_only_special_tokens_are_skipped_and_pad_may_be_the_end(tmp_path: Path) 
 
 
 def test_a_model_that_reads_a_control_name_itself_is_refused(tmp_path: Path) -> None:
-    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["<end>", -1.0], ["a", -2.0]]}
+    words = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0, "<end>": 1, "a": 2}}
     added = [{"id": 1, "content": "<end>", **FLAGS, "special": True}]
     with pytest.raises(UserError, match="text could forge <end>"):
         foreign(
-            tmp_path, model=unigram, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None
+            tmp_path, model=words, added_tokens=added, pre_tokenizer=None, decoder=None, post_processor=None
         )
 
 

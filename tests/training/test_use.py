@@ -334,6 +334,37 @@ def test_a_continuation_keeps_the_blank_that_a_decoder_drops_at_the_start_of_a_t
     assert text_after(Words(), [0], [1]) == " cat"    # type: ignore[arg-type]
 
 
+def test_the_tokenizers_own_begin_stands_before_prompts_and_documents(model: Path, tmp_path: Path) -> None:
+    # The same model behind a tokenizer whose template begins every text with <|bos|>, as transformers reads it.
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    (begin,) = (token["id"] for token in description["added_tokens"] if token["content"] == "<|bos|>")
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [begin], "tokens": ["<|bos|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    network = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    (tmp_path / "text.txt").write_text(LINES[0][:20])
+    ids = theirs(LINES[0][:20], return_tensors="pt").input_ids
+    assert ids[0, 0] == begin
+    measured = evaluate(Evaluation(model=str(folder), data=str(tmp_path / "text.txt"), precision="float32"))
+    assert measured.tokens == ids.shape[1] - 1
+    with torch.no_grad():
+        assert measured.loss == pytest.approx(float(network(ids, labels=ids).loss), abs=FLOAT32_LOSS)
+    prompt = theirs("def step", return_tensors="pt")
+    written = network.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    settings = {"prompt": "def step", "temperature": 0.0, "max_new_tokens": 8, "precision": "float32"}
+    ours = generate(Generation(model=str(folder), **settings)).completions[0]
+    assert written.tolist()[: len(ours.ids)] == list(ours.ids)
+    assert ours.text == theirs.decode(ours.ids, skip_special_tokens=True)
+
+
 def test_a_prompt_without_text_is_refused(model: Path) -> None:
     with pytest.raises(UserError, match="prompt 0 is empty"):
         generate(Generation(model=str(model), prompt=""))
