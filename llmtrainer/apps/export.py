@@ -100,7 +100,7 @@ class Exported(Result):
 def export(settings: Export) -> Exported:
     """Write the folder. UserError where no class of transformers computes the model, OUT holds something else, or
     what was written does not read back as it was."""
-    source, out = model_folder(settings.model).folder, Path(settings.out)
+    source, out = model_folder(settings.model), Path(settings.out)
     _require_free(out, source, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer or source)
     precision = _stored_type(source) if settings.precision == "auto" else settings.precision
