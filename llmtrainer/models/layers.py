@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llmtrainer.models.gated import gated_mlp
 
@@ -48,9 +50,39 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=master))
 
     def forward(self, x: Tensor, out_type: torch.dtype | None = None) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.epsilon, out_type or x.dtype)  # type: ignore[no-any-return]
+
+
+_SUMMED_ROWS = 64
+"""Rows whose part of a norm's weight gradient is summed at a time: they stay in a core's cache meanwhile."""
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number a row for backward, where autograd would keep every intermediate in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, out_type: torch.dtype) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
-        return normed.to(out_type or x.dtype)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight_D, inverse)
+        return (wide * inverse * weight_D).to(out_type)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, inverse = ctx.saved_tensors
+        wide = grad.to(inverse.dtype)
+        normed = x.to(inverse.dtype) * inverse
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            weighted = wide * weight_D
+            x_grad = (inverse * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            products_ND = (wide * normed).flatten(0, -2)
+            rows = products_ND.shape[0] - products_ND.shape[0] % _SUMMED_ROWS
+            parts = products_ND[:rows].unflatten(0, (-1, _SUMMED_ROWS)).sum(1) if rows else products_ND[:0]
+            weight_grad = parts.sum(0) + products_ND[rows:].sum(0)
+        return x_grad, weight_grad, None, None
 
 
 class GatedMLP(nn.Module):
