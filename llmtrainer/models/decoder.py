@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrainer.core import vocab_head
+from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.randomness import derive, dropout
-from llmtrainer.models.attention import PATHS, Attention, AttentionShape, Path, RotaryTable, Visible
+from llmtrainer.models import kernels, paths, proof
+from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.rotary import Rotary
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
     def residual(self, batch: Batch) -> Tensor:
         """The residual stream after the last block: [B, T, D]."""
         visible = Visible.of(batch, self._window)
-        path = self.path or ("blocks" if batch.tokens_BT.device.type == "cpu" else "sdpa")
+        attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
         wide = torch.promote_types(self.compute, torch.float32)
         rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0
@@ -149,7 +151,7 @@ class Decoder(nn.Module):
 
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
         for index, block in enumerate(self.model.blocks()):
-            layer = partial(self._layer, block, index, PATHS[path], visible, rotary, drop if rate else None)
+            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None)
             if self.recompute is None or index % self.recompute.every:
                 x_BTD = layer(x_BTD)
             elif self.recompute.what == "layer":
@@ -167,6 +169,25 @@ class Decoder(nn.Module):
         if drop is None:
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
         return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop)
+
+    def arrange(self, asked: Arrangement) -> Arranged:
+        """Compute as an engine asks, on the device where the weights are by now.
+
+        Each choice is first run once against its definition. Raises UserError if it cannot run here or is wrong.
+        """
+        family, device = self.family, self.head_weight.device
+        path, told = paths.choose(asked.attention, device, self.compute, asked.fallback)
+        whose, more = kernels.choose(asked.kernels, device, self.compute, asked.fallback)
+        proof.require_attention(path, shape_of(family), family.sliding_window, device, self.compute)
+        sizes = family.hidden_size, family.channels
+        proof.require_kernels(whose, sizes, family.norm_epsilon, device, self.compute)
+        self.path = path
+        for module in self.modules():
+            if isinstance(module, (Attention, GatedMLP, RMSNorm)):
+                module.kernels = kernels.kernels(whose)
+        every = asked.recompute_every
+        self.recompute = None if every is None else Recompute(every, asked.recompute)
+        return Arranged({"attention": path, "kernels": whose}, told + more)
 
     def compile_pieces(self) -> None:
         """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrainer.models.gated import gated_mlp
+from llmtrainer.models.gated import Biases, Weights, gated_mlp
 
 
 def intermediate_size(hidden_size: int, multiple: int = 256) -> int:
@@ -45,12 +47,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, epsilon: float, *, master: torch.dtype) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.kernels = TORCH
         self.weight = nn.Parameter(torch.empty(size, dtype=master))
 
     def forward(self, x: Tensor, out_type: torch.dtype | None = None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
-        return normed.to(out_type or x.dtype)
+        return self.kernels.norm(x, self.weight, self.epsilon, out_type or x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -61,11 +62,12 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(hidden_size, size, bias=bias, master=master)
         self.up_proj = Linear(hidden_size, size, bias=bias, master=master)
         self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
+        self.kernels = TORCH
 
     def forward(self, x_BTD: Tensor, turned: bool = False) -> Tensor:
         """`turned`: weight gradients as products of transposed copies, see core/products.py."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return gated_mlp(
+        return self.kernels.gated(
             x_BTD, (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias), turned
         )
 
@@ -77,3 +79,28 @@ def rotate(x_BTHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     first, second, rest = x_BTHC.split([half, half, x_BTHC.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(x_BTHC.dtype) for part in turned), rest], dim=-1)
+
+
+def rotate_both(
+    q_BTHC: Tensor, k_BTKC: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each rotated."""
+    return rotate(q_BTHC, rotary), rotate(k_BTKC, rotary)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out_type: torch.dtype) -> Tensor:
+    """x / rms(x) * weight over the last axis, rounded once, at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(out_type)
+
+
+class Kernels(NamedTuple):
+    """The operators that somebody may have fused. Every set is the same functions (see models/kernels.py)."""
+
+    norm: Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+    """(x, weight, epsilon, type of the result)."""
+    rotate: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    gated: Callable[[Tensor, Weights, Biases, bool], Tensor]
+
+
+TORCH = Kernels(rms_norm, rotate_both, gated_mlp)

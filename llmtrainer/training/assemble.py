@@ -88,7 +88,10 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     policy = policy_of(recipe, tokenizer, DTYPES[precision], resumption.folder if resumption else None)
     policy.to(engine.device)
-    engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    facts |= arranged.facts
+    for text in arranged.fallbacks:
+        warn(text)
     if resumption is not None:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
