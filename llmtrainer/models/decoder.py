@@ -94,6 +94,7 @@ class Decoder(nn.Module):
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
+        self._unproven = False
         self.recompute: Recompute | None = None
         """What is computed again in backward; None: nothing, every activation is kept."""
 
@@ -150,6 +151,8 @@ class Decoder(nn.Module):
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
+        if self._unproven and torch.is_grad_enabled():
+            self._prove_pieces(x_BTD, partial(attend, visible=visible), rotary)
         for index, block in enumerate(self.model.blocks()):
             layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None)
             if self.recompute is None or index % self.recompute.every:
@@ -202,6 +205,25 @@ class Decoder(nn.Module):
             torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True),
             vocab_head.compiled(turned), turned,
         )
+        self._unproven = True
+
+    def _prove_pieces(self, x_BTD: Tensor, attend: Callable[..., Tensor], rotary: RotaryTable) -> None:
+        """Compare the first block's compiled pieces with what they were compiled from, at the first step."""
+        self._unproven = False
+        block, pieces = next(self.model.blocks()), self._pieces
+        x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
+        with torch.no_grad():
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute))
+        attended.requires_grad_(x_BTD.requires_grad or block.self_attn.v_proj.weight.requires_grad)
+        leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
+        proof.require_same(
+            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute),
+            lambda: _project(block, x_BTD, *rotary, self.compute), leaves, self.compute,
+        )  # fmt: skip
+        proof.require_same(
+            "what follows attention", lambda: [pieces.finish(block, x_BTD, attended, self.compute, pieces.turned)],
+            lambda: [_finish(block, x_BTD, attended, self.compute, False)], leaves, self.compute,
+        )  # fmt: skip
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows, none read yet.

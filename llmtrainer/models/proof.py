@@ -112,6 +112,36 @@ def kernel_faults(
     return {part: why for part, why in found.items() if why is not None}
 
 
+def require_same(
+    what: str, compiled: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Raises UserError if a compiled function, or a gradient of it, is not that of the function it was made from.
+
+    With the inputs of the first step: other sizes could be compiled once more, and later kernels would depend on
+    them.
+    """
+    results = [_flat_outcome(function(), leaves) for function in (compiled, plain)]
+    for index, (found, exact) in enumerate(zip(*results, strict=True)):
+        off = difference(found, exact)
+        if not off <= ALLOWED[dtype]:
+            where = "a result" if index < len(results[0]) - len(leaves) else "a gradient"
+            raise UserError(
+                f"torch.compile makes something else of {what} on {exact.device}",
+                where="engine.compile",
+                why=f"{where} is off by {off:.1e} in {str(dtype).removeprefix('torch.')}, where "
+                f"{ALLOWED[dtype]:.0e} is allowed",
+                fix="engine.compile=false",
+            )
+
+
+def _flat_outcome(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The results, and the gradients of the leaves for a gradient that points along the results."""
+    along = [result.detach() / result.detach().norm().clamp(min=1e-6) for result in results]
+    gradients = torch.autograd.grad(results, leaves, along, materialize_grads=True) if leaves else ()
+    return [*(result.detach() for result in results), *gradients]
+
+
 def fault(
     fast: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: Sequence[Tensor], device: torch.device
 ) -> str | None:
@@ -135,9 +165,11 @@ def fault(
 
 def difference(found: Tensor, exact: Tensor) -> float:
     """The largest row of the difference over the root mean square row of the exact one. A vector is one row."""
-    exact = exact.double().cpu().reshape(-1, exact.shape[-1])
-    off = found.detach().double().cpu().reshape(exact.shape) - exact
-    return float(off.norm(dim=-1).max() / exact.norm(dim=-1).square().mean().sqrt())
+    wide = torch.float64 if exact.dtype == torch.float64 else torch.float32
+    exact = exact.to(wide).reshape(-1, exact.shape[-1])
+    off = (found.detach().to(exact).reshape(exact.shape) - exact).norm(dim=-1).max()
+    size = exact.norm(dim=-1).square().mean().sqrt()
+    return float(off / size) if bool(size > 0) else float(off)
 
 
 def _outcome(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
