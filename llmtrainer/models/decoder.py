@@ -203,7 +203,7 @@ class Decoder(nn.Module):
         # the bits of one that was not interrupted.
         self._pieces = _Pieces(
             torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True),
-            vocab_head.compiled(turned), turned,
+            proof.proven(vocab_head.compiled(turned), self.compute), turned,
         )
         self._unproven = True
 

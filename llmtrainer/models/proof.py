@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core import vocab_head
 from llmtrainer.models import kernels, paths
 from llmtrainer.models.attention import AttentionShape, Visible, attend_reference
 
@@ -113,23 +114,54 @@ def kernel_faults(
 
 
 def require_same(
-    what: str, compiled: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor],
-    dtype: torch.dtype,
+    what: str, compiled: Callable[[], Sequence[Tensor]], plain: Callable[[], Sequence[Tensor]],
+    leaves: Sequence[Tensor], dtype: torch.dtype,
 ) -> None:
     """Raises UserError if a compiled function, or a gradient of it, is not that of the function it was made from.
 
     With the inputs of the first step: other sizes could be compiled once more, and later kernels would depend on
     them.
     """
-    results = [_flat_outcome(function(), leaves) for function in (compiled, plain)]
-    for index, (found, exact) in enumerate(zip(*results, strict=True)):
+    found, exact = (_flat_outcome(function(), leaves) for function in (compiled, plain))
+    _require_near(what, found, exact, dtype)
+
+
+def proven(arithmetic: vocab_head.Arithmetic, dtype: torch.dtype) -> vocab_head.Arithmetic:
+    """The head's compiled arithmetic, of which each part is compared with the plain one when it is first used."""
+    waiting = {"reduce", "differentiate"}
+
+    def reduce(logits: Tensor, targets_n: Tensor, entropy: bool) -> vocab_head.Reduced:
+        found = arithmetic.reduce(logits, targets_n, entropy)
+        if "reduce" in waiting:
+            waiting.discard("reduce")
+            exact = vocab_head.PLAIN.reduce(logits, targets_n, entropy)
+            _require_near("log-probabilities", _tensors(found), _tensors(exact), dtype)
+        return found
+
+    def differentiate(logits: Tensor, *others: Tensor | None) -> None:
+        first = "differentiate" in waiting
+        copy = logits.clone() if first else None    # both write over the logits
+        arithmetic.differentiate(logits, *others)
+        if copy is not None:
+            waiting.discard("differentiate")
+            vocab_head.PLAIN.differentiate(copy, *others)
+            _require_near("the gradient of log-probabilities", [logits], [copy], dtype)
+
+    return vocab_head.Arithmetic(reduce, differentiate, arithmetic.turn)
+
+
+def _tensors(reduced: vocab_head.Reduced) -> list[Tensor]:
+    return [x for x in reduced if x is not None]
+
+
+def _require_near(what: str, results: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for found, exact in zip(results, right, strict=True):
         off = difference(found, exact)
         if not off <= ALLOWED[dtype]:
-            where = "a result" if index < len(results[0]) - len(leaves) else "a gradient"
             raise UserError(
                 f"torch.compile makes something else of {what} on {exact.device}",
                 where="engine.compile",
-                why=f"{where} is off by {off:.1e} in {str(dtype).removeprefix('torch.')}, where "
+                why=f"a result or gradient is off by {off:.1e} in {str(dtype).removeprefix('torch.')}, where "
                 f"{ALLOWED[dtype]:.0e} is allowed",
                 fix="engine.compile=false",
             )
