@@ -152,7 +152,7 @@ class Decoder(nn.Module):
 
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
         if self._unproven and torch.is_grad_enabled():
-            self._prove_pieces(x_BTD, partial(attend, visible=visible), rotary)
+            self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
             layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None)
             if self.recompute is None or index % self.recompute.every:
@@ -207,14 +207,15 @@ class Decoder(nn.Module):
         )
         self._unproven = True
 
-    def _prove_pieces(self, x_BTD: Tensor, attend: Callable[..., Tensor], rotary: RotaryTable) -> None:
-        """Compare the first block's compiled pieces with what they were compiled from, at the first step."""
+    def _prove_pieces(self, x_BTD: Tensor, attend: Path, visible: Visible, rotary: RotaryTable) -> None:
+        """Compare a block's compiled pieces with what they were compiled from, at the first step."""
         self._unproven = False
-        block, pieces = next(self.model.blocks()), self._pieces
+        blocks, pieces = list(self.model.blocks()), self._pieces
+        block = next(filter(_trains, blocks), blocks[0])
         x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
         with torch.no_grad():
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute))
-        attended.requires_grad_(x_BTD.requires_grad or block.self_attn.v_proj.weight.requires_grad)
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute), visible)
+        attended.requires_grad_(x_BTD.requires_grad or _trains(block.self_attn))
         leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
         proof.require_same(
             "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute),
@@ -241,6 +242,10 @@ class Decoder(nn.Module):
     def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
         """Rotary factors of positions below `longest`, which these texts may grow to; float32 or wider."""
         return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _project(

@@ -46,7 +46,7 @@ def block_mask(visible: Visible) -> Any:
         return seen
 
     B, T = document_BT.shape
-    return create_block_mask(sees, B, None, T, T, device=document_BT.device.type)
+    return create_block_mask(sees, B, None, T, T, device=document_BT.device)
 
 
 @cache

@@ -48,14 +48,15 @@ def attention_fault(
     K = min(shape.kv_heads, 2)
     H = K * (shape.heads // shape.kv_heads)
     inputs = _random([(2, _TOKENS, heads, shape.head_size) for heads in (H, K, K)], dtype)
-    there = Visible(*(x.to(device) for x in (seen.document_BT, seen.sequence_BT, seen.position_BT)), seen.window)
+    document_BT, position_BT = seen.document_BT.to(device), seen.position_BT.to(device)
+    there = Visible(document_BT, document_BT, position_BT, seen.window)
     real_BT11 = (seen.document_BT >= 0)[..., None, None]
 
-    def attend(*qkv: Tensor) -> Tensor:
-        return paths.PATHS[name](*qkv, there) * real_BT11.to(device)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return paths.PATHS[name](q, k, v, there) * real_BT11.to(device)
 
-    def define(*qkv: Tensor) -> Tensor:
-        return attend_reference(*qkv, seen) * real_BT11
+    def define(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_reference(q, k, v, seen) * real_BT11
 
     return fault(attend, define, inputs, device)
 
@@ -169,9 +170,11 @@ def _require_near(what: str, results: Sequence[Tensor], right: Sequence[Tensor],
 
 def _flat_outcome(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
     """The results, and the gradients of the leaves for a gradient that points along the results."""
-    along = [result.detach() / result.detach().norm().clamp(min=1e-6) for result in results]
-    gradients = torch.autograd.grad(results, leaves, along, materialize_grads=True) if leaves else ()
-    return [*(result.detach() for result in results), *gradients]
+    values, tracked = [result.detach() for result in results], [result for result in results if result.requires_grad]
+    if not tracked:
+        return values
+    along = [result.detach() / result.detach().norm().clamp(min=1e-6) for result in tracked]
+    return [*values, *torch.autograd.grad(tracked, leaves, along, materialize_grads=True)]
 
 
 def fault(

@@ -144,6 +144,17 @@ def test_a_wrong_compiled_piece_is_refused_at_the_first_step(piece: str, monkeyp
     assert "engine.compile=false" in str(caught.value)
 
 
+@pytest.mark.parametrize("trained", ["lm_head", "layers.0.mlp", "layers.0.self_attn.q_proj"])
+def test_pieces_are_proven_in_a_model_that_is_frozen_in_part(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: part)
+    model = decoder()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    model.compile_pieces()
+    model(rows([[9, 4], [12]]), ("logp",)).logp_BT.sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
 def test_pieces_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda part, dynamic: part)
     seen: list[str] = []

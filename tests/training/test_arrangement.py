@@ -51,9 +51,9 @@ def test_a_fallback_is_told_once_and_the_manifest_says_what_ran(recipe: Make, tm
 
 def test_recomputation_changes_no_loss_and_may_begin_in_a_continued_run(recipe: Make, tmp_path: Path) -> None:
     whole = losses(recipe("duration=6 steps", f"run={tmp_path}/whole"))
-    asked = f"run={tmp_path}/cut"
+    asked = (f"run={tmp_path}/cut", "optim.schedule.length=6 steps")
     again = ("engine.recompute_every=1", "engine.recompute=mlp")
-    assert [*losses(recipe("duration=3 steps", asked)), *losses(recipe("duration=6 steps", asked, *again))] == whole
+    assert [*losses(recipe("duration=3 steps", *asked)), *losses(recipe("duration=6 steps", *asked, *again))] == whole
 
 
 def test_an_idle_recompute_is_refused(recipe: Make) -> None:
