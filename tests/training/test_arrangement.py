@@ -36,7 +36,7 @@ def losses(recipe: Recipe) -> list[float]:
 def test_a_fallback_is_told_once_and_the_manifest_says_what_ran(recipe: Make, tmp_path: Path) -> None:
     asked = ("engine.device=cpu", "engine.attention=flex", "engine.kernels=liger", "duration=2 steps")
     with pytest.raises(UserError, match="`flex` cannot run here"):
-        lt.train(recipe(*asked))
+        lt.train(recipe(*asked, f"tokenizer={tmp_path}/none"))     # refused before any text is looked at
     lt.train(recipe(*asked, "engine.fallback=true"))
     told = [event["text"] for event in events(tmp_path / "run", "warning")]
     assert [text for text in told if "flex" in text] == [
