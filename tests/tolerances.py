@@ -10,6 +10,8 @@ FLOAT32_LOSS = 1e-6
 FLOAT32_GRADIENT = 1e-5
 FLOAT32_HIDDEN = 1e-5
 BFLOAT16_RELATIVE = 2e-2
+HALF_RELATIVE = 2e-2
+"""Kernels that multiply bfloat16 or float16, against the definition in float32: norm of the difference."""
 RATE_RELATIVE = 1e-12
 """Learning rates against hand arithmetic."""
 LOGGED_RATE_RELATIVE = 1e-6

@@ -20,8 +20,8 @@ from llmtrainer.base.config import Config
 from llmtrainer.base.result import Result
 from llmtrainer.base.units import Bytes
 from llmtrainer.base.version import VERSION
-from llmtrainer.core.precision import multiplies_bfloat16, resolve
-from llmtrainer.models import prepacked
+from llmtrainer.core.precision import DTYPES, multiplies_bfloat16, resolve
+from llmtrainer.models import kernels, paths, prepacked
 
 PACKAGES = (
     "torch", "numpy", "pydantic", "ruamel.yaml", "tokenizers", "safetensors", "pyarrow", "zstandard", "rich",
@@ -69,6 +69,10 @@ class Diagnosis(Result):
     """What `precision: auto` means here."""
     matrix_rate: dict[str, float]
     """Floating-point operations per second by type: 2 n^3 over the median time of one product."""
+    attention: dict[str, str | None]
+    """What keeps each path of engine.attention from training here; None: nothing."""
+    kernels: dict[str, str | None]
+    """The same of engine.kernels."""
     compiler: str | None
     """The C++ compiler that torch.compile would use on a CPU."""
     fallbacks: list[str]
@@ -82,6 +86,8 @@ class Diagnosis(Result):
             ("free disk", _bytes(self.disk_free)), ("devices", ", ".join(self.devices)),
             ("precision", f"auto is {self.precision} here"),
             *((f"{name} products", f"{rate / 1e9:,.0f} GFLOP/s") for name, rate in self.matrix_rate.items()),
+            ("attention", ", ".join(name for name, lack in self.attention.items() if lack is None)),
+            ("kernels", ", ".join(name for name, lack in self.kernels.items() if lack is None)),
             ("C++ compiler", self.compiler or "none"),
         ]
         lines = [f"{name:<17} {value}" for name, value in figures]
@@ -95,7 +101,9 @@ def doctor(examination: Examination) -> Diagnosis:
     device = torch.device(devices[0].partition(" ")[0])
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     packages = {name: _version(name) for name in PACKAGES}
-    native = multiplies_bfloat16(device)
+    native, precision = multiplies_bfloat16(device), resolve("auto", device)
+    attention = {name: paths.missing(name, device, DTYPES[precision]) for name in paths.PATHS}
+    others = {name: kernels.missing(name, device) for name in kernels.KERNELS}
     rates = {
         str(dtype).removeprefix("torch."): _matrix_rate(device, dtype, examination)
         for dtype in (torch.float32, torch.bfloat16)
@@ -111,10 +119,12 @@ def doctor(examination: Examination) -> Diagnosis:
         disk_free=shutil.disk_usage(_existing(examination.folder)).free,
         devices=devices,
         bfloat16=native,
-        precision=resolve("auto", device),
+        precision=precision,
         matrix_rate=rates,
+        attention=attention,
+        kernels=others,
         compiler=compiler,
-        fallbacks=_fallbacks(device, native, compiler, packages),
+        fallbacks=_fallbacks(device, native, compiler, packages) + _lacks(attention, others),
     )
 
 
@@ -135,6 +145,11 @@ def _fallbacks(
             what = f"install llmtrainer[{OPTIONAL[name]}]" if name in OPTIONAL else f"install {name}"
             found.append(f"{name} is not installed: what needs it is refused ({what})")
     return found
+
+
+def _lacks(attention: dict[str, str | None], kernels: dict[str, str | None]) -> list[str]:
+    named = [("engine.attention", attention), ("engine.kernels", kernels)]
+    return [f"{key}={name} is refused: {lack}" for key, known in named for name, lack in known.items() if lack]
 
 
 def _devices() -> list[str]:

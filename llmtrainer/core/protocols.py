@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmtrainer.base.config import Kind
+from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 
 
@@ -134,7 +136,9 @@ class Engine(Protocol):
         """Whether `step` itself handles a gradient that overflowed (float16)."""
         ...
 
-    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None: ...
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
+        """Move the policy to its device, arrange how it computes, and build the optimizer."""
+        ...
 
     def micro(self, last: bool) -> AbstractContextManager[None]: ...
 
@@ -214,5 +218,31 @@ class EngineConfig(Kind):
     device: str = "auto"
     """auto takes cuda where there is one, else mps, else cpu; or cpu, cuda, cuda:1, mps."""
 
+    attention: Literal["auto", "blocks", "sdpa", "reference", "flex", "varlen"] = "auto"
+    """How attention is computed: blocks of plain products, torch's sdpa, the definition (reference), or, on CUDA,
+    flex_attention or flash kernels over packed documents (varlen). auto: blocks on a CPU, else sdpa."""
+
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """Who computes norms, rotary positions and gated MLPs. auto: Liger's kernels on CUDA where they are installed,
+    else torch's."""
+
+    fallback: bool = False
+    """Where the named attention or kernels cannot run, take what can and say so in the log, instead of refusing."""
+
+    recompute_every: int | None = Field(default=None, ge=1)
+    """Compute activations again in backward instead of keeping them, in every so-manyth block; 1: in all. Less
+    memory, more time, the same bits."""
+
+    recompute: Literal["layer", "mlp"] = "layer"
+    """What recompute_every computes again: whole blocks, or in them only what follows attention."""
+
     def start(self, precision: str) -> Engine:
         raise NotImplementedError
+
+    def arrangement(self) -> Arrangement:
+        """What to ask of the policy. Settings that mean nothing here stay unread, and are refused as such."""
+        named = self.attention != "auto" or self.kernels == "liger"
+        every = self.recompute_every
+        return Arrangement(
+            self.attention, self.kernels, named and self.fallback, every, "layer" if every is None else self.recompute
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmtrainer.core.batch import Batch
-from llmtrainer.models.layers import Linear, RMSNorm, rotate
+from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
@@ -36,6 +36,8 @@ class Visible:
     position_BT: Tensor
     window: int | None = None
     """A query sees at most this many positions, its own included."""
+    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a path made of this once for all layers, by the path's name."""
 
     @classmethod
     def of(cls, batch: Batch, window: int | None) -> Visible:
@@ -180,7 +182,7 @@ Path = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]
 PATHS: dict[str, Path] = {
     "blocks": attend_blocks, "sdpa": attend_sdpa, "reference": attend_reference,
 }
-"""The same function of (q_BTHC, k_BTKC, v_BTKC, visible) -> out_BTHC, by name."""
+"""The same function of (q_BTHC, k_BTKC, v_BTKC, visible) -> out_BTHC, by name: those that run anywhere."""
 
 
 class _Blocks(torch.autograd.Function):
@@ -276,6 +278,7 @@ class Attention(nn.Module):
     def __init__(self, shape: AttentionShape, *, master: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
+        self.kernels: Kernels = TORCH
         D, H, K, C = shape.hidden_size, shape.heads, shape.kv_heads, shape.head_size
         self.q_proj = Linear(D, H * C, bias=shape.bias, master=master)
         self.k_proj = Linear(D, K * C, bias=shape.bias, master=master)
@@ -293,7 +296,7 @@ class Attention(nn.Module):
         v_BTKC = self.v_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
-        return rotate(q_BTHC, rotary), rotate(k_BTKC, rotary), v_BTKC
+        return *self.kernels.rotate(q_BTHC, k_BTKC, rotary), v_BTKC
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrainer.core import vocab_head
+from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.randomness import derive, dropout
-from llmtrainer.models.attention import PATHS, Attention, AttentionShape, Path, RotaryTable, Visible
+from llmtrainer.models import kernels, paths, proof
+from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.rotary import Rotary
@@ -92,6 +94,7 @@ class Decoder(nn.Module):
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
+        self._unproven = False
         self.recompute: Recompute | None = None
         """What is computed again in backward; None: nothing, every activation is kept."""
 
@@ -139,7 +142,7 @@ class Decoder(nn.Module):
     def residual(self, batch: Batch) -> Tensor:
         """The residual stream after the last block: [B, T, D]."""
         visible = Visible.of(batch, self._window)
-        path = self.path or ("blocks" if batch.tokens_BT.device.type == "cpu" else "sdpa")
+        attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
         wide = torch.promote_types(self.compute, torch.float32)
         rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0
@@ -148,8 +151,10 @@ class Decoder(nn.Module):
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
+        if self._unproven and torch.is_grad_enabled():
+            self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
-            layer = partial(self._layer, block, index, PATHS[path], visible, rotary, drop if rate else None)
+            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None)
             if self.recompute is None or index % self.recompute.every:
                 x_BTD = layer(x_BTD)
             elif self.recompute.what == "layer":
@@ -168,6 +173,25 @@ class Decoder(nn.Module):
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
         return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop)
 
+    def arrange(self, asked: Arrangement) -> Arranged:
+        """Compute as an engine asks, on the device where the weights are by now.
+
+        Each choice is first run once against its definition. Raises UserError if it cannot run here or is wrong.
+        """
+        family, device = self.family, self.head_weight.device
+        path, told = paths.choose(asked.attention, device, self.compute, asked.fallback)
+        whose, more = kernels.choose(asked.kernels, device, self.compute, asked.fallback)
+        proof.require_attention(path, shape_of(family), family.sliding_window, device, self.compute)
+        sizes = family.hidden_size, family.channels
+        proof.require_kernels(whose, sizes, family.norm_epsilon, device, self.compute)
+        self.path = path
+        for module in self.modules():
+            if isinstance(module, (Attention, GatedMLP, RMSNorm)):
+                module.kernels = kernels.kernels(whose)
+        every = asked.recompute_every
+        self.recompute = None if every is None else Recompute(every, asked.recompute)
+        return Arranged({"attention": path, "kernels": whose}, told + more)
+
     def compile_pieces(self) -> None:
         """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
 
@@ -179,8 +203,28 @@ class Decoder(nn.Module):
         # the bits of one that was not interrupted.
         self._pieces = _Pieces(
             torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True),
-            vocab_head.compiled(turned), turned,
+            proof.proven(vocab_head.compiled(turned), self.compute), turned,
         )
+        self._unproven = True
+
+    def _prove_pieces(self, x_BTD: Tensor, attend: Path, visible: Visible, rotary: RotaryTable) -> None:
+        """Compare a block's compiled pieces with what they were compiled from, at the first step."""
+        self._unproven = False
+        blocks, pieces = list(self.model.blocks()), self._pieces
+        block = next(filter(_trains, blocks), blocks[0])
+        x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
+        with torch.no_grad():
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute), visible)
+        attended.requires_grad_(x_BTD.requires_grad or _trains(block.self_attn))
+        leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
+        proof.require_same(
+            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute),
+            lambda: _project(block, x_BTD, *rotary, self.compute), leaves, self.compute,
+        )  # fmt: skip
+        proof.require_same(
+            "what follows attention", lambda: [pieces.finish(block, x_BTD, attended, self.compute, pieces.turned)],
+            lambda: [_finish(block, x_BTD, attended, self.compute, False)], leaves, self.compute,
+        )  # fmt: skip
 
     def cache(self, rows: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `rows` rows, none read yet.
@@ -198,6 +242,10 @@ class Decoder(nn.Module):
     def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
         """Rotary factors of positions below `longest`, which these texts may grow to; float32 or wider."""
         return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _project(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from llmtrainer.models.gated import gated_mlp
+from llmtrainer.models.gated import Biases, Weights, gated_mlp
+from llmtrainer.models.norm import rms_norm
 
 
 def intermediate_size(hidden_size: int, multiple: int = 256) -> int:
@@ -47,42 +48,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, epsilon: float, *, master: torch.dtype) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.kernels = TORCH
         self.weight = nn.Parameter(torch.empty(size, dtype=master))
 
     def forward(self, x: Tensor, out_type: torch.dtype | None = None) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.epsilon, out_type or x.dtype)  # type: ignore[no-any-return]
-
-
-_SUMMED_ROWS = 64
-"""Rows whose part of a norm's weight gradient is summed at a time: they stay in a core's cache meanwhile."""
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number a row for backward, where autograd would keep every intermediate in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, out_type: torch.dtype) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(x, weight_D, inverse)
-        return (wide * inverse * weight_D).to(out_type)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D, inverse = ctx.saved_tensors
-        wide = grad.to(inverse.dtype)
-        normed = x.to(inverse.dtype) * inverse
-        x_grad = weight_grad = None
-        if ctx.needs_input_grad[0]:
-            weighted = wide * weight_D
-            x_grad = (inverse * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            products_ND = (wide * normed).flatten(0, -2)
-            rows = products_ND.shape[0] - products_ND.shape[0] % _SUMMED_ROWS
-            parts = products_ND[:rows].unflatten(0, (-1, _SUMMED_ROWS)).sum(1) if rows else products_ND[:0]
-            weight_grad = parts.sum(0) + products_ND[rows:].sum(0)
-        return x_grad, weight_grad, None, None
+        return self.kernels.norm(x, self.weight, self.epsilon, out_type or x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -93,11 +63,12 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(hidden_size, size, bias=bias, master=master)
         self.up_proj = Linear(hidden_size, size, bias=bias, master=master)
         self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
+        self.kernels = TORCH
 
     def forward(self, x_BTD: Tensor, turned: bool = False) -> Tensor:
         """`turned`: weight gradients as products of transposed copies, see core/products.py."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return gated_mlp(
+        return self.kernels.gated(
             x_BTD, (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias), turned
         )
 
@@ -109,3 +80,22 @@ def rotate(x_BTHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     first, second, rest = x_BTHC.split([half, half, x_BTHC.shape[-1] - 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(x_BTHC.dtype) for part in turned), rest], dim=-1)
+
+
+def rotate_both(
+    q_BTHC: Tensor, k_BTKC: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each rotated."""
+    return rotate(q_BTHC, rotary), rotate(k_BTKC, rotary)
+
+
+class Kernels(NamedTuple):
+    """The operators that somebody may have fused. Every set is the same functions (see models/kernels.py)."""
+
+    norm: Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
+    """(x, weight, epsilon, type of the result)."""
+    rotate: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+    gated: Callable[[Tensor, Weights, Biases, bool], Tensor]
+
+
+TORCH = Kernels(rms_norm, rotate_both, gated_mlp)

@@ -26,6 +26,7 @@ from llmtrainer.data.packed import Store
 from llmtrainer.data.source import DiskSource
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
+from llmtrainer.models import kernels, paths
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import freeze, load_policy
 from llmtrainer.optim.groups import group
@@ -76,6 +77,7 @@ def assemble(
             getattr(tracker, name)
     # 1. The engine decides the device, and the device what is fast.
     engine, precision = engine_of(recipe)
+    require_choices(recipe, engine.device, DTYPES[precision])
     # 2. Vocabulary, text, rows.
     tokenizer_folder, tokenizer = tokenizer_of(recipe)
     source = source_of(recipe, tokenizer_folder, engine)
@@ -88,7 +90,10 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     policy = policy_of(recipe, tokenizer, DTYPES[precision], resumption.folder if resumption else None)
     policy.to(engine.device)
-    engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    facts |= arranged.facts
+    for text in arranged.fallbacks:
+        warn(text)
     if resumption is not None:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
@@ -205,6 +210,14 @@ def engine_of(recipe: Recipe) -> tuple[Engine, str]:
     """The engine, and the precision it computes in: `auto` depends on the device."""
     precision = resolve(recipe.precision, find_device(recipe.engine.device, "float32"))
     return recipe.engine.start(precision), precision
+
+
+def require_choices(recipe: Recipe, device: torch.device, compute: torch.dtype) -> None:
+    """Refuse attention or kernels that cannot run here now, and not once the text is tokenised."""
+    # On a copy: what counts as reading these settings is the engine's doing as they say.
+    asked = recipe.engine.model_copy(deep=True).arrangement()
+    paths.choose(asked.attention, device, compute, asked.fallback)
+    kernels.choose(asked.kernels, device, compute, asked.fallback)
 
 
 def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:

@@ -32,3 +32,14 @@ def test_what_is_missing_is_named_as_a_fallback(monkeypatch: pytest.MonkeyPatch)
     told = "\n".join(found.fallbacks)
     for part in ("bfloat16", "C++ compiler", "install a-package-nobody-has"):
         assert part in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
+def test_what_attention_and_kernels_can_run_is_listed_with_what_the_others_lack() -> None:
+    found = lt.doctor(lt.Examination(matrix_size=64, repeats=1))
+    assert [name for name, lack in found.attention.items() if lack is None] == ["blocks", "sdpa", "reference"]
+    assert found.kernels["torch"] is None and found.kernels["liger"] is not None
+    told = "\n".join(found.fallbacks)
+    for name in ("attention=flex", "attention=varlen", "kernels=liger"):
+        assert f"engine.{name} is refused: " in told
+    assert "blocks, sdpa, reference" in found.text()

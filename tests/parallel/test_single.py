@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.part import forget_reads, unread
+from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import EngineConfig, Rule
 from llmtrainer.optim import rules
@@ -473,3 +475,42 @@ def test_compile_goes_through_torch_and_keeps_the_parameters_names(monkeypatch: 
 
 def test_the_kind_of_an_engine_is_its_file() -> None:
     assert type(EngineConfig.model_validate({"kind": "single", "threads": 2})) is Single
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"attention": "sdpa"}, "attention"),
+        ({"kernels": "torch"}, "kernels"),
+        ({"recompute_every": 2}, "recompute_every"),
+    ],
+)
+def test_a_policy_that_does_not_choose_how_it_computes_is_refused_by_the_settings_name(
+    setting: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(UserError, match=f"TinyPolicy .* engine.{name}"):
+        started({"kind": "adamw"}, **setting)
+
+
+def test_the_policy_is_asked_for_what_the_recipe_says_on_the_device() -> None:
+    class Choosing(TinyPolicy):
+        def arrange(self, asked: Arrangement) -> Arranged:
+            self.asked = asked
+            return Arranged({"attention": "sdpa"}, ("said once",))
+
+    policy = Choosing()
+    config = Single(device="cpu", attention="flex", fallback=True, recompute_every=3, recompute="mlp")
+    told = config.start("float32").prepare(policy, Rule.model_validate({}), group(policy.named_parameters()))
+    assert policy.asked == Arrangement("flex", "auto", True, 3, "mlp")
+    assert told == Arranged({"attention": "sdpa"}, ("said once",))
+    assert unread(config) == []
+
+
+@pytest.mark.parametrize("idle", ["recompute", "fallback"])
+def test_a_setting_that_means_nothing_alone_stays_unread(idle: str) -> None:
+    config = Single.model_validate({"device": "cpu", "recompute": "mlp", "fallback": True} | (
+        {"attention": "flex"} if idle == "recompute" else {"recompute_every": 1}
+    ))
+    forget_reads(config)
+    config.start("float32")
+    assert unread(config) == [idle]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.protocols import EngineConfig, Rule
@@ -20,6 +21,7 @@ from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
 UPDATES = "engine.updates"
+_UNASKED = Arrangement()
 
 
 class Single(EngineConfig):
@@ -44,7 +46,7 @@ class Single(EngineConfig):
             require_compiler(device)
         if precision in ("float32", "float64"):
             torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
-        return SingleEngine(device, precision, compile=self.compile)
+        return SingleEngine(device, precision, compile=self.compile, arrangement=self.arrangement())
 
 
 class SingleEngine:
@@ -54,8 +56,12 @@ class SingleEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, device: torch.device, precision: str, *, compile: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, precision: str, *, compile: bool = False,
+        arrangement: Arrangement = _UNASKED,
+    ) -> None:
         self.device = device
+        self._arrangement = arrangement
         self._compile = compile
         self._loss_scale = LossScale() if precision == "float16" else None
         self._updates = 0
@@ -66,9 +72,11 @@ class SingleEngine:
     def rescales(self) -> bool:
         return self._loss_scale is not None
 
-    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Move the policy to the device and build the optimizer over `groups` (see optim/groups.py)."""
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
+        """Move the policy to the device, arrange how it computes there, and build the optimizer over `groups` (see
+        optim/groups.py)."""
         policy.to(self.device)
+        arranged = arrange(policy, self._arrangement)
         parameters = [parameter for group in groups for parameter in group["params"]]
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.float64}), f"{dtypes} are no masters of one type"
@@ -77,6 +85,7 @@ class SingleEngine:
         self._parameters: list[nn.Parameter] = parameters
         self._forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
         self._optimizer: Optimizer = rule.build(groups)
+        return arranged
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -208,6 +217,22 @@ def find_device(name: str, precision: str) -> torch.device:
             fix="engine.device=cpu, or precision=float32",
         )
     return device
+
+
+def arrange(policy: nn.Module, asked: Arrangement) -> Arranged:
+    """Have the policy compute as asked. Raises UserError if it cannot, and if it has no choice where one is asked."""
+    seam: Callable[[Arrangement], Arranged] | None = getattr(policy, "arrange", None)
+    if seam is not None:
+        return seam(asked)
+    for name, value in asked._asdict().items():
+        if value != getattr(_UNASKED, name):
+            raise UserError(
+                f"{type(policy).__name__} does not choose how it computes, and engine.{name} is {value}",
+                where=f"engine.{name}",
+                why="only a policy with a method `arrange` can do as it says",
+                fix=f"remove engine.{name} from the recipe",
+            )
+    return Arranged()
 
 
 def compiled(policy: nn.Module) -> Callable[..., Outputs]:
