@@ -1,15 +1,20 @@
-"""The shipped recipes: the tiny one runs and its loss falls."""
+"""The shipped recipes: the tiny ones run and their loss falls."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from llmtrainer.base.config import load
-from llmtrainer.base.events import steps
+from llmtrainer.base.events import read_events, steps
+from llmtrainer.tokenizer.train import train_vocabulary
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
 
-TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "pretrain.yaml"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
+TINY, CONTINUE = RECIPES / "pretrain.yaml", RECIPES / "continue.yaml"
 
 
 def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp_path: Path) -> None:
@@ -30,3 +35,32 @@ def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp
     assert result.step == 12 and losses[-1] < losses[0] - 0.3
     assert 0 < result.figures["stdlib/bits_per_byte"] < 8 and result.figures["stdlib/documents"] == 1
     assert (tmp_path / "run" / "samples" / "step-00000012.json").is_file()
+
+
+def test_a_published_model_goes_on_by_the_recipe_and_its_held_out_loss_falls(tmp_path: Path) -> None:
+    """The published model is one that transformers wrote: a folder of others, in bfloat16."""
+    transformers = pytest.importorskip("transformers", reason="writes the folder that the run starts from")
+    texts = [f"the {word} of {number} is {word} and not {number}." for word in ("sum", "root") for number in range(60)]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text * 8)
+    train_vocabulary(texts, 400).save(tmp_path / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=448, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    recipe = load(
+        Recipe, CONTINUE,
+        overrides=[
+            f"run={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", f"data.train={tmp_path / 'texts'}",
+            f"model.start_from={tmp_path / 'model'}", f"tokenizer={tmp_path / 'model'}", "data.held_out=0.2",
+            "data.sequence_length=64", "data.tokens_per_step=1024", "data.tokens_per_batch=512",
+            "optim.schedule.peak=3e-3", "duration=16 steps", "evaluate.every=4 steps", "evaluate.max_new_tokens=4",
+        ],
+    )  # fmt: skip
+    train(recipe)
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    losses = [event["held_out/loss"] for event in events if event["kind"] == "evaluate"]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.3, losses
