@@ -227,7 +227,8 @@ class EngineConfig(Kind):
     else torch's."""
 
     fallback: bool = False
-    """Where the named attention or kernels cannot run, take what can and say so in the log, instead of refusing."""
+    """Where the named attention, kernels or graphs cannot run, take what can and say so in the log, instead of
+    refusing."""
 
     recompute_every: int | None = Field(default=None, ge=1)
     """Compute activations again in backward instead of keeping them, in every so-manyth block; 1: in all. Less

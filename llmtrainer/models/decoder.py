@@ -192,8 +192,10 @@ class Decoder(nn.Module):
         self.recompute = None if every is None else Recompute(every, asked.recompute)
         return Arranged({"attention": path, "kernels": whose}, told + more)
 
-    def compile_pieces(self) -> None:
+    def compile_pieces(self, mode: str | None = None) -> None:
         """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
+
+        mode: torch.compile's, for the pieces of blocks; the head overwrites its logits, so graphs are not for it.
 
         Attention itself stays as it is: which keys it needs differs from batch to batch, and nothing is
         compiled again for that. Other last digits than without; needs a C++ compiler on a CPU.
@@ -202,7 +204,7 @@ class Decoder(nn.Module):
         # Sizes are dynamic from the start: kernels then depend on no history of shapes, and a resumed run has
         # the bits of one that was not interrupted.
         self._pieces = _Pieces(
-            torch.compile(_project, dynamic=True), torch.compile(_finish, dynamic=True),
+            torch.compile(_project, dynamic=True, mode=mode), torch.compile(_finish, dynamic=True, mode=mode),
             proof.proven(vocab_head.compiled(turned), self.compute), turned,
         )
         self._unproven = True

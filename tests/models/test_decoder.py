@@ -227,7 +227,7 @@ def test_shapes_that_cannot_be_are_refused_with_a_fix(fields: dict[str, Any], wo
 def test_only_pieces_without_data_dependent_shapes_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
 
-    def spy(part: Any, dynamic: bool) -> Any:
+    def spy(part: Any, dynamic: bool, mode: str | None = None) -> Any:
         assert dynamic, "kernels that depend on the history of shapes would make a resumed run differ"
         compiled.append(part.__name__)
         return part

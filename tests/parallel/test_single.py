@@ -466,7 +466,7 @@ def test_compiling_without_a_compiler_is_refused_before_the_first_step(
 
 def test_compile_goes_through_torch_and_keeps_the_parameters_names(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, mode: compiled.append(module) or module)
     monkeypatch.setattr(single.shutil, "which", lambda name: "/usr/bin/c++")
     engine, policy = started({"kind": "adamw"}, compile=True)
     train(engine, 0, 1)
@@ -514,3 +514,31 @@ def test_a_setting_that_means_nothing_alone_stays_unread(idle: str) -> None:
     forget_reads(config)
     config.start("float32")
     assert unread(config) == [idle]
+
+
+def test_graphs_that_cannot_run_are_refused_by_name_or_left_out_and_told() -> None:
+    with pytest.raises(UserError, match="nothing is compiled"):
+        Single(device="cpu", cuda_graphs=True).start("float32")
+    with pytest.raises(UserError, match="CUDA graphs cannot run here") as caught:
+        Single(device="cpu", compile=True, cuda_graphs=True).start("float32")
+    assert caught.value.where == "engine.cuda_graphs" and "cpu" in (caught.value.why or "")
+    engine = Single(device="cpu", compile=True, cuda_graphs=True, fallback=True).start("float32")
+    policy = TinyPolicy()
+    policy.compile_pieces = lambda mode: None    # type: ignore[assignment]
+    told = engine.prepare(policy, Rule.model_validate({"kind": "adamw"}), group(policy.named_parameters())).fallbacks
+    assert told == ("compiled pieces run without CUDA graphs: the device is cpu",)
+
+
+def test_with_graphs_pieces_are_compiled_for_them_and_every_micro_batch_begins_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a fake: graphs need a card."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("begin"))
+    policy = TinyPolicy()
+    policy.compile_pieces = lambda mode: asked.append(mode)    # type: ignore[assignment]
+    engine = SingleEngine(torch.device("cpu"), "float32", compile=True, cuda_graphs=True)
+    engine.prepare(policy, Rule.model_validate({"kind": "adamw"}), group(policy.named_parameters()))
+    for step in range(2):
+        engine.forward(rows(step), ("logp",))
+    assert asked == ["reduce-overhead", "begin", "begin"]

@@ -33,6 +33,9 @@ class Single(EngineConfig):
     compile: bool = False
     """Compile the model with torch.compile: faster after a pause at the first step, other last digits."""
 
+    cuda_graphs: bool = False
+    """Replay the compiled pieces as CUDA graphs, without the cost of launching each kernel; needs compile."""
+
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
 
@@ -46,7 +49,13 @@ class Single(EngineConfig):
             require_compiler(device)
         if precision in ("float32", "float64"):
             torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
-        return SingleEngine(device, precision, compile=self.compile, arrangement=self.arrangement())
+        told: tuple[str, ...] = ()
+        if self.cuda_graphs:
+            told = require_graphs(device, self.compile, self.fallback)
+        return SingleEngine(
+            device, precision, compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told,
+            arrangement=self.arrangement(),
+        )
 
 
 class SingleEngine:
@@ -57,12 +66,14 @@ class SingleEngine:
     world_size = 1
 
     def __init__(
-        self, device: torch.device, precision: str, *, compile: bool = False,
-        arrangement: Arrangement = _UNASKED,
+        self, device: torch.device, precision: str, *, compile: bool = False, cuda_graphs: bool = False,
+        told: tuple[str, ...] = (), arrangement: Arrangement = _UNASKED,
     ) -> None:
         self.device = device
         self._arrangement = arrangement
-        self._compile = compile
+        self._compile, self._graphs = compile, cuda_graphs
+        self._told = told
+        """Fallbacks of the engine's own choices, for people."""
         self._loss_scale = LossScale() if precision == "float16" else None
         self._updates = 0
         self._norm: Tensor | None = None
@@ -77,13 +88,14 @@ class SingleEngine:
         optim/groups.py)."""
         policy.to(self.device)
         arranged = arrange(policy, self._arrangement)
+        arranged = arranged._replace(fallbacks=self._told + arranged.fallbacks)
         parameters = [parameter for group in groups for parameter in group["params"]]
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.float64}), f"{dtypes} are no masters of one type"
         assert {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in policy.parameters()}
         self._rule = rule
         self._parameters: list[nn.Parameter] = parameters
-        self._forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
+        self._forward: Callable[..., Outputs] = compiled(policy, self._graphs) if self._compile else policy
         self._optimizer: Optimizer = rule.build(groups)
         return arranged
 
@@ -91,6 +103,9 @@ class SingleEngine:
         return nullcontext()
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        if self._graphs:
+            # From here on, a graph may write over what it returned for the micro-batch before.
+            torch.compiler.cudagraph_mark_step_begin()
         return self._forward(batch.to(self.device), wants)
 
     def backward(self, loss: Tensor) -> None:
@@ -235,13 +250,31 @@ def arrange(policy: nn.Module, asked: Arrangement) -> Arranged:
     return Arranged()
 
 
-def compiled(policy: nn.Module) -> Callable[..., Outputs]:
+def compiled(policy: nn.Module, cuda_graphs: bool = False) -> Callable[..., Outputs]:
     """The policy, compiled: in the pieces it names itself, where it does, else as a whole."""
     pieces = getattr(policy, "compile_pieces", None)
+    mode = "reduce-overhead" if cuda_graphs else None    # what torch.compile calls CUDA graphs
     if pieces is None:
-        return torch.compile(policy)
-    pieces()
+        return torch.compile(policy, mode=mode)
+    pieces(mode)
     return policy
+
+
+def require_graphs(device: torch.device, compile: bool, fallback: bool) -> tuple[str, ...]:
+    """Nothing, where CUDA graphs can run; what to tell, where they cannot and need not. Else a UserError."""
+    if not compile:
+        raise UserError(
+            "CUDA graphs are made of compiled pieces, and nothing is compiled", where="engine.cuda_graphs",
+            fix="engine.compile=true, or engine.cuda_graphs=false",
+        )
+    if device.type == "cuda":
+        return ()
+    if not fallback:
+        raise UserError(
+            "CUDA graphs cannot run here", where="engine.cuda_graphs", why=f"the device is {device}",
+            fix="engine.cuda_graphs=false, or engine.fallback=true to go without and be told",
+        )
+    return (f"compiled pieces run without CUDA graphs: the device is {device}",)
 
 
 def require_compiler(device: torch.device) -> None:
