@@ -146,7 +146,7 @@ def attend_cached(q_BTHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, blocks: tuple[
     k_ZSC, v_ZSC = k_BKSC.flatten(0, 1), v_BKSC.flatten(0, 1)
     out_BTHC = torch.empty_like(q_BTHC)
     for block in blocks:
-        p_ZQK = _probabilities(_queries(q_BTHC, block, K), k_ZSC, block, B)
+        p_ZQK = _probabilities(_by_query(q_BTHC, block, K), k_ZSC, block, B)
         _write_queries(out_BTHC, torch.bmm(p_ZQK, v_ZSC[:, block.keys]), block, K)
     return out_BTHC
 
@@ -195,7 +195,7 @@ class _Blocks(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
         kept = []
         for block in blocks:
-            p_ZQK = _probabilities(_queries(q_BTHC, block, K), k_ZTC, block, B)
+            p_ZQK = _probabilities(_by_query(q_BTHC, block, K), k_ZTC, block, B)
             out_ZQC = torch.bmm(p_ZQK, v_ZTC[:, block.keys])
             _write_queries(out_BTHC, out_ZQC, block, K)
             kept.append(p_ZQK if keep else None)
@@ -216,14 +216,13 @@ class _Blocks(torch.autograd.Function):
         dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
         for block, kept in zip(ctx.blocks, probabilities, strict=True):
             keys = block.keys
-            q_ZQC, g_ZQC = _queries(q_BTHC, block, K), _by_query(grad_BTHC, block, K)
+            q_ZQC, g_ZQC = _by_query(q_BTHC, block, K), _by_query(grad_BTHC, block, K)
             p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B) if kept is None else kept
             dv_ZTC[:, keys] += torch.bmm(p_ZQK.transpose(1, 2), g_ZQC)
             dp_ZQK = torch.bmm(g_ZQC, v_ZTC[:, keys].transpose(1, 2))
             ds_ZQK = torch._softmax_backward_data(dp_ZQK, p_ZQK, -1, p_ZQK.dtype)
-            # q already carries the scale, so its gradient needs it and the keys' does not.
-            _write_queries(dq_BTHC, torch.bmm(ds_ZQK, k_ZTC[:, keys]).mul_(C**-0.5), block, K)
-            dk_ZTC[:, keys] += torch.bmm(ds_ZQK.transpose(1, 2), q_ZQC)
+            _write_queries(dq_BTHC, _scaled(ds_ZQK, k_ZTC[:, keys], C), block, K)
+            dk_ZTC[:, keys] += _scaled(ds_ZQK.transpose(1, 2), q_ZQC, C)
         dk_BTKC, dv_BTKC = (
             x.view(B, K, T, C).transpose(1, 2).to(q_BTHC.dtype) for x in (dk_ZTC, dv_ZTC)
         )
@@ -247,8 +246,9 @@ def _by_query(x_BTHC: Tensor, block: Block, K: int) -> Tensor:
     return part.permute(0, 2, 3, 1, 4).reshape(B * K, H // K * n, C)
 
 
-def _queries(q_BTHC: Tensor, block: Block, K: int) -> Tensor:
-    return _by_query(q_BTHC, block, K) * q_BTHC.shape[-1] ** -0.5
+def _scaled(a: Tensor, b: Tensor, C: int) -> Tensor:
+    """a b / sqrt(C): the product's own epilogue scales, before it rounds."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0.0, alpha=C**-0.5)
 
 
 def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> None:
@@ -260,7 +260,7 @@ def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> Non
 
 def _probabilities(q_ZQC: Tensor, k_ZTC: Tensor, block: Block, B: int) -> Tensor:
     """softmax over the visible keys of a block: [Z, Q, keys]; reduced in float32 inside torch's kernel."""
-    scores_ZQK = torch.bmm(q_ZQC, k_ZTC[:, block.keys].transpose(1, 2))
+    scores_ZQK = _scaled(q_ZQC, k_ZTC[:, block.keys].transpose(1, 2), q_ZQC.shape[-1])
     n = block.stop - block.start
     by_row = scores_ZQK.view(B, -1, scores_ZQK.shape[1] // n, n, scores_ZQK.shape[2])
     if block.hidden_B11QK is None:
