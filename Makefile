@@ -66,10 +66,9 @@ benchmarks/.venv-%/stamp: benchmarks/%.txt | $(VENV)/python.stamp
 
 bench-install: $(VENV)/core.stamp benchmarks/.venv-peers/stamp benchmarks/.venv-litgpt/stamp  ## what the benchmarks compare with
 
-bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER for generation
+bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER names the model for generation
 	$(BIN)/python benchmarks/pretrain.py
-	@if [ -n "$(SMOLLM2)" ]; then $(BIN)/python benchmarks/generate.py --model "$(SMOLLM2)"; \
-	  else echo "benchmarks/generate.py is left out: SMOLLM2=FOLDER names the model"; fi
+	$(BIN)/python benchmarks/generate.py
 
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
