@@ -146,7 +146,7 @@ def test_a_wrong_compiled_piece_is_refused_at_the_first_step(piece: str, monkeyp
 
 @pytest.mark.parametrize("trained", ["lm_head", "layers.0.mlp", "layers.0.self_attn.q_proj"])
 def test_pieces_are_proven_in_a_model_that_is_frozen_in_part(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda part, dynamic, mode: part)
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     model = decoder()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
@@ -156,7 +156,7 @@ def test_pieces_are_proven_in_a_model_that_is_frozen_in_part(trained: str, monke
 
 
 def test_pieces_are_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda part, dynamic, mode: part)
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     seen: list[str] = []
     monkeypatch.setattr(decoder_module.proof, "require_same", lambda what, *others: seen.append(what))
     monkeypatch.setattr(proof, "_require_near", lambda what, *others: seen.append(what))

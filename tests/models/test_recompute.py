@@ -47,7 +47,7 @@ def test_loss_and_gradients_keep_their_bits(path: str, dropout: float) -> None:
 def test_compiled_pieces_are_computed_again_with_the_same_bits(
     plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda part, dynamic, mode: part)
+    monkeypatch.setattr(torch, "compile", lambda part, **_: part)
     model = decoder()
     model.compile_pieces()
     kept = outcome(model)
