@@ -191,42 +191,41 @@ class _Blocks(torch.autograd.Function):
         B, T, H, _ = q_BTHC.shape
         K = k_BTKC.shape[2]
         k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
-        out_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
+        queries, out = _cut(q_BTHC, K), _Room(q_BTHC, K)
         keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
         kept = []
-        for block in blocks:
-            p_ZQK = _probabilities(_by_query(q_BTHC, block, K), k_ZTC, block, B)
-            out_ZQC = torch.bmm(p_ZQK, v_ZTC[:, block.keys])
-            _write_queries(out_BTHC, out_ZQC, block, K)
+        for block, q_ZQC, out_ZQC in zip(blocks, queries, out.blocks(), strict=True):
+            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B)
+            torch.bmm(p_ZQK, v_ZTC[:, block.keys], out=out_ZQC)
             kept.append(p_ZQK if keep else None)
         # Through autograd, so that whoever recomputes activations drops these too.
-        ctx.save_for_backward(q_BTHC, k_ZTC, v_ZTC, *kept)
-        ctx.blocks = blocks
-        return out_BTHC
+        ctx.save_for_backward(k_ZTC, v_ZTC, *queries, *kept)
+        ctx.blocks, ctx.shape = blocks, q_BTHC.shape
+        return out.joined()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BTHC, k_ZTC, v_ZTC, *probabilities = ctx.saved_tensors
-        B, T, _, C = q_BTHC.shape
-        K = k_ZTC.shape[0] // B
-        dq_BTHC = torch.empty_like(q_BTHC, memory_format=torch.contiguous_format)
+        k_ZTC, v_ZTC, *saved = ctx.saved_tensors
+        B, T, _, C = ctx.shape
+        K, dtype = k_ZTC.shape[0] // B, k_ZTC.dtype
+        gradients, dq = _cut(grad_BTHC, K), _Room(grad_BTHC, K)
         # Every block adds to the keys before it; in bfloat16 these sums would lose digits with the row's length.
-        wide = torch.promote_types(q_BTHC.dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
         dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
-        for block, kept in zip(ctx.blocks, probabilities, strict=True):
+        queries, probabilities = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        for block, q_ZQC, kept, g_ZQC, dq_ZQC in zip(
+            ctx.blocks, queries, probabilities, gradients, dq.blocks(), strict=True
+        ):  # fmt: skip
             keys = block.keys
-            q_ZQC, g_ZQC = _by_query(q_BTHC, block, K), _by_query(grad_BTHC, block, K)
             p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B) if kept is None else kept
             dv_ZTC[:, keys] += torch.bmm(p_ZQK.transpose(1, 2), g_ZQC)
             dp_ZQK = torch.bmm(g_ZQC, v_ZTC[:, keys].transpose(1, 2))
             ds_ZQK = torch._softmax_backward_data(dp_ZQK, p_ZQK, -1, p_ZQK.dtype)
-            _write_queries(dq_BTHC, _scaled(ds_ZQK, k_ZTC[:, keys], C), block, K)
+            _scaled(ds_ZQK, k_ZTC[:, keys], C, out=dq_ZQC)
             dk_ZTC[:, keys] += _scaled(ds_ZQK.transpose(1, 2), q_ZQC, C)
-        dk_BTKC, dv_BTKC = (
-            x.view(B, K, T, C).transpose(1, 2).to(q_BTHC.dtype) for x in (dk_ZTC, dv_ZTC)
-        )
-        return dq_BTHC, dk_BTKC, dv_BTKC, None
+        dk_BTKC, dv_BTKC = (x.view(B, K, T, C).transpose(1, 2).to(dtype) for x in (dk_ZTC, dv_ZTC))
+        return dq.joined(), dk_BTKC, dv_BTKC, None
 
 
 _KEPT_BYTES = 64 * 2**20
@@ -246,9 +245,43 @@ def _by_query(x_BTHC: Tensor, block: Block, K: int) -> Tensor:
     return part.permute(0, 2, 3, 1, 4).reshape(B * K, H // K * n, C)
 
 
-def _scaled(a: Tensor, b: Tensor, C: int) -> Tensor:
+def _cut(x_BTHC: Tensor, K: int) -> tuple[Tensor, ...]:
+    """The queries of every block, each as `_by_query` gives them: one copy for all whole blocks."""
+    B, T, H, C = x_BTHC.shape
+    whole, G = T // BLOCK, H // K
+    part = x_BTHC[:, : whole * BLOCK].view(B, whole, BLOCK, K, G, C)
+    blocks = part.permute(1, 0, 3, 4, 2, 5).reshape(whole, B * K, G * BLOCK, C).unbind(0)
+    rest = Block(whole * BLOCK, T, 0, T, None)
+    return (*blocks, _by_query(x_BTHC, rest, K)) if T % BLOCK else tuple(blocks)
+
+
+class _Room:
+    """Unset results for every block of queries, as `_cut` lays them out."""
+
+    def __init__(self, x_BTHC: Tensor, K: int) -> None:
+        B, T, H, C = x_BTHC.shape
+        self.shape, self.K, G = x_BTHC.shape, K, H // K
+        self.whole_NZQC = x_BTHC.new_empty(T // BLOCK, B * K, G * BLOCK, C)
+        self.rest_ZQC = x_BTHC.new_empty(B * K, G * (T % BLOCK), C)
+
+    def blocks(self) -> tuple[Tensor, ...]:
+        return (*self.whole_NZQC, self.rest_ZQC) if self.shape[1] % BLOCK else tuple(self.whole_NZQC)
+
+    def joined(self) -> Tensor:
+        """[B, T, H, C]: one copy for all whole blocks."""
+        B, T, H, C = self.shape
+        whole, G = T // BLOCK, H // self.K
+        out_BTHC = self.whole_NZQC.new_empty(self.shape)
+        part = self.whole_NZQC.view(whole, B, self.K, G, BLOCK, C).permute(1, 0, 4, 2, 3, 5)
+        out_BTHC[:, : whole * BLOCK].view(B, whole, BLOCK, self.K, G, C).copy_(part)
+        if T % BLOCK:
+            _write_queries(out_BTHC, self.rest_ZQC, Block(whole * BLOCK, T, 0, T, None), self.K)
+        return out_BTHC
+
+
+def _scaled(a: Tensor, b: Tensor, C: int, out: Tensor | None = None) -> Tensor:
     """a b / sqrt(C): the product's own epilogue scales, before it rounds."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0.0, alpha=C**-0.5)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0.0, alpha=C**-0.5, out=out)
 
 
 def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> None:
