@@ -175,7 +175,8 @@ def test_every_verb_is_a_function_of_one_documented_config(name: str) -> None:
 
 def python(*arguments: str, **keys: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False, **keys
+        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
+        **keys,
     )
 
 
@@ -203,6 +204,7 @@ import os, signal, sys, types
 from llmtrainer.apps.cli import main
 from llmtrainer.base import verbs
 def wait(request: "SchemaRequest") -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # whoever began the tests may have had it ignored
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
 from llmtrainer.apps.schema import SchemaRequest
