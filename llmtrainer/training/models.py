@@ -41,6 +41,11 @@ def open_model(
     UserError if there is no model, or the tokenizer has ids that the model has no row for.
     """
     folder = model_folder(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"no model `{path}`", why=f"there is no such folder in {Path.cwd()}",
+            fix="name a run directory, a checkpoint, a Hugging Face folder or a hub id: HuggingFaceTB/SmolLM2-135M",
+        )
     chosen = _precision_of(folder) if precision == "auto" else precision
     place = find_device(device, chosen)
     words = tokenizers.load_tokenizer(folder if tokenizer is None else locate(tokenizer, weights=False).folder)

@@ -462,3 +462,11 @@ def test_a_run_without_a_step_is_refused(tmp_path: Path) -> None:
         log.append("start", step=0)
     with pytest.raises(UserError, match="no step to draw"):
         plot(Plot(runs=(str(tmp_path),)))
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_a_model_that_is_not_there_is_refused_by_its_own_name(verb: str) -> None:
+    settings = {"evaluate": Evaluation(model="absent", data="text"), "generate": Generation(model="absent", prompt="a")}
+    with pytest.raises(UserError, match="no model `absent`") as caught:
+        {"evaluate": evaluate, "generate": generate}[verb](settings[verb])    # type: ignore[operator]
+    assert "hub id" in (caught.value.fix or "")
