@@ -23,14 +23,12 @@ from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
-from llmtrainer.models.hugging_face import from_config, to_config, zero_biases
+from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
 from llmtrainer.models.weights import CONFIG, INDEX, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.models import model_folder
 
 GENERATION = "generation_config.json"
-OWN = "llmtrainer"
-"""The key of config.json under which our own fields stand, for us alone."""
 PROBES = (
     "The quick brown fox jumps over the lazy dog.", "  def main(argv):\n\treturn 0\n\n", "it's 12345.678 x==y",
     "\u6625\u7720\u4e0d\u89c9\u6653\uff0c\u5904\u5904\u95fb\u557c\u9e1f\u3002", "na\u00efve caf\u00e9 e\u0301",
@@ -103,8 +101,9 @@ def export(settings: Export) -> Exported:
     source, out = model_folder(settings.model), Path(settings.out)
     _require_free(out, source, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer or source)
-    precision = _stored_type(source) if settings.precision == "auto" else settings.precision
-    decoder = load_policy(source, torch.float64 if _stored_type(source) == "float64" else torch.float32).eval()
+    stored = _stored_type(source)
+    precision = stored if settings.precision == "auto" else settings.precision
+    decoder = load_policy(source, torch.float64 if stored == "float64" else torch.float32).eval()
     _require_fit(tokenizer, decoder, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")

@@ -17,7 +17,7 @@ from llmtrainer.models.rotary import RopeScaling
 READABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose weights a Llama family can hold."""
 
-_OWN = "llmtrainer"
+OWN = "llmtrainer"
 """The key of our own fields, and the `model_type` of what no class of transformers computes."""
 
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -81,9 +81,9 @@ def to_config(
         "eos_token_id": end,
         "pad_token_id": pad,
         "torch_dtype": dtype,
-        _OWN: family.model_dump(mode="json"),
+        OWN: family.model_dump(mode="json"),
     }
-    if model_type == _OWN:
+    if model_type == OWN:
         del config["rope_scaling"]      # transformers warns about it where no class takes it
     if model_type in ("qwen2", "qwen3") and family.sliding_window is not None:
         config |= {
@@ -109,16 +109,16 @@ def _class_of(family: Llama, *, qwen2: bool) -> tuple[str, str | None]:
     # These classes have one switch for the biases of all four matrices; one that is missing is saved as zeros.
     all_biases = family.attention_bias or not family.output_bias
     if family.rotary_share != 1.0:
-        return _OWN, None
+        return OWN, None
     if family.query_key_norm:
-        return ("qwen3", "Qwen3ForCausalLM") if all_biases and not family.mlp_bias else (_OWN, None)
+        return ("qwen3", "Qwen3ForCausalLM") if all_biases and not family.mlp_bias else (OWN, None)
     if qwen2 and family.attention_bias and not family.output_bias and not family.mlp_bias:
         return "qwen2", "Qwen2ForCausalLM"
     if family.sliding_window is None and all_biases:
         return "llama", "LlamaForCausalLM"
     if not (family.attention_bias or family.output_bias or family.mlp_bias):
         return "mistral", "MistralForCausalLM"
-    return _OWN, None
+    return OWN, None
 
 
 def _rope_to_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -133,7 +133,7 @@ def _rope_to_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def from_config(config: Mapping[str, Any], where: str) -> tuple[Llama, int]:
     """The family and the vocabulary of a config.json. What we would compute differently is refused by name."""
-    model_type, own = config.get("model_type"), config.get(_OWN)
+    model_type, own = config.get("model_type"), config.get(OWN)
     if model_type not in READABLE and own is None:
         raise UserError(
             f"model_type `{model_type}` is no family of ours",
@@ -264,9 +264,9 @@ def _require_same(ours: Llama, theirs: Llama, where: str) -> None:
     for key, (one, other) in pairs.items():
         if one != other:
             raise UserError(
-                f"{key} is {_rope_or(other)}, and {_rope_or(one)} under `{_OWN}`",
+                f"{key} is {_rope_or(other)}, and {_rope_or(one)} under `{OWN}`",
                 where=where, why="one of the two was changed after the file was written",
-                fix=f"remove `{_OWN}` from the file if the other keys are right",
+                fix=f"remove `{OWN}` from the file if the other keys are right",
             )
 
 
