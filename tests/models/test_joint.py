@@ -48,4 +48,5 @@ def test_a_weight_gradient_is_the_same_product_either_way_round() -> None:
         x, grad = torch.randn(70, inputs, dtype=torch.float64), torch.randn(70, outputs, dtype=torch.float64)
         expected = torch.einsum("no,ni->oi", grad, x)
         for turned in (False, True):
-            assert torch.allclose(weight_gradient(grad, x, torch.float64, turned), expected, atol=FLOAT64_GRADIENT_RELATIVE)
+            found = weight_gradient(grad, x, torch.float64, turned)
+            assert torch.allclose(found, expected, atol=FLOAT64_GRADIENT_RELATIVE)
