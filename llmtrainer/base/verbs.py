@@ -50,6 +50,10 @@ VERBS = {
         "llmtrainer.training.prepare:prepare", "text -> a store of tokens, ready to train on",
         ("prepare corpus/ runs/store tokenizer=runs/tokenizer",),
     ),
+    "plan-batches": Verb(
+        "llmtrainer.apps.plan_batches:plan_batches", "how large a micro-batch must be, and how full it will be",
+        ("plan-batches runs/store group_size=8 batch_size=64 max_length=2048",),
+    ),
     "train": Verb(
         "llmtrainer.training.run:train", "run a recipe, or continue it where it stopped",
         ("train recipes/tiny/pretrain.yaml", "train recipes/tiny/pretrain.yaml seed=1 run=runs/seed-1"),

@@ -22,7 +22,8 @@ from llmtrainer.tokenizer.stream import ByteStream, TextStream, WindowStream, by
 
 Allowed = Literal["none", "none_raise", "all"] | Set[str]
 
-COMPANIONS = (CONFIG_FILE, MAP_FILE, "added_tokens.json", "chat_template.jinja")
+TEMPLATE_FILE = "chat_template.jinja"
+COMPANIONS = (CONFIG_FILE, MAP_FILE, "added_tokens.json", TEMPLATE_FILE)
 """What may stand beside tokenizer.json and is passed on, byte for byte, when a tokenizer is saved."""
 
 LONG_TEXT = 1_000_000
@@ -44,6 +45,9 @@ class FileTokenizer:
         description = parsed(files, FILE, where)
         added = sorted(description.get("added_tokens") or (), key=lambda token: token["id"])
         self._control: dict[str, int] = {token["content"]: token["id"] for token in added if not is_word(token)}
+        self._greedy = {
+            token["content"]: (bool(token.get("lstrip")), bool(token.get("rstrip"))) for token in added
+        }
         self._hidden = frozenset(token["id"] for token in added if token["special"])
         self._bare = bare = without_control(description, self._control)
         self._first_only = first_only(bare)
@@ -62,7 +66,9 @@ class FileTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         self._vocabulary = 1 + max(self._whole.get_vocab(with_added_tokens=True).values())
-        roles = _roles(files, where)
+        self.roles: Mapping[str, str] = _roles(files, where)
+        """Token names by role, such as `eos_token`, as the files give them."""
+        roles = self.roles
         self._end = self._control_id(roles, "eos_token", (END, "</s>", "<|end_of_text|>"))
         self._pad = self._control_id(roles, "pad_token", (PAD, "<pad>"), self._end)
         self._begin = self._template_begin()
@@ -100,6 +106,25 @@ class FileTokenizer:
     def control(self) -> Mapping[str, int]:
         return dict(self._control)
 
+    @property
+    def takes_blanks(self) -> Mapping[str, tuple[bool, bool]]:
+        """Which control tokens take the blanks before and behind them into themselves, where a program wrote them."""
+        return {name: self._greedy[name] for name in self._control if any(self._greedy[name])}
+
+    @cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates that lie with the tokenizer, by name; `default` is the one. Empty without any."""
+        found: dict[str, str] = {}
+        if CONFIG_FILE in self._files:
+            told = parsed(self._files, CONFIG_FILE, self._where).get("chat_template")
+            if isinstance(told, str):
+                found["default"] = told
+            elif isinstance(told, list):
+                found |= {str(item["name"]): str(item["template"]) for item in told}
+        if TEMPLATE_FILE in self._files:
+            found["default"] = self._files[TEMPLATE_FILE]
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the model, what prepares text for it, the added tokens and the ids that begin and end a
@@ -136,15 +161,26 @@ class FileTokenizer:
                         fix='allowed="none" reads it as ordinary text',
                     )
             return self.encode_batch([text])[0]
-        ids: list[int] = []
         names = self._names(allowed)
-        for place, part in enumerate(found):
-            if part in names:
-                ids.append(self._control[part])
-            elif place and self._first_only:
-                ids.extend(self.encode_continuation(part))
+        parts = self.encode_parts([self._control[part] if part in names else part for part in found])
+        return [token for ids in parts for token in ids]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[list[int]]:
+        """Ids of each part of one text: a control token as its id, the rest as text. Text behind text goes on where
+        the other ended, and behind a control token as this tokenizer does it."""
+        goes_on = [
+            place > 0 and (self._first_only or isinstance(parts[place - 1], str)) for place in range(len(parts))
+        ]
+        ids: list[list[int]] = [[part] if isinstance(part, int) else [] for part in parts]
+        for later in (False, True):
+            places = [place for place, part in enumerate(parts) if isinstance(part, str) and goes_on[place] == later]
+            texts = [str(parts[place]) for place in places]
+            if later:
+                done = [self.encode_continuation(text) for text in texts]
             else:
-                ids.extend(self.encode_batch([part])[0])
+                done = self.encode_batch(texts) if texts else []
+            for place, found in zip(places, done, strict=True):
+                ids[place] = found
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:

@@ -1,0 +1,265 @@
+"""Jinja templates from anywhere, run where they can neither reach anything nor grow without bound."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date, datetime, time
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from llmtrainer.base.errors import UserError
+
+MAXIMUM_ROUNDS = 1_000_000
+"""Passes through loops and macros in one render."""
+MAXIMUM_TEXT = 2**22
+"""Characters of one string, beyond eight times what the conversation has."""
+MAXIMUM_WORK = 2**27
+"""Characters that all operations of one render make or read, beyond 256 times what the conversation has."""
+
+STRING_METHODS = frozenset(
+    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
+    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
+    "rstrip split splitlines startswith strip swapcase title upper".split()
+)
+"""What a template may call of a text. What pads to a width is left out: it makes gigabytes of one word."""
+FILTERS = frozenset(
+    "abs attr capitalize count d default dictsort e escape first float forceescape groupby indent int items join last "
+    "length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string "
+    "striptags sum title trim truncate unique upper urlencode wordcount".split()
+)
+_DATE_FORMAT = re.compile(r"(?:[^%]|%-?[A-Za-z%]){0,100}")
+
+
+class Template:
+    """A compiled chat template. The same words as transformers gives them are there: `tojson` that escapes no HTML,
+    `raise_exception`, `strftime_now`, `{% generation %}`, `break` and `continue`; blocks leave no line behind."""
+
+    def __init__(self, source: str, where: str, day: date | None = None) -> None:
+        """`day`: what the template's clock shows. UserError where the template is no Jinja."""
+        self.source, self.where = source, where
+        self._environment = _Environment(day, where)
+        try:
+            self._compiled = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                "the chat template is no Jinja", where=f"{where}, line {error.lineno}", why=error.message,
+                fix="mend the line, or name a built-in template",
+            ) from error
+        except (SecurityError, RecursionError) as error:
+            raise UserError("the chat template was stopped", where=where, why=str(error)) from error
+
+    def render(self, values: Mapping[str, Any], size: int, marks: Callable[[str], bool] | None = None) -> str:
+        """The text. `size`: characters of the conversation, to which the bounds are relative. `marks`: which
+        characters must survive where the template asks for pure ASCII. UserError where the template refuses."""
+        self._environment.begin(size, marks)
+        try:
+            return self._environment.joined(self._compiled.generate(**values))
+        except SecurityError as error:
+            raise UserError("the chat template was stopped", where=self.where, why=str(error)) from error
+        except UserError:
+            raise
+        except RecursionError as error:
+            raise UserError(
+                "the chat template was stopped", where=self.where, why="it calls itself without end"
+            ) from error
+        except Exception as error:  # jinja2's own, or whatever Python says of what the template does with its values
+            raise UserError(
+                "the chat template refuses the conversation", where=self.where, why=str(error) or type(error).__name__,
+            ) from error
+
+
+class _Generation(Extension):
+    """`{% generation %}`: what transformers' own masks go by. What it holds is rendered, and proved as any other."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 asks for it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Without names that begin with an underscore, behind which Python keeps its own."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, given = args[0], dict(*args[1:], **kwargs)
+        for name in given:
+            _require_open(name)
+        jinja2.utils.Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _require_open(name)
+        super().__setitem__(name, value)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, day: date | None, where: str) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._day, self._where = day, where
+        self._state = threading.local()
+        self.begin(0, None)
+        self.filters = {name: self.filters[name] for name in FILTERS} | {
+            "tojson": self._to_json, "join": self._join_filter, "indent": self._indent_filter,
+            "replace": lambda text, old, new, count=-1: self._replace(str(text), str(old), str(new), count),
+        }
+        del self.globals["lipsum"]
+        self.globals |= {
+            "raise_exception": _raise, "strftime_now": self._now, "namespace": _Namespace,
+        }
+        self.concat = self.joined  # type: ignore[method-assign]  # what macros and set blocks are joined by
+
+    def begin(self, size: int, marks: Callable[[str], bool] | None) -> None:
+        state = self._state
+        state.rounds, state.work = MAXIMUM_ROUNDS, MAXIMUM_WORK + 256 * size
+        state.longest, state.marks = MAXIMUM_TEXT + 8 * size, marks
+
+    def tick(self) -> str:
+        """One more pass through a loop or a macro."""
+        self._state.rounds -= 1
+        if self._state.rounds < 0:
+            raise SecurityError(f"it went through its loops {MAXIMUM_ROUNDS:,} times")
+        return ""
+
+    def joined(self, parts: Iterable[Any]) -> str:
+        """All parts as one text, as long as it may be."""
+        kept: list[str] = []
+        length = 0
+        for part in parts:
+            kept.append(str(part))
+            length += len(kept[-1])
+            self._bound(length)
+        self._charge(length)
+        return "".join(kept)
+
+    def concatenated(self, *parts: Any) -> str:
+        """`a ~ b`."""
+        return self.joined(parts)
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            self._charge(self._bound(len(left) + len(right)))
+        elif operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | list | tuple) and isinstance(other, int):
+                    self._charge(self._bound(len(one) * max(other, 0)))
+        elif operator == "%" and isinstance(left, str) and re.search(r"%[^%A-Za-z]*(\d{4}|\*)", left):
+            raise SecurityError("it pads a text to a width")
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > 4_096:
+                raise SecurityError("it makes a number of more than 4,096 bits")
+        return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr not in STRING_METHODS:
+            return False
+        return not isinstance(obj, int | float | bytes) and super().is_safe_attribute(obj, attr, value)
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0913
+        text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if isinstance(text, str):
+            self._charge(len(text))
+            if name == "replace":
+                return self._replace(text, *args, **kwargs)
+            if name == "join":
+                return self._join(text, *args)
+        return super().call(context, obj, *args, **kwargs)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
+        return _Joining().visit(template)
+
+    def _bound(self, length: int) -> int:
+        if length > self._state.longest:
+            raise SecurityError(f"it makes a text of more than {self._state.longest:,} characters")
+        return length
+
+    def _charge(self, work: int) -> None:
+        self._state.work -= work
+        if self._state.work < 0:
+            raise SecurityError("it works on more text than any conversation needs")
+
+    def _replace(self, text: str, old: str, new: str, count: int | None = -1) -> str:
+        found = text.count(old)
+        if count is not None and count >= 0:
+            found = min(found, count)
+        self._charge(self._bound(len(text) + found * max(len(new) - len(old), 0)))
+        return text.replace(old, new, -1 if count is None else count)
+
+    def _join(self, between: str, parts: Iterable[Any]) -> str:
+        parts = [part if isinstance(part, str) else str(part) for part in parts]
+        self._charge(self._bound(sum(map(len, parts)) + len(between) * max(len(parts) - 1, 0)))
+        return between.join(parts)
+
+    def _join_filter(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+        if attribute is not None:
+            value = [self.getitem(item, attribute) for item in value]
+        return self._join(str(d), value)
+
+    def _indent_filter(self, s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        margin = width if isinstance(width, str) else " " * min(max(width, 0), 64)
+        lines = str(s).splitlines(keepends=True)
+        self._charge(self._bound(len(s) + len(lines) * len(margin)))
+        return "".join(
+            margin + line if (place or first) and (blank or line.strip()) else line for place, line in enumerate(lines)
+        )
+
+    def _to_json(
+        self, value: Any, ensure_ascii: bool = False, indent: int | None = None,
+        separators: Sequence[str] | None = None, sort_keys: bool = False,
+    ) -> str:
+        if isinstance(indent, int) and indent > 64:
+            raise SecurityError("it pads a text to a width")
+        pair = None if separators is None else (str(separators[0]), str(separators[1]))
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+        self._charge(self._bound(len(text)))
+        marks = self._state.marks
+        if marks is None or not ensure_ascii:
+            return text
+
+        def shown(match: re.Match[str]) -> str:
+            letter: str = json.loads(f'"{match[0]}"')
+            return letter if marks(letter) else match[0]
+
+        return re.sub(r"\\udb[89a-f][0-9a-f]\\ud[c-f][0-9a-f]{2}", shown, text)
+
+    def _now(self, form: str) -> str:
+        if self._day is None:
+            raise UserError(
+                "the chat template asks for the date, and none is given", where=self._where,
+                why="the same data would become other tokens tomorrow", fix=f"date={date.today().isoformat()}",
+            )
+        if not _DATE_FORMAT.fullmatch(form):
+            raise SecurityError(f"it asks for the date in the form {form[:40]!r}")
+        return datetime.combine(self._day, time()).strftime(form)
+
+
+class _Joining(jinja2.visitor.NodeTransformer):
+    """`a ~ b` as a call that can be bounded."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        called = nodes.EnvironmentAttribute("concatenated")
+        return nodes.Call(called, node.nodes, [], None, None, lineno=node.lineno).set_environment(node.environment)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _require_open(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"it stores {name!r} in a namespace")
