@@ -256,8 +256,7 @@ class Chat:
         names = {token: name for name, token in self.tokenizer.control.items()}
         roles = {role: name for role, name in self.tokenizer.roles.items() if name in self.tokenizer.control}
         roles.setdefault("eos_token", names.get(self.tokenizer.end, ""))
-        begin = self.tokenizer.begin
-        return {**roles, "begin_token": "" if begin is None else names.get(begin, "")}
+        return roles
 
     def _find_ends(self) -> tuple[int, ...]:
         """The control tokens that end an answer, by trying a question, an answer, and what may come next."""

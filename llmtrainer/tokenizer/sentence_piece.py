@@ -170,6 +170,9 @@ class SentencePieceTokenizer(FileTokenizer):
         (ids,) = self._by(self._later, [text])
         return ids
 
+    def files(self) -> dict[str, str]:
+        return dict(self._beside)
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._data)

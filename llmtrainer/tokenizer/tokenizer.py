@@ -233,6 +233,15 @@ class FileTokenizer:
         """Text while tokens arrive: `feed(id)` gives what this id completes, `close()` the rest."""
         return ByteStream(self._bytes_of) if self._by_bytes else WindowStream(self.decode)
 
+    def numbered(self, name: str) -> int | None:
+        """The id of an entry of the vocabulary, control token or word, by its exact spelling there."""
+        number = self._whole.token_to_id(name)
+        return None if number is None else int(number)
+
+    def files(self) -> dict[str, str]:
+        """The text files that describe it, by name."""
+        return dict(self._files)
+
     def save(self, folder: Path) -> None:
         """Write the files that transformers.AutoTokenizer and `load_tokenizer` read."""
         folder.mkdir(parents=True, exist_ok=True)
