@@ -14,18 +14,26 @@ def derive(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def dropout(x_BTD: Tensor, rate: float, key: int, place_B: Tensor, site: int) -> Tensor:
+def dropout(
+    x_BTD: Tensor, rate: float, key: int, place: Tensor, site: int, position_BT: Tensor | None = None
+) -> Tensor:
     """Inverted dropout whose mask is a function of (key, place of the row in the step, site, element).
 
     The key holds (seed, step); neither micro-batches nor ranks, nor an evaluation between two steps, can shift
-    the mask. Costs one 32-bit mix per element (the finaliser of MurmurHash3, public domain).
+    the mask. `place` is [B]; or [B, T], of the sequence that each token belongs to, and then `position_BT` is the
+    token's place in that sequence: the mask is the one of the sequence in a row of its own. Costs one 32-bit mix per
+    element (the finaliser of MurmurHash3, public domain).
     """
     if rate == 0.0:
         return x_BTD
     _, T, D = x_BTD.shape
-    row_B = _mix(place_B * 0x9E3779B1 + derive(key, "dropout", site))
-    element_TD = torch.arange(T * D, device=x_BTD.device).view(T, D)
-    bits_BTD = _mix(row_B[:, None, None] ^ element_TD)
+    assert (place.dim() == 2) == (position_BT is not None)
+    row = _mix(place * 0x9E3779B1 + derive(key, "dropout", site))
+    if position_BT is None:
+        bits_BTD = _mix(row[:, None, None] ^ torch.arange(T * D, device=x_BTD.device).view(T, D))
+    else:
+        element_BTD = position_BT.long()[:, :, None] * D + torch.arange(D, device=x_BTD.device)
+        bits_BTD = _mix(row[:, :, None] ^ element_BTD)
     kept_BTD = bits_BTD >= int(rate * 2**32)
     return x_BTD * kept_BTD.to(x_BTD.dtype) * (1.0 / (1.0 - rate))
 

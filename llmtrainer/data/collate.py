@@ -23,6 +23,8 @@ class Row:
     """Which document of the row each token belongs to, ascending from 0: [n + 1]."""
     place: int
     """Place of the row in its optimizer step."""
+    counts: NDArray[np.float32] | None = None
+    """How much each token counts where something announces it, [n + 1]. None: 1."""
 
     @property
     def inputs(self) -> int:
@@ -35,7 +37,7 @@ class Row:
         its own document announces."""
         weights = np.zeros(len(self.tokens), dtype=np.float32)
         weights[1:] = self.document[1:] == self.document[:-1]
-        return weights
+        return weights if self.counts is None else weights * self.counts.astype(np.float32)
 
     @property
     def positions(self) -> NDArray[np.int32]:
@@ -73,6 +75,29 @@ def collate(rows: Sequence[Row]) -> Batch:
         position_BT=torch.from_numpy(position),
         sequence_BT=torch.from_numpy(sequence),
         place_B=torch.tensor([row.place for row in rows], dtype=torch.int64),
+    )
+
+
+def end_to_end(rows: Sequence[Row]) -> Batch:
+    """One row [1, T] of several rows of one document each, without padding: T is what they read together.
+
+    Each token keeps the place of the row that it came in, so that dropout does not depend on who shares the batch.
+    """
+    assert all(row.inputs and not row.document.any() for row in rows)
+
+    def joined(parts: Sequence[NDArray[Any]], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(dtype)[None])
+
+    number_BT = joined([np.full(row.inputs, number) for number, row in enumerate(rows)], np.int32)
+    return Batch(
+        tokens_BT=joined([row.tokens[:-1] for row in rows], np.int64),
+        targets_BT=joined([row.tokens[1:] for row in rows], np.int64),
+        weights_BT=joined([row.weights[1:] for row in rows], np.float32),
+        document_BT=number_BT,
+        position_BT=joined([row.positions[:-1] for row in rows], np.int32),
+        sequence_BT=number_BT.clone(),
+        place_B=torch.tensor([rows[0].place], dtype=torch.int64),
+        place_BT=joined([np.full(row.inputs, row.place) for row in rows], np.int64),
     )
 
 

@@ -72,9 +72,14 @@ class Reading:
     """Whether a pickle may run the code in it, instead of being refused if it holds more than plain values."""
     raw_ids: Literal["uint16", "uint32"] = "uint16"
     """How a raw `.bin` stores a token id, little-endian."""
+    whole: bool = False
+    """Whether whole records are wanted, as a format of conversations reads them, and not the text in them."""
 
     def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The fields of a record with these names that make its text; empty if it has none of `fields`."""
+        """The fields of a record with these names that make its text; empty if it has none of `fields`. All of
+        them where whole records are wanted."""
+        if self.whole:
+            return tuple(names)
         for field in self.fields:
             for parts in ((field,), tuple(field.split("+"))):    # a column may have a + in its own name
                 if all(part in names for part in parts):
@@ -120,8 +125,9 @@ class Reader(Kind):
     suffixes: ClassVar[tuple[str, ...]]
     """Endings of the files it reads, such as `.jsonl`; in front of `.gz` and its like too."""
 
-    holds: ClassVar[Literal["text", "tokens"]] = "text"
-    """What such files are for. In a folder, files of tokens are taken only where there is no file of text."""
+    holds: ClassVar[Literal["text", "tokens", "records"]] = "text"
+    """What such files are for. In a folder, files of tokens are taken only where there is no file of text. A reader
+    of records stands beside one of text for the same ending, and is asked only where records are wanted."""
 
     def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
         """(what the file holds, the line it begins on) in order: a text, a mapping with one, or Ids. `stream` is

@@ -5,19 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +25,7 @@ from llmtrainer.data.packed import MANIFEST, Store, dtype_for, sha256_of
 from llmtrainer.data.remote import RemoteFile, remote_facts, remote_sha256
 from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
 from llmtrainer.data.tokens import Vocabulary
+from llmtrainer.data.workers import worked_by, worked_here
 
 if TYPE_CHECKING:    # core imports torch, which a process that only tokenises would wait for in vain
     from llmtrainer.core.protocols import Tokenizer
@@ -40,8 +35,6 @@ LoadTokenizer = Callable[[Path], "Tokenizer"]
 SHARD_TOKENS = 2**26
 """128 MiB of two-byte ids: what a kill can cost at most, and a count of files that a folder bears."""
 _BATCH_DOCUMENTS = 2**14
-_IN_FLIGHT = 3
-"""Batches on their way per process: one in work, one waiting, one coming back."""
 
 
 def write_store(
@@ -76,16 +69,16 @@ def write_store(
     out = Path(out)
     tokenizer = load_tokenizer(tokenizer_folder)
     facts = {"tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end}
-    states, sources = _hashed(files)
-    key = _key([facts, shard_tokens, fields, errors, allow_truncated, raw_ids, sources])
+    states, sources = hashed(files)
+    key = digest_of([facts, shard_tokens, fields, errors, allow_truncated, raw_ids, sources])
     aside = partial_of(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _disk_full_explained(aside), locked(aside):
-        if _is_complete(out, key):
+    with disk_full_explained(aside), locked(aside):
+        if is_complete(out, key):
             aside.rmdir()
             return Store(out)
-        _require_free(out)
-        if not _is_complete(aside, key):
+        require_free(out)
+        if not is_complete(aside, key):
             dtype = dtype_for(tokenizer.vocabulary)
             writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens)
             reading = Reading(fields, errors, allow_truncated, warn, allow_pickle, raw_ids)
@@ -93,10 +86,8 @@ def write_store(
             try:
                 batches = _batches(files, states, writer.counts(len(files)), batch_bytes, read)
                 here = workers == 0 or sum(file.bytes for file in files) <= batch_bytes
-                encoded = (
-                    _encoded_here(batches, tokenizer) if here
-                    else _encoded_by(workers, batches, load_tokenizer, tokenizer_folder)
-                )  # fmt: skip
+                make = partial(_encoder, load_tokenizer, tokenizer_folder)
+                encoded = worked_here(batches, make) if here else worked_by(workers, batches, make)
                 _write_all(writer, encoded, report)
                 _require_documents(writer, files)
                 writer.finish({"key": key, **facts}, sources)
@@ -158,63 +149,9 @@ def _batches(
         yield batch
 
 
-def _encoded_here(batches: Iterator[_Batch], tokenizer: Tokenizer) -> Generator[tuple[_Batch, Encoded]]:
-    for batch in batches:
-        yield batch, _encode(tokenizer, batch.contents)
-
-
-def _encoded_by(
-    workers: int, batches: Iterator[_Batch], load_tokenizer: LoadTokenizer, folder: Path
-) -> Generator[tuple[_Batch, Encoded]]:
-    """Batches and their ids by several processes, in the order of the batches."""
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(load_tokenizer, folder)
-    )
-    waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(_encode_as_worker, batch.contents)))
-            if len(waiting) >= _IN_FLIGHT * workers:    # memory is bounded by what is on its way
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that tokenises has died",
-            why="it was killed, by a person or for want of memory, or it could not start (a script must call "
-            'this below `if __name__ == "__main__":`)',
-            fix="run the same command again: it goes on where it was; with fewer processes: workers=1",
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_tokenizer: Tokenizer | None = None
-"""Of a worker process; never set in any other."""
-
-
-def _begin(load_tokenizer: LoadTokenizer, folder: Path) -> None:
-    """Make a fresh process a worker."""
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenizer = load_tokenizer(folder)
-
-
-def _end_with_parent() -> None:
-    # A pool's worker waits for work on a pipe whose other end it holds itself: when the parent is killed, nothing
-    # would ever wake it.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_as_worker(contents: list[str | NDArray[np.int64]]) -> Encoded:
-    assert _tokenizer is not None
-    return _encode(_tokenizer, contents)
+def _encoder(load_tokenizer: LoadTokenizer, folder: Path) -> Callable[[_Batch], Encoded]:
+    tokenizer = load_tokenizer(folder)
+    return lambda batch: _encode(tokenizer, batch.contents)
 
 
 def _encode(tokenizer: Tokenizer, contents: list[str | NDArray[np.int64]]) -> Encoded:
@@ -238,7 +175,7 @@ State = tuple[int | str | None, ...]
 """What changes when a file does."""
 
 
-def _hashed(files: Sequence[SourceFile]) -> tuple[list[State], list[dict[str, Any]]]:
+def hashed(files: Sequence[SourceFile]) -> tuple[list[State], list[dict[str, Any]]]:
     """(size and time, manifest entry) of each file; hashing leaves Python's lock alone, so threads help."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         states = [state_of(file.path) for file in files]
@@ -267,11 +204,11 @@ def identity_of(path: AnyPath) -> dict[str, str]:
     return {"identity": identity} if identity else {"sha256": remote_sha256(path)}
 
 
-def _key(facts: list[Any]) -> str:
+def digest_of(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _is_complete(folder: Path, key: str) -> bool:
+def is_complete(folder: Path, key: str) -> bool:
     """Whether the folder holds the whole store of this key. A manifest is written last, so it vouches for the rest."""
     try:
         return bool(json.loads((folder / MANIFEST).read_bytes())["key"] == key)
@@ -288,7 +225,7 @@ def _require_documents(writer: ShardWriter, files: Sequence[SourceFile]) -> None
         )
 
 
-def _require_free(out: Path) -> None:
+def require_free(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
             "there is something else already",
@@ -299,7 +236,7 @@ def _require_free(out: Path) -> None:
 
 
 @contextmanager
-def _disk_full_explained(partial: Path) -> Iterator[None]:
+def disk_full_explained(partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

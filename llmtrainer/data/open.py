@@ -211,7 +211,7 @@ def _readers() -> dict[str, Reader]:
     found: dict[str, Reader] = {}
     for module in pkgutil.iter_modules(readers.__path__):
         for item in vars(importlib.import_module(f"{readers.__name__}.{module.name}")).values():
-            if isinstance(item, type) and issubclass(item, Reader) and item is not Reader:
+            if isinstance(item, type) and issubclass(item, Reader) and item is not Reader and item.holds != "records":
                 found.update(dict.fromkeys(item.suffixes, item()))
     return found
 

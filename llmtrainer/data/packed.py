@@ -1,4 +1,5 @@
-"""The token store on disk: shards of ids, the offsets of the documents, and a manifest that vouches for both."""
+"""The token store on disk: shards of ids, of their weights where they have any, the offsets of the documents, and a
+manifest that vouches for all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from llmtrainer.base.errors import UserError
 
 VERSION = 1
-MANIFEST, DOCUMENTS = "manifest.json", "documents.bin"
+MANIFEST, DOCUMENTS, FATES = "manifest.json", "documents.bin", "fates.jsonl"
 _STRIDE = 4096
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
@@ -26,6 +27,10 @@ OPEN_SHARDS = 256
 
 def shard_name(index: int) -> str:
     return f"tokens-{index:05d}.bin"
+
+
+def weights_name(index: int) -> str:
+    return f"weights-{index:05d}.bin"
 
 
 def dtype_for(vocabulary: int) -> np.dtype[Any]:
@@ -54,10 +59,16 @@ class Store:
         self._require_files()
         self.offsets = NumberFile(self.path / DOCUMENTS)
         """First token of each document in the stream of all documents, and the end of the last: [D + 1]."""
-        names = [name for name in self._files if name != DOCUMENTS]
+        names = [name for name in self._files if name.startswith("tokens-")]
         sizes = [self._files[name]["bytes"] // self.dtype.itemsize for name in names]
         self._first_token = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._shard = lru_cache(OPEN_SHARDS)(lambda index: _Shard(self.path / names[index], self.dtype))
+        weight = self.manifest.get("weights")
+        self.weight_dtype = None if weight is None else np.dtype(weight)
+        """How the weights of the tokens are stored; None: it is plain text, and each counts 1."""
+        self._weight_shard = lru_cache(OPEN_SHARDS)(
+            lambda index: _Shard(self.path / weights_name(index), np.dtype(self.weight_dtype))
+        )
         if len(self.offsets) != self.documents + 1 or self.offsets[-1] != self.tokens:
             raise self._damaged(DOCUMENTS, "its offsets do not match the counts of the manifest")
         if self._first_token[-1] != self.tokens:
@@ -65,9 +76,10 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the store holds: ids, borders and tokenizer, wherever the folder lies."""
-        held = {name: facts["sha256"] for name, facts in sorted(self._files.items())}
-        facts = [self.dtype.str, self.tokenizer, self.vocabulary, self.end, held]
+        """SHA-256 of what the store holds: ids, weights, borders and tokenizer, wherever the folder lies."""
+        held = {name: facts["sha256"] for name, facts in sorted(self._files.items()) if name != FATES}
+        weights = [] if self.weight_dtype is None else [self.weight_dtype.str]
+        facts = [*weights, self.dtype.str, self.tokenizer, self.vocabulary, self.end, held]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def length(self, document: int) -> int:
@@ -83,15 +95,27 @@ class Store:
         assert 0 <= start <= stop <= length, f"document {document} has {length} tokens, not {start}..{stop}"
         return self.span(first + start, first + stop)
 
+    def weights(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32] | None:
+        """How much each of these tokens counts as a target, as many as `read` gives; None in a store of text."""
+        if self.weight_dtype is None:
+            return None
+        first, last = map(int, self.offsets[document : document + 2])
+        stop = last - first if stop is None else stop
+        assert 0 <= start <= stop <= last - first
+        return self._span(self._weight_shard, self.weight_dtype, first + start, first + stop).astype(np.float32)
+
     def span(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start..stop of the stream of all documents, across shards: a copy in the store's dtype."""
+        return self._span(self._shard, self.dtype, start, stop)
+
+    def _span(self, shards: Callable[[int], _Shard], dtype: np.dtype[Any], start: int, stop: int) -> NDArray[Any]:
         assert 0 <= start <= stop <= self.tokens, f"the store has {self.tokens} tokens, not {start}..{stop}"
-        found = np.empty(stop - start, dtype=self.dtype)
+        found = np.empty(stop - start, dtype=dtype)
         at = start
         shard = int(np.searchsorted(self._first_token, start, side="right")) - 1
         while at < stop:
             first, last = self._first_token[shard], min(stop, int(self._first_token[shard + 1]))
-            found[at - start : last - start] = self._shard(shard).read(at - first, last - first)
+            found[at - start : last - start] = shards(shard).read(at - first, last - first)
             at, shard = last, shard + 1
         return found
 
@@ -121,7 +145,7 @@ class Store:
             )
 
     def _require_files(self) -> None:
-        found = {item.name for item in self.path.iterdir() if item.suffix == ".bin"}
+        found = {item.name for item in self.path.iterdir() if item.suffix == ".bin" or item.name == FATES}
         for name in sorted(found.symmetric_difference(self._files)):
             raise self._damaged(name, "it is not in the manifest" if name in found else "it is missing")
         for name, facts in self._files.items():

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import sync_folder
-from llmtrainer.data.packed import DOCUMENTS, MANIFEST, VERSION, sha256_of, shard_name
+from llmtrainer.data.packed import DOCUMENTS, FATES, MANIFEST, VERSION, sha256_of, shard_name, weights_name
 
-_JOURNAL, _GROWING = "journal.jsonl", ".growing"
+_JOURNAL, _GROWING, _GROWING_WEIGHTS = "journal.jsonl", ".growing", ".growing-weights"
+_SWITCH, _FLOAT = np.dtype("|u1"), np.dtype("<f4")
+"""What weights are stored as: one byte while all are 0 or 1, else numbers."""
+_BLOCK = 2**20
 
 
 def partial_of(out: Path) -> Path:
@@ -52,11 +55,14 @@ class ShardWriter:
     The journal says what counts: its first line what the store is made of (`key`), each further line a closed
     shard. A new writer with the same key goes on behind the last line; with another key it begins anew. A shard is
     closed by the document that fills it, so its borders depend on neither batches nor workers nor interruptions.
+    With `weighted` each token has a weight, in files of their own.
     """
 
-    def __init__(self, partial: Path, *, key: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(
+        self, partial: Path, *, key: str, dtype: np.dtype[Any], shard_tokens: int, weighted: bool = False
+    ) -> None:
         assert shard_tokens > 0
-        self.partial, self.dtype, self.shard_tokens = partial, dtype, shard_tokens
+        self.partial, self.dtype, self.shard_tokens, self.weighted = partial, dtype, shard_tokens, weighted
         closed = _closed_shards(partial, key, dtype.itemsize)
         if closed is None:
             _start(partial, key)
@@ -82,28 +88,52 @@ class ShardWriter:
         self, ids: NDArray[Any], lengths: NDArray[np.int64], sources: NDArray[np.int64], sizes: NDArray[np.int64]
     ) -> None:
         """Add documents: ids of all of them, and per document its tokens, its source's number, its UTF-8 bytes."""
-        ids = ids.astype(self.dtype, copy=False)
         while len(lengths):
             ends = np.cumsum(lengths)
-            room = self.shard_tokens - self._shard_count
-            n = min(int(np.searchsorted(ends, room)) + 1, len(lengths))
+            n = min(int(np.searchsorted(ends, self.room)) + 1, len(lengths))
             tokens = int(ends[n - 1])
-            self._write(ids[:tokens])
-            self._offsets.write((self.tokens + ends[:n]).astype("<i8").tobytes())
-            for source, documents in zip(*np.unique(sources[:n], return_counts=True), strict=True):
-                self._of_source[int(source)] = self._of_source.get(int(source), 0) + int(documents)
-            self._shard_count += tokens
-            self._shard_bytes += int(sizes[:n].sum())
-            self.tokens += tokens
-            self.documents += n
-            if self._shard_count >= self.shard_tokens:
-                self._close_shard()
-                self._open_shard()
+            self.add(ids[:tokens], lengths[:n], sources[:n], sizes[:n])
             ids, lengths, sources, sizes = ids[tokens:], lengths[n:], sources[n:], sizes[n:]
 
-    def finish(self, facts: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> None:
-        """Close the last shard and write the manifest: `facts` of the tokenizer, and each source with its counts."""
-        if self._shard_count:
+    @property
+    def room(self) -> int:
+        """Tokens that fill the open shard."""
+        return self.shard_tokens - self._shard_count
+
+    def add(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], sources: NDArray[np.int64], sizes: NDArray[np.int64],
+        weights: NDArray[np.float32] | None = None, notes: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
+        """Add documents that are not to be torn apart to the open shard, and close it if they fill it. `notes` are
+        written into the journal with the shard: what the writer of the documents must know to go on behind them."""
+        assert (weights is not None) == self.weighted and (weights is None or len(weights) == len(ids))
+        self._write(ids.astype(self.dtype, copy=False))
+        if weights is not None:
+            self._shard_weights.write(weights.astype(_FLOAT, copy=False).tobytes())
+            self._fractions |= bool(((weights != 0.0) & (weights != 1.0)).any())
+        self._offsets.write((self.tokens + np.cumsum(lengths)).astype("<i8").tobytes())
+        for source, documents in zip(*np.unique(sources, return_counts=True), strict=True):
+            self._of_source[int(source)] = self._of_source.get(int(source), 0) + int(documents)
+        self._notes += notes
+        self._shard_count += len(ids)
+        self._shard_bytes += int(sizes.sum())
+        self.tokens += len(ids)
+        self.documents += len(lengths)
+        if self._shard_count >= self.shard_tokens:
+            self._close_shard()
+            self._open_shard()
+
+    @property
+    def notes(self) -> list[Any]:
+        """The notes of everything added so far, those of an earlier try included."""
+        return [note for line in self.closed for note in line.get("notes", ())] + self._notes
+
+    def finish(
+        self, facts: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], fates: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Close the last shard and write the manifest: `facts` of the tokenizer, and each source with its counts.
+        `fates` become a file of their own, one a line."""
+        if self._shard_count or self._notes:
             self._close_shard()
         self._close_files()
         counts = self.counts(len(sources))
@@ -112,16 +142,18 @@ class ShardWriter:
             shard_name(index): {"bytes": line["tokens"] * size, "sha256": line["sha256"]}
             for index, line in enumerate(self.closed)
         }
+        weights, kept = self._finish_weights(), self._finish_fates(fates)
         offsets = {"bytes": 8 * (self.documents + 1), "sha256": sha256_of(self.partial / DOCUMENTS)}
         manifest = {
             "version": VERSION,
             "dtype": self.dtype.str,
+            **({"weights": self._weight_type.str} if self.weighted else {}),
             **facts,
             "documents": self.documents,
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
             "sources": [{**source, "documents": n} for source, n in zip(sources, counts, strict=True)],
-            "files": {**shards, DOCUMENTS: offsets},
+            "files": {**shards, **weights, DOCUMENTS: offsets, **kept},
         }
         growing = self.partial / _GROWING
         with growing.open("w", encoding="utf-8") as file:
@@ -130,6 +162,33 @@ class ShardWriter:
             _sync(file.fileno())
         os.replace(growing, self.partial / MANIFEST)
         sync_folder(self.partial)
+
+    @property
+    def _weight_type(self) -> np.dtype[Any]:
+        return _FLOAT if any(line["fractions"] for line in self.closed) else _SWITCH
+
+    def _finish_weights(self) -> dict[str, dict[str, Any]]:
+        """All files of weights in one type, each with what the manifest says of it."""
+        found = {}
+        for index, line in enumerate(self.closed if self.weighted else ()):
+            path, dtype = self.partial / weights_name(index), self._weight_type
+            # A shard may have been widened by a try that was killed before its end.
+            is_switch = path.stat().st_size == line["tokens"]
+            if is_switch and dtype == _FLOAT:
+                _retype(path, self.partial / _GROWING_WEIGHTS, _SWITCH, _FLOAT)
+                os.replace(self.partial / _GROWING_WEIGHTS, path)
+            found[path.name] = {"bytes": line["tokens"] * dtype.itemsize, "sha256": sha256_of(path)}
+        return found
+
+    def _finish_fates(self, fates: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not fates:
+            return {}
+        content = "".join(json.dumps(fate, ensure_ascii=False) + "\n" for fate in fates).encode()
+        with (self.partial / FATES).open("wb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file.fileno())
+        return {FATES: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
 
     def abandon(self) -> None:
         """Let go of the files. What is closed counts; the open shard will be written again."""
@@ -140,6 +199,10 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._shard_count = self._shard_bytes = 0
         self._of_source: dict[int, int] = {}
+        self._notes: list[Any] = []
+        if self.weighted:
+            self._shard_weights = (self.partial / _GROWING_WEIGHTS).open("wb")
+            self._fractions = False
 
     def _write(self, ids: NDArray[Any]) -> None:
         content = ids.tobytes()
@@ -151,6 +214,8 @@ class ShardWriter:
         _sync(self._shard.fileno())
         self._shard.close()
         os.replace(self.partial / _GROWING, self.partial / shard_name(len(self.closed)))
+        if self.weighted:
+            self._close_weights()
         self._offsets.flush()
         _sync(self._offsets.fileno())
         sync_folder(self.partial)
@@ -160,6 +225,7 @@ class ShardWriter:
             "text_bytes": self._shard_bytes,
             "sha256": self._digest.hexdigest(),
             "sources": sorted(self._of_source.items()),
+            **({"fractions": self._fractions, "notes": self._notes} if self.weighted else {}),
         }
         # Only now does the shard count: what this line vouches for is on the disk before it.
         self._journal.write(json.dumps(line).encode() + b"\n")
@@ -167,15 +233,23 @@ class ShardWriter:
         _sync(self._journal.fileno())
         self.closed.append(line)
         self.text_bytes += self._shard_bytes
+        self._notes, self._shard_count = [], 0
+
+    def _close_weights(self) -> None:
+        self._shard_weights.close()
+        growing, path = self.partial / _GROWING_WEIGHTS, self.partial / weights_name(len(self.closed))
+        _retype(growing, path, _FLOAT, _FLOAT if self._fractions else _SWITCH)
+        growing.unlink()
 
     def _close_files(self) -> None:
-        for file in (self._shard, self._offsets, self._journal):
+        weights = (self._shard_weights,) if self.weighted else ()
+        for file in (self._shard, self._offsets, self._journal, *weights):
             file.close()
 
 
 def publish(partial: Path, out: Path) -> None:
     """Give a finished store its final name: from one moment to the next it exists, whole."""
-    for name in (_JOURNAL, _GROWING):
+    for name in (_JOURNAL, _GROWING, _GROWING_WEIGHTS):
         (partial / name).unlink(missing_ok=True)
     sync_folder(partial)
     partial.rename(out)
@@ -186,9 +260,19 @@ def _sync(handle: int) -> None:
     os.fsync(handle)
 
 
+def _retype(source: Path, target: Path, old: np.dtype[Any], new: np.dtype[Any]) -> None:
+    """Copy a file of weights into another type, safe on the disk."""
+    with source.open("rb") as read, target.open("wb") as written:
+        while block := read.read(_BLOCK * old.itemsize):
+            written.write(np.frombuffer(block, old).astype(new).tobytes())
+        written.flush()
+        _sync(written.fileno())
+
+
 def _start(partial: Path, key: str) -> None:
     for item in partial.iterdir():
-        if item.name in (_JOURNAL, _GROWING, MANIFEST, DOCUMENTS) or item.match("tokens-*.bin"):
+        known = (_JOURNAL, _GROWING, _GROWING_WEIGHTS, MANIFEST, DOCUMENTS, FATES)
+        if item.name in known or item.match("tokens-*.bin") or item.match("weights-*.bin"):
             item.unlink()
     (partial / DOCUMENTS).write_bytes(np.zeros(1, dtype="<i8").tobytes())
     with (partial / _JOURNAL).open("wb") as file:
@@ -208,6 +292,7 @@ def _closed_shards(partial: Path, key: str, itemsize: int) -> list[dict[str, Any
     if head != {"key": key}:
         return None
     sizes = [((partial / shard_name(index)), line["tokens"] * itemsize) for index, line in enumerate(lines)]
+    sizes += [(partial / weights_name(index), line["tokens"]) for index, line in enumerate(lines) if "notes" in line]
     sizes.append((partial / DOCUMENTS, 8 * (1 + sum(line["documents"] for line in lines))))
     for path, size in sizes:
         if not path.is_file() or path.stat().st_size < size:

@@ -19,6 +19,9 @@ def records_in(value: Any, path: AnyPath, reading: Reading) -> Iterator[tuple[An
     list             each item a document: a text, a record, an array or a list of ids; or the ids themselves
     mapping          the entry that `fields` names, else that of `input_ids`, else each of its values
     """
+    if reading.whole:
+        yield from ((record, None) for record in _whole(value))
+        return
     if isinstance(value, dict):
         found = reading.chosen([name for name in value if isinstance(name, str)])
         names = found if len(found) == 1 else (IDS,) if IDS in value else ()
@@ -36,6 +39,17 @@ def records_in(value: Any, path: AnyPath, reading: Reading) -> Iterator[tuple[An
             yield from _document(item, f"{path}, item {number:,}", reading)
     else:
         yield from _document(value, str(path), reading)
+
+
+def _whole(value: Any) -> list[Any]:
+    """The records of a value: the items of a list, or of each list of a mapping of lists; else the value itself."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, dict) and value and all(isinstance(held, list | tuple) for held in value.values()):
+        held = [record for records in value.values() for record in records]
+        if all(isinstance(record, dict) for record in held):
+            return held
+    return [value]
 
 
 def _document(item: Any, where: str, reading: Reading) -> Iterator[tuple[Any, int | None]]:

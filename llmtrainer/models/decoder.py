@@ -148,6 +148,8 @@ class Decoder(nn.Module):
         rate = self._dropout if self.training else 0.0
 
         def drop(x_BTD: Tensor, site: int) -> Tensor:
+            if batch.place_BT is not None:
+                return dropout(x_BTD, rate, batch.dropout_key, batch.place_BT, site, batch.position_BT)
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)

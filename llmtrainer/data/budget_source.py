@@ -1,0 +1,198 @@
+"""BudgetSource: (seed, step) -> this rank's micro-batches of whole sequences, packed without padding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import Batch
+from llmtrainer.core.randomness import derive
+from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
+from llmtrainer.data.collate import Row, collate, end_to_end, filler
+from llmtrainer.data.packed import Store
+from llmtrainer.data.permutation import Permutation
+from llmtrainer.data.plan import Part, plan
+
+_BLOCK = 2**17
+"""Documents whose lengths are looked at at a time."""
+
+
+class BudgetSource:
+    """Sequences of a token store, one a document, as a function of (seed, step).
+
+    Step n owns draws n*R .. (n+1)*R - 1, R = `sequences_per_step`; draw d is sequence `order(d mod P)` of epoch
+    d div P, P the sequences of an epoch, in an order of that epoch alone. Only then are the sequences of the step
+    cut: into micro-batches of at most `tokens_per_batch` tokens, each one row without padding, as many on every
+    rank and about the same work. So what a step learns from depends on neither ranks nor micro-batches, and to
+    resume at step n is to ask for step n.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        sequence_length: int,
+        sequences_per_step: int | None = None,
+        tokens_per_step: int | None = None,
+        tokens_per_batch: int,
+        seed: int,
+        held_out: float = 0.0,
+        part: Part = "train",
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        cache: Path | None = None,
+        prefetch: bool = True,
+        pair_cost: float = PAIR_COST,
+    ) -> None:
+        """`tokens_per_step` is what a step reads on average: it becomes the nearest number of sequences, the same in
+        every step. `cache` is the folder of the plan's tables. Raises UserError where a document is longer than
+        `sequence_length` or there is none."""
+        assert 0 <= rank < world_size
+        assert (sequences_per_step is None) != (tokens_per_step is None), "one of the two says how large a step is"
+        _require_sizes(sequence_length, sequences_per_step, tokens_per_batch, held_out, part)
+        self.store, self.seed, self.shuffle = store, seed, shuffle
+        self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
+        self._rank, self._world_size, self._pair_cost = rank, world_size, pair_cost
+        self._plan = plan(
+            store, sequence_length=sequence_length, policy="whole", seed=seed, held_out=held_out, part=part, cache=cache
+        )
+        self.rows_per_epoch = self._plan.rows
+        """Sequences of one epoch."""
+        if self.rows_per_epoch == 0:
+            raise _nothing_in(store, part)
+        self.rows_per_step = sequences_per_step or self._sequences_of(tokens_per_step or 1)
+        """Sequences of one step over all ranks."""
+        facts = [store.fingerprint, "budget", sequence_length, self.rows_per_step, seed, held_out, part, shuffle]
+        self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        """SHA-256 of the store and of every setting that decides the sequences of a step."""
+        self._order = lru_cache(4)(lambda epoch: Permutation(self.rows_per_epoch, derive(seed, "order", epoch)))
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows") if prefetch else None
+        self._next: tuple[int, Future[list[Batch]]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.rows_per_epoch / self.rows_per_step
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after so many steps. One division of whole numbers: a whole epoch is exact."""
+        return step * self.rows_per_step / self.rows_per_epoch
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step; the next step's are made ready on a thread."""
+        if self._ahead is None:
+            return self._batches(step)
+        expected, self._next = self._next, None
+        found = expected[1].result() if expected is not None and expected[0] == step else self._batches(step)
+        self._next = step + 1, self._ahead.submit(self._batches, step + 1)
+        return found
+
+    def draws(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, sequence of the plan) at each place of a step, of all ranks."""
+        assert step >= 0
+        draws = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
+        epochs, places = np.divmod(draws, self.rows_per_epoch)
+        rows = places.copy()
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                rows[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+        return list(zip(epochs.tolist(), rows.tolist(), strict=True))
+
+    def cut(self, step: int) -> list[list[Numbers]]:
+        """The places of each micro-batch of each rank."""
+        documents = [self._document(row) for _, row in self.draws(step)]
+        read = np.array([self.store.length(document) - 1 for document in documents], dtype=np.int64)
+        return cut_step(read, self.tokens_per_batch, self._world_size, self._pair_cost)
+
+    def row(self, step: int, place: int) -> dict[str, list[Any]]:
+        """One sequence as the model sees it: `tokens` (n + 1 of them), and for each how much it counts as a target
+        (`weights`), its place in its document (`positions`) and the number of its `document`, which is 0."""
+        row = self._row(place, self.draws(step)[place][1])
+        return {
+            "tokens": row.tokens.tolist(),
+            "weights": row.weights.tolist(),
+            "positions": row.positions.tolist(),
+            "document": row.document.tolist(),
+        }
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
+
+    def _batches(self, step: int) -> list[Batch]:
+        draws, mine = self.draws(step), self.cut(step)[self._rank]
+        return [
+            # Every rank joins every collective: one that has run out of sequences gets a row of padding.
+            end_to_end([self._row(place, draws[place][1]) for place in places.tolist()])
+            if len(places) else collate([filler(self.rows_per_step + self._rank)])
+            for places in mine
+        ]  # fmt: skip
+
+    def _row(self, place: int, row: int) -> Row:
+        document = self._document(row)
+        tokens = self.store.read(document)
+        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self._weights(document))
+
+    def _weights(self, document: int) -> Any:
+        # A store of plain text has no weights: every target counts 1.
+        return self.store.weights(document) if hasattr(self.store, "weights") else None
+
+    def _document(self, row: int) -> int:
+        (piece,) = self._plan.pieces(row, 0)
+        return piece.document
+
+    def _sequences_of(self, tokens: int) -> int:
+        """How many sequences read so many tokens on average, 1 at least."""
+        documents = self._plan.documents
+        if documents is None or len(documents) == self.store.documents:
+            total = self.store.tokens
+        else:
+            total = sum(map(self._tokens_in, range(0, len(documents), _BLOCK)))
+        return max(1, round(tokens * self.rows_per_epoch / (total - self.rows_per_epoch)))
+
+    def _tokens_in(self, first: int) -> int:
+        """Tokens of a block of the chosen documents."""
+        assert self._plan.documents is not None
+        numbers = self._plan.documents[first : first + _BLOCK]
+        offsets = self.store.offsets[int(numbers[0]) : int(numbers[-1]) + 2]
+        return int(np.diff(offsets)[numbers - numbers[0]].sum())
+
+
+def _require_sizes(
+    sequence_length: int, sequences: int | None, tokens_per_batch: int, held_out: float, part: Part
+) -> None:
+    if sequence_length < 1 or (sequences is not None and sequences < 1):
+        raise UserError(
+            f"a step of {sequences} sequences of {sequence_length} tokens holds nothing",
+            fix="data.sequence_length and data.sequences_per_step are 1 at least",
+        )
+    if tokens_per_batch < sequence_length:
+        raise UserError(
+            f"a sequence of {sequence_length:,} tokens does not fit a micro-batch of {tokens_per_batch:,}",
+            why="a sequence is never cut by the memory knob: what is trained would depend on the machine",
+            fix=f"data.tokens_per_batch={sequence_length}, or a smaller data.sequence_length",
+        )
+    if not 0.0 <= held_out < 1.0 or (part == "held_out" and held_out == 0.0):
+        raise UserError(
+            f"data.held_out is {held_out}",
+            why="it is the share of documents kept from training, at least 0 and below 1"
+            + (", and documents of the held-out part were asked for" if part == "held_out" else ""),
+            fix="data.held_out=0.01",
+        )
+
+
+def _nothing_in(store: Store, part: Part) -> UserError:
+    return UserError(
+        f"the data has no sequence to learn from (part `{part}`)",
+        where=str(store.path),
+        why=f"the store has {store.documents:,} documents and {store.tokens:,} tokens; a sequence has 2 at least",
+        fix="more data, or another data.held_out",
+    )

@@ -1,0 +1,111 @@
+"""Which format a file has, told by its first records."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.kinds import find_kind, kinds_in
+from llmtrainer.core.example import Example
+from llmtrainer.data.format import Format
+from llmtrainer.data.records import Record
+
+FIRST = 16
+"""Records that a file is known by."""
+_SHOWN = 160
+"""Characters of a text in what is printed."""
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a file was found to be."""
+
+    format: Format
+    how: str
+    """For people: the format, how it is known, and the first example."""
+
+
+def detect(wanted: Format, found: Iterable[Record]) -> Detected | None:
+    """The format of a file with these records: the one that is wanted, or, for `auto`, the only one that the first
+    records fit. None for a file without records. Raises UserError where none or several fit."""
+    first = list(itertools.islice(found, FIRST))
+    if not first:
+        return None
+    chosen = wanted if wanted.kind != "auto" else _only(first)
+    example = placed(chosen, first[0])
+    known = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
+    return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes\n{shown(example)}")
+
+
+def placed(format: Format, record: Record) -> Example:
+    """The example of a record; an error says where the record stands."""
+    try:
+        return format.example(record.value)
+    except UserError as error:
+        error.where = record.place if error.where is None else f"{record.place}, {error.where}"
+        raise
+
+
+def shown(example: Example) -> str:
+    """An example for people, a line a message, long texts shortened."""
+    lines = ["  without a template: what is read, then what is learned"] if example.plain else []
+    lines += [f"  tools: {', '.join(_name(tool) for tool in example.tools)}"] if example.tools else []
+    for message in example.messages:
+        told = message.content
+        if message.thinking:
+            told = f"({_short(message.thinking)}) {told}"
+        for call in message.tool_calls:
+            told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
+        lines.append(f"  {message.role}: {_short(told)}")
+    return "\n".join(lines)
+
+
+def plain(example: Example) -> dict[str, Any]:
+    """An example as JSON can say it."""
+    return asdict(example)
+
+
+def _only(first: list[Record]) -> Format:
+    fits = [format for format in formats() if all(format.matches(record.value) for record in first)]
+    if len(fits) == 1:
+        return fits[0]
+    odd = next((record for record in first if not any(format.matches(record.value) for format in formats())), first[0])
+    keys = ", ".join(_keys(odd.value))
+    if not fits:
+        raise UserError(
+            "no format fits these records", where=odd.place, why=f"this one has {keys}",
+            fix=f"name the format, format=KIND (in a recipe data.format): {', '.join(item.kind for item in formats())}",
+        )
+    names = " or ".join(f"format={item.kind}" for item in fits)
+    raise UserError(
+        f"{len(fits)} formats fit these records", where=odd.place, why=f"they have {keys}",
+        fix=f"name the one that is meant (in a recipe data.format): {names}",
+    )
+
+
+@cache
+def formats() -> tuple[Format, ...]:
+    """Every format of the folder, with its own names of keys."""
+    return tuple(find_kind(Format, Format.folder, kind)() for kind in kinds_in(Format.folder) if kind != "auto")
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"`{key}`" for key in list(value)[:12]] or ["no key"]
+    return [f"a list of {len(value)}"] if isinstance(value, list) else [f"a {type(value).__name__}"]
+
+
+def _short(text: str) -> str:
+    line = text.replace("\n", "\\n")
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} ... ({len(text):,} characters)"
+
+
+def _name(tool: Any) -> str:
+    inner = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    return str(inner.get("name", "?"))

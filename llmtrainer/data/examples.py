@@ -1,0 +1,323 @@
+"""Records -> examples -> a token store with weights, by several processes; every record has a fate."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.example import Example, TokenRow
+from llmtrainer.data.detect import placed
+from llmtrainer.data.document import Reading, SourceFile
+from llmtrainer.data.encode import (
+    SHARD_TOKENS,
+    State,
+    digest_of,
+    disk_full_explained,
+    hashed,
+    is_complete,
+    require_free,
+    state_of,
+)
+from llmtrainer.data.fates import Run, Totals, joined, require_few_losses, totals
+from llmtrainer.data.format import Format
+from llmtrainer.data.length import LengthPolicy, Piece
+from llmtrainer.data.packed import FATES, Store, dtype_for
+from llmtrainer.data.records import Record, records
+from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
+from llmtrainer.data.workers import worked_by, worked_here
+
+if TYPE_CHECKING:    # core imports torch, which a process that only tokenises would wait for in vain
+    from llmtrainer.core.protocols import Tokenizer
+
+BATCH_RECORDS = 128
+_BLOCK = 2**14
+
+
+class RowMaker(Protocol):
+    """Examples to ids: a chat template with its tokenizer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides which ids an example becomes, tokenizer included."""
+        ...
+
+    def rows(self, example: Example) -> Sequence[TokenRow]:
+        """One row, or several where the template shows an earlier answer otherwise than the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExampleFile:
+    """A file of records, and how they are to be read."""
+
+    source: SourceFile
+    format: Format
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides the rows besides files, tokenizer and template."""
+
+    length: LengthPolicy
+    bad_records: Literal["stop", "drop"] = "stop"
+    """What a record that its format or the template refuses does: end the preparation, or become a fate."""
+    allow_truncated: bool = False
+    allow_pickle: bool = False
+
+    def facts(self) -> list[Any]:
+        length = self.length
+        cut = [length.cut_side, length.cut_end] if length.too_long == "cut" else []
+        return [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
+
+
+@dataclass
+class _Batch:
+    """Records that go to a process together, with the number of their file."""
+
+    records: list[Record] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Made:
+    """What a batch became: rows end to end, and for each record how many rows it is, and its fate."""
+
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    """Tokens of each row."""
+    rows: NDArray[np.int64]
+    """Rows of each record."""
+    sizes: NDArray[np.int64]
+    """UTF-8 bytes of what is said in each record; 0 where it is not in the store."""
+    runs: list[list[Any]]
+    """The fate of each record, as `Run.plain`."""
+
+
+def write_examples(
+    files: Sequence[ExampleFile],
+    make: Callable[[], RowMaker],
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    choices: Choices,
+    max_dropped_share: float = 0.1,
+    workers: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    report: Callable[[int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Store:
+    """Render and tokenise every record of the files, in order, into a store whose tokens have weights.
+
+    The bytes of the store are a function of files, formats, what `make` makes, and `choices` alone: not of
+    `workers` (0: in this process), not of how often it was killed. `make` can be imported by other processes.
+    `report` hears numbers of records. What became of every record stands in the store's fates.jsonl.
+    Raises UserError for a record that is refused (unless `choices` drops those), where more than
+    `max_dropped_share` of the records is dropped, and as `write_store` does.
+    """
+    out, maker = Path(out), make()
+    states, sources = hashed([file.source for file in files])
+    sources = [{**source, "format": file.format.plain()} for source, file in zip(sources, files, strict=True)]
+    facts = {
+        "tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end,
+        "template": maker.fingerprint, "choices": choices.facts(),
+    }  # fmt: skip
+    key = digest_of([facts, shard_tokens, sources])
+    aside = partial_of(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_explained(aside), locked(aside):
+        if is_complete(out, key):
+            aside.rmdir()
+            return Store(out)
+        require_free(out)
+        if not is_complete(aside, key):
+            dtype = dtype_for(tokenizer.vocabulary)
+            writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens, weighted=True)
+            reading = Reading(
+                allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
+            )
+            batches = _batches(files, states, _done(writer.notes, len(files)), reading)
+            work = partial(_worker, make, [file.format for file in files], choices, tokenizer.vocabulary)
+            try:
+                _write_all(writer, worked_by(workers, batches, work) if workers else worked_here(batches, work), report)
+                _finish(writer, {"key": key, **facts}, sources, max_dropped_share)
+            finally:
+                writer.abandon()
+        publish(aside, out)
+    return Store(out)
+
+
+def fates_of(store: Store) -> Totals:
+    """What became of the records that a store was made of."""
+    lines = (store.path / FATES).read_text(encoding="utf-8").splitlines()
+    names = ("source", "first", "last", "fate", "rows", "place", "why")
+    return totals([Run(*(json.loads(line)[name] for name in names)) for line in lines])
+
+
+def duplicates(store: Store) -> int:
+    """Rows whose tokens all are those of an earlier row."""
+    found = np.empty(store.documents, dtype=np.uint64)
+    for first in range(0, store.documents, _BLOCK):
+        edges = store.offsets[first : min(first + _BLOCK, store.documents) + 1].tolist()
+        for place, (start, stop) in enumerate(itertools.pairwise(edges), first):
+            digest = hashlib.blake2b(store.span(start, stop).tobytes(), digest_size=8).digest()
+            found[place] = int.from_bytes(digest, "little")
+    return len(found) - len(np.unique(found))
+
+
+def _done(notes: Sequence[Sequence[Any]], sources: int) -> list[int]:
+    """Records of each file that an earlier try has written."""
+    done = [0] * sources
+    for note in notes:
+        run = Run(*note)
+        done[run.source] = run.last
+    return done
+
+
+def _batches(
+    files: Sequence[ExampleFile], states: list[State], done: list[int], reading: Reading
+) -> Iterator[_Batch]:
+    batch = _Batch()
+    last = max((source for source, count in enumerate(done) if count), default=0)
+    for source in range(last, len(files)):
+        file = files[source].source
+        for record in records(file, reading):
+            if record.number <= done[source]:
+                continue
+            batch.records.append(record)
+            batch.sources.append(source)
+            if len(batch.records) >= BATCH_RECORDS:
+                yield batch
+                batch = _Batch()
+        if state_of(file.path) != states[source]:
+            raise UserError(
+                "a file changed while it was read", where=str(file.path),
+                why="the store would hold some of its old records and some of its new",
+                fix="let the file come to rest, then run the same command again",
+            )  # fmt: skip
+    if batch.records:
+        yield batch
+
+
+def _write_all(
+    writer: ShardWriter, made: Generator[tuple[_Batch, _Made]], report: Callable[[int], None] | None
+) -> None:
+    with closing(made):    # an error here ends the processes at once, not when the traceback is forgotten
+        for batch, found in made:
+            _append(writer, batch, found)
+            if report is not None:
+                report(len(batch.records))
+
+
+def _append(writer: ShardWriter, batch: _Batch, made: _Made) -> None:
+    """Add the records of a batch; a shard ends behind a whole record, so that the next try knows where to go on."""
+    row_ends = np.concatenate([[0], np.cumsum(made.rows)])
+    token_ends = np.concatenate([[0], np.cumsum(made.lengths)])[row_ends]
+    at, records_in_all = 0, len(made.rows)
+    while at < records_in_all:
+        filled = int(np.searchsorted(token_ends[at + 1 :] - token_ends[at], writer.room)) + 1
+        stop = min(at + filled, records_in_all)
+        tokens, rows = slice(*token_ends[[at, stop]]), slice(*row_ends[[at, stop]])
+        writer.add(
+            made.ids[tokens], made.lengths[rows], np.repeat(batch.sources[at:stop], made.rows[at:stop]),
+            made.sizes[at:stop], made.weights[tokens], [run.plain() for run in joined(made.runs[at:stop])],
+        )  # fmt: skip
+        at = stop
+
+
+def _finish(
+    writer: ShardWriter, facts: dict[str, Any], sources: list[dict[str, Any]], max_dropped_share: float
+) -> None:
+    runs = joined(writer.notes)
+    found = totals(runs)
+    require_few_losses(found, max_dropped_share)
+    if found.rows == 0:
+        raise UserError(
+            "there is no row to learn from", where=", ".join(source["path"] for source in sources[:3]),
+            why=f"\n{found.table()}" if found.records else "the files hold no records",
+            fix="name a file of conversations",
+        )  # fmt: skip
+    names = ("source", "first", "last", "fate", "rows", "place", "why")
+    fates = [
+        {"file": Path(sources[run.source]["path"]).name, **dict(zip(names, run.plain(), strict=True))} for run in runs
+    ]
+    counts = {"records": found.records, "fates": found.by_fate}
+    writer.finish({**facts, **counts}, sources, fates)
+
+
+def _worker(
+    make: Callable[[], RowMaker], formats: list[Format], choices: Choices, vocabulary: int
+) -> Callable[[_Batch], _Made]:
+    maker = make()
+    return lambda batch: _made(maker, formats, choices, vocabulary, batch)
+
+
+def _made(maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: int, batch: _Batch) -> _Made:
+    pieces: list[Piece] = []
+    rows, sizes, runs = [], [], []
+    for record, source in zip(batch.records, batch.sources, strict=True):
+        fate, why, said, found = _fate(maker, formats[source], choices, record)
+        place = None if fate == "kept" else record.place
+        pieces += found
+        rows.append(len(found))
+        sizes.append(said if found else 0)
+        runs.append(Run(source, record.number, record.number, fate, len(found), place, why).plain())
+    ids = np.concatenate([np.zeros(0, np.int64), *(piece.tokens for piece in pieces)])
+    assert ids.max(initial=0) < vocabulary, "the template gave an id beyond the vocabulary"
+    return _Made(
+        ids, np.concatenate([np.zeros(0, np.float32), *(piece.weights for piece in pieces)]),
+        np.array([len(piece.tokens) for piece in pieces], dtype=np.int64), np.array(rows, dtype=np.int64),
+        np.array(sizes, dtype=np.int64), runs,
+    )  # fmt: skip
+
+
+def _fate(
+    maker: RowMaker, format: Format, choices: Choices, record: Record
+) -> tuple[str, str | None, int, list[Piece]]:
+    """(fate, why, bytes of text, rows) of a record."""
+    try:
+        example = placed(format, record)
+        rows = _rows(maker, example, record)
+    except UserError as error:
+        if choices.bad_records == "stop":
+            raise
+        return "bad record", error.what, 0, []
+    said = sum(len(message.content.encode(errors="replace")) for message in example.messages)
+    fates, kept = [], []
+    for row in rows:
+        fate, pieces = _shortened(row, choices.length)
+        fates.append(fate)
+        kept += pieces
+    fate = fates[0] if len(set(fates)) == 1 else "kept in part" if kept else next(iter(fates))
+    longest = max(len(row.tokens) for row in rows)
+    return fate, None if fate == "kept" else f"{longest:,} tokens", said, kept
+
+
+def _shortened(row: Piece, length: LengthPolicy) -> tuple[str, list[Piece]]:
+    """(fate, rows that are stored) of one row; a row without a target is never stored."""
+    if not row.targets:
+        return "nothing to learn", []
+    fate, pieces = length.applied(row)
+    found = [piece for piece in pieces if piece.targets]
+    return ("targets cut away" if pieces and not found else fate), found
+
+
+def _rows(maker: RowMaker, example: Example, record: Record) -> list[Piece]:
+    try:
+        rows = maker.rows(example)
+    except UserError as error:
+        error.where = record.place if error.where is None else f"{record.place}, {error.where}"
+        raise
+    assert rows and all(len(row.tokens) == len(row.weights) for row in rows)
+    return [Piece(np.array(row.tokens, dtype=np.int64), np.array(row.weights, dtype=np.float32)) for row in rows]

@@ -1,0 +1,57 @@
+"""ShareGPT's form: a list of turns with `from` and `value`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llmtrainer.core.example import Example, Message
+from llmtrainer.data.format import (
+    Format,
+    are_messages,
+    calls,
+    identity,
+    mapping,
+    needed,
+    optional_text,
+    others,
+    role,
+    spoken,
+    text,
+    tools,
+)  # fmt: skip
+
+
+class Conversations(Format):
+    """`{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "system", "tools"}`. Others who
+    speak: system, function_call (JSON of a call, or of several), observation or tool (what the call gave)."""
+
+    conversations: str = "conversations"
+    """The key of the list."""
+
+    sample: ClassVar[tuple[Any, Example]] = (
+        {"conversations": [{"from": "human", "value": "How hot is it?"}, {"from": "gpt", "value": "17 degrees."}]},
+        Example((Message("user", "How hot is it?"), Message("assistant", "17 degrees."))),
+    )
+
+    def matches(self, record: object) -> bool:
+        return isinstance(record, dict) and are_messages(record.get(self.conversations), "from", ("value",))
+
+    def example(self, record: object) -> Example:
+        whole = mapping(record)
+        found = spoken(needed(whole, self.conversations), self.conversations)
+        messages = [_turn(item, f"{self.conversations}.{place}") for place, item in enumerate(found)]
+        if system := optional_text(whole, "system"):
+            messages.insert(0, Message("system", system))
+        return Example(
+            tuple(messages), tools(whole), name=identity(whole, "prompt_id", "id"),
+            facts=others(whole, self.conversations, "system", "tools", "prompt_id", "id"),
+        )
+
+
+def _turn(item: object, path: str) -> Message:
+    turn = mapping(item, path)
+    who = needed(turn, "from", f"{path}.")
+    said = text(needed(turn, "value", f"{path}."), f"{path}.value")
+    if who in ("function_call", "tool_call"):
+        return Message("assistant", "", tool_calls=calls(said, f"{path}.value"))
+    return Message(role(who, f"{path}.from"), said)

@@ -1,0 +1,34 @@
+"""OpenAI's form: a list of messages, and the tools that may be called."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llmtrainer.core.example import Example, Message
+from llmtrainer.data.format import Format, are_messages, identity, mapping, message, needed, others, tools
+
+
+class Messages(Format):
+    """`{"messages": [{"role", "content"}, ...], "tools": [...]}`. The content may be a list of parts; an assistant
+    may have `tool_calls` (arguments an object or its JSON text) and `thinking`, `reasoning` or `reasoning_content`;
+    `weight` (or `train`) says how much a message is learned."""
+
+    messages: str = "messages"
+    """The key of the list."""
+
+    sample: ClassVar[tuple[Any, Example]] = (
+        {"messages": [{"role": "user", "content": "How hot is it?"}, {"role": "assistant", "content": "17 degrees."}]},
+        Example((Message("user", "How hot is it?"), Message("assistant", "17 degrees."))),
+    )
+
+    def matches(self, record: object) -> bool:
+        return isinstance(record, dict) and are_messages(record.get(self.messages), "role", ("content", "tool_calls"))
+
+    def example(self, record: object) -> Example:
+        whole = mapping(record)
+        found = spoken(needed(whole, self.messages), self.messages)
+        return Example(
+            tuple(message(item, f"{self.messages}.{place}") for place, item in enumerate(found)),
+            tools(whole), name=identity(whole, "prompt_id", "id"),
+            facts=others(whole, self.messages, "tools", "prompt_id", "id"),
+        )
