@@ -25,7 +25,8 @@ def with_tokens(tokenizer: FileTokenizer, names: Sequence[str]) -> FileTokenizer
     files = tokenizer.files()
     if FILE not in files:
         raise UserError(
-            "this tokenizer takes no more tokens", why="a SentencePiece model that weighs words has its own file format",
+            "this tokenizer takes no more tokens",
+            why="a SentencePiece model that weighs words has its own file format",
             fix=f"save it with transformers once: AutoTokenizer.from_pretrained(...) writes {FILE}",
         )
     numbers = {name: tokenizer.vocabulary + place for place, name in enumerate(new)}

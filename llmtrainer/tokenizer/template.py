@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.text import did_you_mean
-from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.tokenizer.tokenizer import TEMPLATE_FILE, FileTokenizer
 
 SUFFIX = ".jinja"
 _NEEDS = re.compile(r"\{#- needs: (.*?) -#\}\n")
@@ -66,8 +66,8 @@ def needed(template: str) -> tuple[str, ...]:
 def _text(template: str) -> str:
     if template not in (known := built_in()):
         raise UserError(
-            f"there is no chat template `{template}`", why=f"built in are: {', '.join(known)}; or a path to a .jinja file",
-            fix=did_you_mean(template, known),
+            f"there is no chat template `{template}`",
+            why=f"built in are: {', '.join(known)}; or a path to a .jinja file", fix=did_you_mean(template, known),
         )
     return (resources.files("llmtrainer.tokenizer") / "templates" / f"{template}{SUFFIX}").read_text("utf-8")
 
@@ -77,7 +77,14 @@ def _require(tokenizer: FileTokenizer, name: str) -> None:
     if missing:
         one = len(missing) == 1
         raise UserError(
-            f"the tokenizer lacks {'a control token' if one else f'{len(missing)} control tokens'} of the chat template "
-            f"{name}", why=f"{', '.join(missing)} would be ordinary text, which users can write too",
+            f"the tokenizer lacks {'a control token' if one else f'{len(missing)} control tokens'} of the chat "
+            f"template {name}", why=f"{', '.join(missing)} would be ordinary text, which users can write too",
             fix=f"llmtrainer add-tokens MODEL out=FOLDER template={name}",
         )
+
+
+def with_template(tokenizer: FileTokenizer, chosen: Chosen) -> FileTokenizer:
+    """The same tokenizer with the template among its files, as transformers looks for it there."""
+    if chosen.texts == tokenizer.chat_templates:
+        return tokenizer
+    return tokenizer.with_file(TEMPLATE_FILE, chosen.texts["default"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tokenizers
 
@@ -241,6 +242,14 @@ class FileTokenizer:
     def files(self) -> dict[str, str]:
         """The text files that describe it, by name."""
         return dict(self._files)
+
+    def with_file(self, name: str, text: str) -> Self:
+        """A copy with another companion file, which decides about no id."""
+        assert name in COMPANIONS
+        other = copy.copy(self)
+        other._files = {**self._files, name: text}
+        other.__dict__.pop("chat_templates", None)
+        return other
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers.AutoTokenizer and `load_tokenizer` read."""
