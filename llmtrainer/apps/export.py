@@ -24,6 +24,7 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
+from llmtrainer.models.peft_format import is_adapter
 from llmtrainer.models.weights import CONFIG, INDEX, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.models import model_folder
@@ -99,6 +100,11 @@ def export(settings: Export) -> Exported:
     """Write the folder. UserError where no class of transformers computes the model, OUT holds something else, or
     what was written does not read back as it was."""
     source, out = model_folder(settings.model), Path(settings.out)
+    if is_adapter(source):
+        raise UserError(
+            "this is an adapter, not a model", where=str(source), why="other programs want one matrix for each layer",
+            fix=f"llmtrainer merge {settings.model} out={settings.out}",
+        )
     _require_free(out, source, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer or source)
     stored = _stored_type(source)

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llmtrainer.core.batch import Batch
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
+from llmtrainer.models.lora import Noise
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
@@ -321,12 +322,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
         self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
 
-    def project(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, the first two normalised (if asked) and rotated."""
+    def project(
+        self, x_BTD: Tensor, rotary: RotaryTable, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two normalised (if asked) and rotated. `noise`: for dropout of
+        adapters."""
         B, T, _ = x_BTD.shape
-        q_BTHC = self.q_proj(x_BTD).view(B, T, self.shape.heads, self.shape.head_size)
-        k_BTKC = self.k_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
-        v_BTKC = self.v_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
+        q_BTHC = self.q_proj(x_BTD, noise).view(B, T, self.shape.heads, self.shape.head_size)
+        k_BTKC = self.k_proj(x_BTD, noise).view(B, T, self.shape.kv_heads, self.shape.head_size)
+        v_BTKC = self.v_proj(x_BTD, noise).view(B, T, self.shape.kv_heads, self.shape.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
         return *self.kernels.rotate(q_BTHC, k_BTKC, rotary), v_BTKC
