@@ -70,6 +70,10 @@ VERBS = {
         "llmtrainer.apps.export:export", "a model as a Hugging Face folder, proved by reading it back",
         ("export runs/demo exported", "export runs/demo exported precision=bfloat16 check=true"),
     ),
+    "merge": Verb(
+        "llmtrainer.apps.merge:merge", "an adapter and its model as one Hugging Face folder, proved to be the same",
+        ("merge runs/lora merged", "merge runs/lora merged precision=bfloat16 check=true"),
+    ),
     "inspect": Verb(
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
         ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),
