@@ -41,6 +41,7 @@ _NAMES = {
     "Plot": "llmtrainer.training.use",
     "Export": "llmtrainer.apps.export",
     "TokenAddition": "llmtrainer.apps.add_tokens",
+    "Merge": "llmtrainer.apps.merge",
     "Inspection": "llmtrainer.apps.inspect",
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",

@@ -79,6 +79,10 @@ VERBS = {
         ("add-tokens runs/base out=based tokens=['<|user|>','<|assistant|>']", "add-tokens runs/base out=based "
          "template=llama3"),
     ),
+    "merge": Verb(
+        "llmtrainer.apps.merge:merge", "an adapter and its model as one Hugging Face folder, proved to be the same",
+        ("merge runs/lora merged", "merge runs/lora merged precision=bfloat16 check=true"),
+    ),
     "inspect": Verb(
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
         ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),

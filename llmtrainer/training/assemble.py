@@ -20,23 +20,22 @@ from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer, opening
-from llmtrainer.core.randomness import derive
 from llmtrainer.data.open import documents, find
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import freeze, load_policy
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
-from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer, padded_vocabulary
+from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
 from llmtrainer.training.hub import locate
-from llmtrainer.training.models import locate_model, model_folder
+from llmtrainer.training.models import locate_model
 from llmtrainer.training.parts import Parts
+from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
@@ -83,7 +82,8 @@ def assemble(
         require_same(resumption, recipe, {name: facts[name] for name in (*MUST_MATCH, *rows.facts)})
         checkpoint.set_aside_newer(run, resumption.folder)
     # 4. The model, its optimizer, and their state.
-    policy = policy_of(recipe, tokenizer, DTYPES[precision], resumption.folder if resumption else None)
+    continued = resumption.folder if resumption else None
+    policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     facts |= arranged.facts
@@ -97,9 +97,9 @@ def assemble(
     recipe.optim.schedule.require_fit(length)
     # 6. What is watched and kept.
     saver = Saver(
-        run, recipe.save, dump(recipe), tokenizer_folder, tokenizer, {**facts, "schedule_length": str(length)},
-        policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {}, average,
-        rows.companions,
+        run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
+        form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
+        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.companions,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
@@ -259,37 +259,6 @@ def measured_of(recipe: Recipe, rows: Opened) -> Mapping[str, Rows]:
     return found
 
 
-def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:
-    """The model with its first values: drawn from the seed, or those of `start_from`.
-
-    A continued run takes the shape from its own checkpoint, so `start_from` may be gone by then.
-    """
-    rows = padded_vocabulary(tokenizer.vocabulary)
-    if recipe.model.start_from is None:
-        policy = recipe.model.build(rows, compute)
-        assert isinstance(policy, Decoder)
-        if recipe.data.sequence_length > policy.context_length:
-            raise UserError(
-                f"data.sequence_length is {recipe.data.sequence_length:,}, beyond the model's context of "
-                f"{policy.context_length:,}",
-                fix=f"model.context_length={recipe.data.sequence_length}",
-            )
-        if continued is None:
-            policy.initialise(derive(recipe.seed, "initialise"))
-    else:
-        _require_no_shape(recipe)
-        policy = load_policy(continued or model_folder(recipe.model.start_from), compute)
-        if policy.vocabulary < tokenizer.vocabulary:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocabulary:,} ids and the model {policy.vocabulary:,} embedding rows",
-                where=f"model.start_from {recipe.model.start_from}",
-                fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
-            )
-    policy.ids = tokenizer.vocabulary
-    freeze(policy, recipe.model.freeze)
-    return policy
-
-
 def require_read(recipe: Recipe, began: bool) -> None:
     """Refuse a recipe that sets a field which nothing has read: an option that is ignored is a lie (S41).
 
@@ -303,18 +272,4 @@ def require_read(recipe: Recipe, began: bool) -> None:
             why="this combination of parts has no use for it, so it would be ignored silently"
             + (f"; so would {', '.join(ignored[1:])}" if ignored[1:] else ""),
             fix=f"remove {', '.join(ignored)} from the recipe",
-        )
-
-
-def _require_no_shape(recipe: Recipe) -> None:
-    fields = type(recipe.model).model_fields
-    named = sorted(
-        name for name in fields.keys() - {"start_from", "freeze"} if getattr(recipe.model, name) != fields[name].default
-    )
-    if named:
-        raise UserError(
-            f"`model.{named[0]}` is given beside `model.start_from`",
-            where=f"model.start_from {recipe.model.start_from}",
-            why="the shape comes from that folder; naming it again would be a second truth",
-            fix=f"remove {', '.join(f'model.{name}' for name in named)}",
         )

@@ -15,7 +15,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.core.protocols import Engine
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import load_weights
+from llmtrainer.models.stored import read_into
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER
 from llmtrainer.training.recipe import Recipe
@@ -65,7 +65,7 @@ class Resumption:
 
     def load(self, policy: Decoder, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
-        load_weights(policy, self.folder)
+        read_into(policy, self.folder)
         engine.load_state(load_file(self.folder / "optimizer.safetensors"))
 
 
