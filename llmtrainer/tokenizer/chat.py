@@ -286,9 +286,12 @@ class Chat:
         return tuple(dict.fromkeys(end for end in ends if end is not None))
 
     def _end_of(self, messages: list[Message]) -> int | None:
-        rendered = self._render(messages, ())
+        rendered, last = self._render(messages, ()), len(messages) - 1
         self._require_known(rendered)
-        place = max([0, *rendered.of_message(len(messages) - 1)])
+        if any((last, field) not in rendered.read.places for field in fields_of(messages[-1])):
+            return None
+        before = self.text(messages[:-1], prompt=True)
+        place = max([len(before) if rendered.text.startswith(before) else 0, *rendered.of_message(last)])
         try:
             following = self.text([*messages, messages[0]])
         except UserError:

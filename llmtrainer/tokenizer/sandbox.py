@@ -172,20 +172,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(text, str):
             self._charge(len(text))
+            # Jinja's own arguments, for functions that ask for its variables.
+            given = {key: value for key, value in kwargs.items() if not key.startswith("_")}
             if name == "replace":
-                return self._replace(text, *args, **kwargs)
+                return self._replace(text, *args, **given)
             if name == "join":
-                return self._join(text, *args)
+                return self._join(text, *args, **given)
         return super().call(context, obj, *args, **kwargs)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
-            for node in list(template.find_all(kind)):
-                called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
-                node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
+        found: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *template.find_all(nodes.For), *template.find_all(nodes.Macro), *template.find_all(nodes.CallBlock)
+        ]
+        for node in found:
+            called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
         _Joining().visit(template)
-        return template.set_environment(self)
+        template.set_environment(self)
+        return template
 
     def _bound(self, length: int) -> int:
         if length > self._state.longest:
