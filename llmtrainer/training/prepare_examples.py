@@ -25,7 +25,7 @@ from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.cache import built, identity, known_hashes, receipt
 from llmtrainer.training.chats import load_chat
 from llmtrainer.training.console import bar, say, warn
-from llmtrainer.training.hub import locate
+from llmtrainer.training.models import model_folder
 from llmtrainer.training.prepared import PreparedExamples
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Found:
 
     files: tuple[ExampleFile, ...]
     how: tuple[str, ...]
-    """What was found out about each, and its first example: for people."""
+    """What was found out about the files of each format, and the first example: for people."""
 
 
 def look(wish: Wish) -> Found:
@@ -72,17 +72,22 @@ def look(wish: Wish) -> Found:
     reading = Reading(
         allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
     )
-    files, how = [], []
+    files: list[ExampleFile] = []
+    told: dict[str, list[str]] = {}
+    empty = []
     for path in wish.paths:
         for source in find(path, warn):
-            told = detect(wish.format, records(source, reading))
-            if told is None:
-                warn(f"{source.path} holds no records")
+            seen = detect(wish.format, records(source, reading))
+            if seen is None:
+                empty.append(source.path)
             else:
-                files.append(ExampleFile(source, told.format))
-                how.append(f"{source.path}: {told.how}")
+                files.append(ExampleFile(source, seen.format))
+                told.setdefault(seen.format.kind, []).append(seen.how)
+    if empty and files:
+        warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
     if not files:
         raise UserError("there are no records to learn from", where=wish.name, fix="name a file of conversations")
+    how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]
     return Found(tuple(files), tuple(how))
 
 
@@ -179,7 +184,7 @@ def _given(wish: Wish) -> Store:
 
 def prepare_conversations(preparation: Preparation) -> PreparedExamples:
     """The verb `prepare` for conversations: a store with weights, and a fate for every record."""
-    folder, out = locate(preparation.tokenizer, weights=False).folder, Path(preparation.out)
+    folder, out = model_folder(preparation.tokenizer, weights=False), Path(preparation.out)
     template, day, left_out = preparation.template, preparation.date, preparation.leave_out
     cut = (preparation.cut_side, preparation.cut_end)
     length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
