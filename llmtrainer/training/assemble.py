@@ -18,6 +18,7 @@ from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
+from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer, opening
 from llmtrainer.data.open import documents, find
@@ -27,13 +28,13 @@ from llmtrainer.models import kernels, paths
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
-from llmtrainer.training.hub import locate
-from llmtrainer.training.models import locate_model
+from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.recipe import Recipe
@@ -99,7 +100,7 @@ def assemble(
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
         form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
-        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.companions,
+        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
@@ -192,8 +193,9 @@ def evaluations_of(
         return (document.text for document in itertools.islice(found, most_documents))
 
     def sample(progress: Progress) -> None:
-        sampling = Sampling(max_new_tokens=tokens, temperature=0.0)
-        prompts = [opening(tokenizer) + tokenizer.encode(prompt) for prompt in settings.prompts]
+        ends = () if rows.chat is None else rows.chat.end_ids
+        sampling = Sampling(max_new_tokens=tokens, temperature=0.0, stop_ids=ends)
+        prompts = [_asked(rows.chat, tokenizer, prompt) for prompt in settings.prompts]
         completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
         told: list[Mapping[str, object]] = [
             {
@@ -209,6 +211,13 @@ def evaluations_of(
         measured=measured_of(recipe, rows), sample=sample if settings.prompts else None,
         average=average if settings.ema else None,
     )  # fmt: skip
+
+
+def _asked(chat: Chat | None, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt as the rows have it: a text to continue, or a question of a conversation."""
+    if chat is not None:
+        return chat.prompt((Message("user", prompt),))
+    return opening(tokenizer) + tokenizer.encode(prompt)
 
 
 def engine_of(recipe: Recipe) -> tuple[Engine, str]:
@@ -229,7 +238,7 @@ def tokenizer_of(recipe: Recipe) -> tuple[Path, FileTokenizer]:
     """The recipe's vocabulary; trained on the training text, once, if the recipe gives a size."""
     choice = recipe.tokenizer
     if choice.path is not None:
-        folder = locate(choice.path, weights=False).folder
+        folder = model_folder(choice.path, weights=False)
     else:
         assert choice.vocabulary is not None
         folder = recipe.data.learned_vocabulary(choice.vocabulary, Path(recipe.cache))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer.chat import Chat
-from llmtrainer.tokenizer.template import choose
-from llmtrainer.tokenizer.tokenizer import TEMPLATE_FILE, load_tokenizer
+from llmtrainer.tokenizer.tokenizer import load_tokenizer
 
 GENERATION_FILE = "generation_config.json"
 
@@ -27,14 +26,10 @@ def day_of(text: str | None) -> date | None:
         raise UserError(f"`{text}` is no date", fix=f"date={date.today().isoformat()}") from None
 
 
-def companions_of(chat: Chat, template: str) -> dict[str, str]:
-    """What makes a model folder a chat model for others: the ids at which an answer stops, and the template, unless
-    it is the tokenizer's own and lies in its files already."""
+def generation_config(chat: Chat) -> str:
+    """generation_config.json of a model that answers: where its answers stop, besides the tokenizer's own end."""
     tokenizer = chat.tokenizer
     ends = list(dict.fromkeys([*chat.end_ids, tokenizer.end]))
     settings: dict[str, int | list[int]] = {} if tokenizer.begin is None else {"bos_token_id": tokenizer.begin}
     settings |= {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad}
-    found = {GENERATION_FILE: json.dumps(settings, indent=2) + "\n"}
-    if template != "auto":
-        found[TEMPLATE_FILE] = choose(tokenizer, template).texts["default"]
-    return found
+    return json.dumps(settings, indent=2) + "\n"

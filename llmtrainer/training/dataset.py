@@ -13,6 +13,7 @@ from llmtrainer.base.config import Kind
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Engine
 from llmtrainer.data.packed import Store
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 
 _STEP = "data.tokens_per_step says how much a step learns from, data.tokens_per_batch how much is computed at a time"
@@ -78,8 +79,9 @@ class Opened:
     """What is evaluated by name, each as one step: made when it is asked for."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What a continued run must share with the run that began, by name, besides the tokens themselves."""
-    companions: Mapping[str, str] = field(default_factory=dict)
-    """Files that belong into every model folder beside weights and tokenizer: their names and texts."""
+    chat: Chat | None = None
+    """The template of the conversations, if the rows are such: what is saved carries it, and what is asked of the
+    model on the way is asked in its form."""
 
 
 class Dataset(Kind):

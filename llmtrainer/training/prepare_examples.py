@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.detect import detect
@@ -17,6 +17,7 @@ from llmtrainer.data.document import Reading
 from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Totals, require_few_losses
 from llmtrainer.data.format import Format
+from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.open import find
 from llmtrainer.data.packed import FATES, Store, is_store
 from llmtrainer.data.records import records
@@ -24,6 +25,11 @@ from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.cache import built, identity, known_hashes, receipt
 from llmtrainer.training.chats import load_chat
 from llmtrainer.training.console import bar, say, warn
+from llmtrainer.training.models import model_folder
+from llmtrainer.training.prepared import PreparedExamples
+
+if TYPE_CHECKING:
+    from llmtrainer.training.prepare import Preparation
 
 VERSION = 1
 """Raised when the same files and settings would give other bytes: every older key then misses."""
@@ -57,26 +63,31 @@ class Found:
 
     files: tuple[ExampleFile, ...]
     how: tuple[str, ...]
-    """What was found out about each, and its first example: for people."""
+    """What was found out about the files of each format, and the first example: for people."""
 
 
-def found(wish: Wish) -> Found:
+def look(wish: Wish) -> Found:
     """Look at the first records of every file. UserError where there are none, or a format is not to be told."""
     choices = wish.choices
     reading = Reading(
         allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
     )
-    files, how = [], []
+    files: list[ExampleFile] = []
+    told: dict[str, list[str]] = {}
+    empty = []
     for path in wish.paths:
         for source in find(path, warn):
-            told = detect(wish.format, records(source, reading))
-            if told is None:
-                warn(f"{source.path} holds no records")
+            seen = detect(wish.format, records(source, reading))
+            if seen is None:
+                empty.append(source.path)
             else:
-                files.append(ExampleFile(source, told.format))
-                how.append(f"{source.path}: {told.how}")
+                files.append(ExampleFile(source, seen.format))
+                told.setdefault(seen.format.kind, []).append(seen.how)
+    if empty and files:
+        warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
     if not files:
         raise UserError("there are no records to learn from", where=wish.name, fix="name a file of conversations")
+    how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]
     return Found(tuple(files), tuple(how))
 
 
@@ -131,7 +142,7 @@ def prepared_examples(wish: Wish, cache: Path) -> Store:
     what was found, and what became of the records."""
     if len(wish.paths) == 1 and is_store(Path(wish.paths[0])):
         return _given(wish)
-    seen = found(wish)
+    seen = look(wish)
     for told in seen.how:
         say(told)
     with known_hashes(cache) as hashes:
@@ -169,3 +180,27 @@ def _given(wish: Wish) -> Store:
             fix="name the template that it was made with (data.template), or prepare the conversations again",
         )
     return store
+
+
+def prepare_conversations(preparation: Preparation) -> PreparedExamples:
+    """The verb `prepare` for conversations: a store with weights, and a fate for every record."""
+    folder, out = model_folder(preparation.tokenizer, weights=False), Path(preparation.out)
+    template, day, left_out = preparation.template, preparation.date, preparation.leave_out
+    cut = (preparation.cut_side, preparation.cut_end)
+    length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
+    wish = Wish(
+        tuple(part.strip() for part in preparation.data.split(",")), Format.model_validate(preparation.format),
+        Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle),
+        preparation.max_dropped_share, template, day, left_out, preparation.workers,
+        chat=load_chat(folder, template, day, left_out), folder=folder,
+    )  # fmt: skip
+    seen = look(wish)
+    for told in seen.how:
+        say(told)
+    reused = build(wish, seen.files, out, key_of(wish, seen.files, {}))
+    facts = receipt(out)
+    return PreparedExamples(
+        str(out), facts["tokens"], facts["documents"], facts["vocabulary"], facts["bytes_per_token"], reused,
+        facts["records"], facts["fates"], facts["duplicates"], sorted({file.format.kind for file in seen.files}),
+        fates_of(Store(out)).table(),
+    )  # fmt: skip

@@ -15,8 +15,10 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Progress
 from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.models.stored import Form
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER, MovingAverage
+from llmtrainer.training.chats import GENERATION_FILE, generation_config
 from llmtrainer.training.recipe import Save
 
 
@@ -26,19 +28,19 @@ class Saver:
     def __init__(
         self, run: RunDir, save: Save, recipe_yaml: str, tokenizer: Tokenizer,
         facts: Mapping[str, Any], form: Form, engine: Engine, parent: str | None, scores: Mapping[int, float],
-        average: MovingAverage | None = None, companions: Mapping[str, str] | None = None,
+        average: MovingAverage | None = None, chat: Chat | None = None,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer if chat is None else chat.tokenizer
         self._facts = facts
         self._form = form
         self._engine = engine
         self._parent = parent
         self._scores = dict(scores)
         self._average = average
-        self._companions = dict(companions or {})
-        """Files of every model folder besides weights and tokenizer: their names and texts."""
+        self._generation = None if chat is None else generation_config(chat)
+        """What a model of conversations says about where its answers stop."""
         self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
         self._writer = checkpoint.Writer(save.background)
 
@@ -96,8 +98,8 @@ class Saver:
             for below, named in weights.items():
                 self._form.write(named, partial / below)
                 self._tokenizer.save(partial / below)
-                for name, text in self._companions.items():
-                    (partial / below / name).write_text(text, encoding="utf-8")
+                if self._generation is not None:
+                    (partial / below / GENERATION_FILE).write_text(self._generation, encoding="utf-8")
             save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from llmtrainer.data.format import Format
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.packed import Store
-from llmtrainer.training.chats import companions_of, load_chat
+from llmtrainer.training.chats import load_chat
 from llmtrainer.training.dataset import Dataset, Opened, Rows, Setting
 from llmtrainer.training.prepare_examples import Wish, prepared_examples
 
@@ -130,8 +130,7 @@ class Examples(Dataset):
             name: prepared_examples(Wish((path,), **shared), setting.cache) for name, path in self._sets().items()
         }
         return Opened(
-            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint},
-            companions_of(chat, self.template),
+            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat
         )
 
     def _choices(self) -> Choices:
