@@ -29,7 +29,7 @@ class Saver:
     def __init__(
         self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, tokenizer: Tokenizer,
         facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
-        average: MovingAverage | None = None,
+        average: MovingAverage | None = None, companions: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
@@ -44,6 +44,8 @@ class Saver:
         self._parent = parent
         self._scores = dict(scores)
         self._average = average
+        self._companions = dict(companions or {})
+        """Files of every model folder besides weights and tokenizer: their names and texts."""
         self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
         self._writer = checkpoint.Writer(save.background)
 
@@ -101,6 +103,8 @@ class Saver:
             for below, named in weights.items():
                 save_tensors(named, self._config, partial / below)
                 self._tokenizer.save(partial / below)
+                for name, text in self._companions.items():
+                    (partial / below / name).write_text(text, encoding="utf-8")
             save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 
