@@ -40,6 +40,7 @@ _NAMES = {
     "Generation": "llmtrainer.training.use",
     "Plot": "llmtrainer.training.use",
     "Export": "llmtrainer.apps.export",
+    "TokenAddition": "llmtrainer.apps.add_tokens",
     "Inspection": "llmtrainer.apps.inspect",
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",

@@ -74,6 +74,11 @@ VERBS = {
         "llmtrainer.apps.export:export", "a model as a Hugging Face folder, proved by reading it back",
         ("export runs/demo exported", "export runs/demo exported precision=bfloat16 check=true"),
     ),
+    "add-tokens": Verb(
+        "llmtrainer.apps.add_tokens:add_tokens", "a model with more control tokens, such as the roles of a template",
+        ("add-tokens runs/base out=based tokens=['<|user|>','<|assistant|>']", "add-tokens runs/base out=based "
+         "template=llama3"),
+    ),
     "inspect": Verb(
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
         ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),

@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
     ) -> Tensor:
         pieces = self._pieces
-        attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute), visible)
+        attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned), visible)
         if drop is None:
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
         return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop)
@@ -218,12 +218,12 @@ class Decoder(nn.Module):
         block = next(filter(_trains, blocks), blocks[0])
         x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
         with torch.no_grad():
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute), visible)
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False), visible)
         attended.requires_grad_(x_BTD.requires_grad or _trains(block.self_attn))
         leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
         proof.require_same(
-            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute),
-            lambda: _project(block, x_BTD, *rotary, self.compute), leaves, self.compute,
+            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned),
+            lambda: _project(block, x_BTD, *rotary, self.compute, False), leaves, self.compute,
         )  # fmt: skip
         proof.require_same(
             "what follows attention", lambda: [pieces.finish(block, x_BTD, attended, self.compute, pieces.turned)],
@@ -253,10 +253,10 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _project(
-    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype
+    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, turned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first part of a block: queries, keys and values."""
-    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin))
+    """The first part of a block: queries, keys and values. `turned`: see core/products.py."""
+    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin), turned)
 
 
 def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, turned: bool) -> Tensor:
@@ -279,7 +279,7 @@ def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class _Pieces(NamedTuple):
-    project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+    project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype, bool], tuple[Tensor, Tensor, Tensor]]
     finish: Callable[[Block, Tensor, Tensor, torch.dtype, bool], Tensor]
     arithmetic: vocab_head.Arithmetic
     turned: bool

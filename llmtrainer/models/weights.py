@@ -269,3 +269,17 @@ def _require_equal(
             "the stored weights are not this model's", where=str(folder), why=shown,
             fix="name the folder of a model of the same shape and vocabulary, or leave the shape to its config.json",
         )
+
+
+def stored_names(folder: Path) -> dict[Path, dict[str, str]]:
+    """The files of weights of a folder; of each tensor in them its stored name and ours."""
+    names = {file: [name for name, _ in _shapes(file)] for file in _weight_files(folder)}
+    ours = _our_names(dict.fromkeys(name for found in names.values() for name in found), folder)
+    return {file: {name: ours[name] for name in found} for file, found in names.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. UserError where there is none."""
+    if not (folder / CONFIG).is_file():
+        raise UserError("no model here", where=str(folder), why=f"{CONFIG} is missing", fix="name a model folder")
+    return _read_json(folder / CONFIG)

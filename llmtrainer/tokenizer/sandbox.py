@@ -13,7 +13,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.exceptions import SecurityError
 
 from llmtrainer.base.errors import UserError
 
@@ -24,17 +25,19 @@ MAXIMUM_TEXT = 2**22
 MAXIMUM_WORK = 2**27
 """Characters that all operations of one render make or read, beyond 256 times what the conversation has."""
 
-STRING_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
-    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
-    "rstrip split splitlines startswith strip swapcase title upper".split()
-)
+STRING_METHODS = frozenset([
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
+    "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
+    "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split",
+    "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+])
 """What a template may call of a text. What pads to a width is left out: it makes gigabytes of one word."""
-FILTERS = frozenset(
-    "abs attr capitalize count d default dictsort e escape first float forceescape groupby indent int items join last "
-    "length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string "
-    "striptags sum title trim truncate unique upper urlencode wordcount".split()
-)
+FILTERS = frozenset([
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape",
+    "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
+    "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "striptags", "sum",
+    "title", "trim", "truncate", "unique", "upper", "urlencode", "wordcount",
+])
 _DATE_FORMAT = re.compile(r"(?:[^%]|%-?[A-Za-z%]){0,100}")
 
 
@@ -165,7 +168,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return False
         return not isinstance(obj, int | float | bytes) and super().is_safe_attribute(obj, attr, value)
 
-    def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: PLR0913
+    def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(text, str):
             self._charge(len(text))
@@ -177,10 +180,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        for node in list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-            called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
-            node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
-        return _Joining().visit(template)
+        for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
+            for node in list(template.find_all(kind)):
+                called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
+                node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
+        _Joining().visit(template)
+        return template.set_environment(self)
 
     def _bound(self, length: int) -> int:
         if length > self._state.longest:
@@ -253,7 +258,7 @@ class _Joining(jinja2.visitor.NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         self.generic_visit(node)
         called = nodes.EnvironmentAttribute("concatenated")
-        return nodes.Call(called, node.nodes, [], None, None, lineno=node.lineno).set_environment(node.environment)
+        return nodes.Call(called, node.nodes, [], None, None, lineno=node.lineno)
 
 
 def _raise(message: str) -> None:

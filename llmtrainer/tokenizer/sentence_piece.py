@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer.byte_pairs import added_tokens, merges_of_ranks, template, with_class
@@ -169,6 +169,14 @@ class SentencePieceTokenizer(FileTokenizer):
     def encode_continuation(self, text: str) -> list[int]:
         (ids,) = self._by(self._later, [text])
         return ids
+
+    def files(self) -> dict[str, str]:
+        return dict(self._beside)
+
+    def with_file(self, name: str, text: str) -> Self:
+        other = super().with_file(name, text)
+        other._beside = {**self._beside, name: text}
+        return other
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

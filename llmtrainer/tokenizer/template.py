@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from pathlib import Path
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.text import did_you_mean
-from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.tokenizer.tokenizer import TEMPLATE_FILE, FileTokenizer
 
 SUFFIX = ".jinja"
-_NEEDS = re.compile(r"\{#- needs: (.*?) -#\}")
+_NEEDS = re.compile(r"\{#- needs: (.*?) -#\}\n")
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,49 @@ def choose(tokenizer: FileTokenizer, template: str) -> Chosen:
                 fix="template=chatml, or a path to a .jinja file",
             )
         return Chosen(tokenizer.chat_templates, "the tokenizer's own chat template")
-    if template in (known := built_in()):
-        text = (resources.files("llmtrainer.tokenizer") / "templates" / f"{template}{SUFFIX}").read_text("utf-8")
-        _require(tokenizer, text, template)
-        return Chosen({"default": text}, f"the built-in chat template {template}")
     path = Path(template)
-    if path.suffix != SUFFIX or not path.is_file():
+    if path.suffix == SUFFIX:
+        if not path.is_file():
+            raise UserError(f"there is no file {template}", fix="a path to a .jinja file that is there")
+        return Chosen({"default": path.read_text(encoding="utf-8")}, template)
+    _require(tokenizer, template)
+    text = _NEEDS.sub("", _text(template), count=1)
+    if "begin_token" in text:
+        # What this tokenizer puts before a text, written down: other programs know no such word.
+        names = {number: name for name, number in tokenizer.control.items()}
+        begin = "" if tokenizer.begin is None else names.get(tokenizer.begin, "")
+        text = f"{{%- set begin_token = {json.dumps(begin, ensure_ascii=False)} %}}\n{text}"
+    return Chosen({"default": text}, f"the built-in chat template {template}")
+
+
+def needed(template: str) -> tuple[str, ...]:
+    """Names of the control tokens that a built-in template writes, besides those that begin and end a text."""
+    found = _NEEDS.match(_text(template))
+    return tuple(found[1].split()) if found else ()
+
+
+def _text(template: str) -> str:
+    if template not in (known := built_in()):
         raise UserError(
-            f"there is no chat template `{template}`", why=f"built in are: {', '.join(known)}",
-            fix=did_you_mean(template, known) if path.suffix != SUFFIX else "a path to a .jinja file that is there",
+            f"there is no chat template `{template}`",
+            why=f"built in are: {', '.join(known)}; or a path to a .jinja file", fix=did_you_mean(template, known),
         )
-    return Chosen({"default": path.read_text(encoding="utf-8")}, str(path))
+    return (resources.files("llmtrainer.tokenizer") / "templates" / f"{template}{SUFFIX}").read_text("utf-8")
 
 
-def _require(tokenizer: FileTokenizer, text: str, name: str) -> None:
-    needs = _NEEDS.match(text)
-    missing = [token for token in (needs[1].split() if needs else ()) if token not in tokenizer.control]
+def _require(tokenizer: FileTokenizer, name: str) -> None:
+    missing = [token for token in needed(name) if token not in tokenizer.control]
     if missing:
-        named = ", ".join(f'"{token}"' for token in missing)
+        one = len(missing) == 1
         raise UserError(
-            f"the tokenizer lacks {len(missing)} control token{'s' if len(missing) > 1 else ''} that the chat template "
-            f"{name} writes", why=f"{', '.join(missing)} would be ordinary text, which users can write too",
-            fix=f"llmtrainer add-tokens MODEL out=FOLDER 'tokens=[{named}]'",
+            f"the tokenizer lacks {'a control token' if one else f'{len(missing)} control tokens'} of the chat "
+            f"template {name}", why=f"{', '.join(missing)} would be ordinary text, which users can write too",
+            fix=f"llmtrainer add-tokens MODEL out=FOLDER template={name}",
         )
+
+
+def with_template(tokenizer: FileTokenizer, chosen: Chosen) -> FileTokenizer:
+    """The same tokenizer with the template among its files, as transformers looks for it there."""
+    if chosen.texts == tokenizer.chat_templates:
+        return tokenizer
+    return tokenizer.with_file(TEMPLATE_FILE, chosen.texts["default"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import tokenizers
 
@@ -232,6 +233,23 @@ class FileTokenizer:
     def stream(self) -> TextStream:
         """Text while tokens arrive: `feed(id)` gives what this id completes, `close()` the rest."""
         return ByteStream(self._bytes_of) if self._by_bytes else WindowStream(self.decode)
+
+    def numbered(self, name: str) -> int | None:
+        """The id of an entry of the vocabulary, control token or word, by its exact spelling there."""
+        number = self._whole.token_to_id(name)
+        return None if number is None else int(number)
+
+    def files(self) -> dict[str, str]:
+        """The text files that describe it, by name."""
+        return dict(self._files)
+
+    def with_file(self, name: str, text: str) -> Self:
+        """A copy with another companion file, which decides about no id."""
+        assert name in COMPANIONS
+        other = copy.copy(self)
+        other._files = {**self._files, name: text}
+        other.__dict__.pop("chat_templates", None)
+        return other
 
     def save(self, folder: Path) -> None:
         """Write the files that transformers.AutoTokenizer and `load_tokenizer` read."""
