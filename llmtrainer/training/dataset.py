@@ -80,6 +80,8 @@ class Opened:
     """What a continued run must share with the run that began, by name, besides the tokens themselves."""
     companions: Mapping[str, str] = field(default_factory=dict)
     """Files that belong into every model folder beside weights and tokenizer: their names and texts."""
+    ends: tuple[int, ...] = ()
+    """Ids at which an answer stops, where the rows are conversations: these are looked at before the first step."""
 
 
 class Dataset(Kind):

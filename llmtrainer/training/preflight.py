@@ -22,6 +22,7 @@ from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.data.collate import Row, end_to_end
 from llmtrainer.data.examples import fates_of
 from llmtrainer.data.packed import FATES, Store
+from llmtrainer.training.console import say
 
 FILE = "preflight.json"
 ALL = "preflight"
@@ -99,6 +100,9 @@ def preflight(
             if guard.allowed and not guard.ok:
                 warn(f"preflight, allowed `{guard.name}`: {guard.detail}")
     _require(run, guards, engine)
+    if engine.rank == 0:
+        say(f"preflight: {figures['rows']:,} rows, {figures['targets']:,} of {figures['tokens']:,} tokens are learned; "
+            f"what was looked at stands in {run.path / FILE}")
 
 
 def look(store: Store, ends: Collection[int], pad: int) -> Seen:

@@ -14,6 +14,7 @@ import torch
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.units import Duration
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Engine, Rule
 from llmtrainer.data.packed import FATES, Store
@@ -21,7 +22,10 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import Single
 from llmtrainer.training.preflight import ALL, FILE, longest_batch, preflight
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.run import train
 from tests.data.worlds import END, ByteTokenizer, make_store
+from tests.training.conftest import conversations
 from tests.worlds import tiny_model
 
 OBJECTIVE = Objective.model_validate({"kind": "causal_lm"})
@@ -209,3 +213,34 @@ def test_every_rank_stops_when_one_does(flight: Flight, tmp_path: Path, monkeypa
     monkeypatch.setattr(flight.engine, "sum", lambda numbers: {name: value + 1 for name, value in numbers.items()})
     with pytest.raises(UserError, match="another rank"):
         flight.over(store)
+
+
+def test_a_fine_tuning_run_begins_with_it_and_learns_what_it_would_without(chats: Callable[..., Recipe]) -> None:
+    looked, unlooked = (
+        chats(conversations(30), name, *allow) for name, allow in (("looked", ()), ("not", ("allow=preflight",)))
+    )
+    weights = []
+    for recipe in (looked, unlooked):
+        assert train(recipe).step == 2
+        weights.append((Path(recipe.run) / "checkpoints/step-00000002/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    told = json.loads((Path(looked.run) / FILE).read_text())
+    assert all(guard["ok"] for guard in told["guards"]) and told["figures"]["rows"] == 30
+    assert not (Path(unlooked.run) / FILE).exists()
+    (Path(looked.run) / FILE).unlink()
+    assert train(looked.model_copy(update={"duration": Duration.parse("3 steps")})).step == 3
+    assert not (Path(looked.run) / FILE).exists(), "a run that continues was looked at when it began"
+
+
+def test_a_run_that_a_guard_stops_goes_on_when_the_guard_is_allowed_by_name(
+    chats: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = conversations(20) + conversations(20)
+    with pytest.raises(UserError, match="a guard: duplicates") as error:
+        train(chats(records, "twice"))
+    assert "50.0% of the rows are the same" in str(error.value.why)
+    recipe = chats(records, "twice", "allow=[duplicates]")
+    assert train(recipe).step == 2
+    events = [json.loads(line) for line in (Path(recipe.run) / "events.jsonl").read_text().splitlines()]
+    assert any("allowed `duplicates`" in event.get("text", "") for event in events if event["kind"] == "warning")
+    capsys.readouterr()

@@ -131,7 +131,7 @@ class Examples(Dataset):
         }
         return Opened(
             train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint},
-            companions_of(chat, self.template),
+            companions_of(chat, self.template), tuple(sorted({*chat.end_ids, setting.tokenizer.end})),
         )
 
     def _choices(self) -> Choices:
