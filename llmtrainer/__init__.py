@@ -40,6 +40,7 @@ _NAMES = {
     "Generation": "llmtrainer.training.use",
     "Plot": "llmtrainer.training.use",
     "Export": "llmtrainer.apps.export",
+    "BatchPlanning": "llmtrainer.apps.plan_batches",
     "TokenAddition": "llmtrainer.apps.add_tokens",
     "Merge": "llmtrainer.apps.merge",
     "Inspection": "llmtrainer.apps.inspect",

@@ -17,12 +17,16 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.data.bins_first import find_steps
 from llmtrainer.data.budget import lower_bound
-from llmtrainer.data.document import Document, Reading
-from llmtrainer.data.lengths import hold_lengths, lengths_in_records, lengths_in_store
+from llmtrainer.data.detect import detect, placed
+from llmtrainer.data.document import Document, Reading, SourceFile
+from llmtrainer.data.formats.auto import Auto
+from llmtrainer.data.lengths import has_text, hold_lengths, lengths_in_records, lengths_in_store
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
+from llmtrainer.data.records import records
 from llmtrainer.data.rows_first import find_plan
 from llmtrainer.data.tokens import Vocabulary
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.console import warn
 from llmtrainer.training.models import load_tokenizer
 
@@ -35,7 +39,7 @@ class BatchPlanning(Config):
     words: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str
-    """A token store; a file of records `{"length": 12}`; or, with a tokenizer, documents."""
+    """A token store; a file of records `{"length": 12}`; or, with a tokenizer, documents or conversations."""
 
     group_size: int | None = Field(default=None, ge=1)
     """Micro-batches of one optimizer step: ranks times accumulation. On a terminal you are asked."""
@@ -54,7 +58,11 @@ class BatchPlanning(Config):
     """The recipe's seed: which sequences meet in a step."""
 
     tokenizer: str | None = None
-    """A folder or a file with a tokenizer, for data that is text."""
+    """A folder or a file with a tokenizer, for data that is text or conversations."""
+
+    template: str = "auto"
+    """What conversations become before they are tokens: auto is the tokenizer's own chat template; or the name of a
+    built-in one, or a path to a .jinja file."""
 
     fields: tuple[str, ...] = ("text", "content")
     """For text: where a record's text is, the first of these fields that it has."""
@@ -82,6 +90,8 @@ class BatchPlan(Result):
     """Bins above the bound, as a share of it."""
     sequences: int
     tokens: int
+    below: int | None = None
+    """`max_length`, or the longest sequence, where a micro-batch is shorter: only if `compatible`."""
 
     def text(self) -> str:
         best = "no plan has fewer" if self.gap == 0.0 else f"at least {self.lower_bound:,}, gap {self.gap:.2%}"
@@ -93,6 +103,8 @@ class BatchPlan(Result):
             f"bins              {self.bins:,} for {self.sequences:,} sequences, {self.tokens:,} tokens: {best}",
             f"fill              {self.fill:.2%}",
             f"in a recipe       data.tokens_per_batch={self.tokens_per_batch} data.sequences_per_step={least}",
+            *([f"note              below max_length, {self.below:,}: a longer sequence does not fit a micro-batch"]
+              if self.below else []),
         ])
 
 
@@ -137,7 +149,7 @@ def plan_batches(settings: BatchPlanning) -> BatchPlan | Dialogue:
 
 
 def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, batch_size: int) -> BatchPlan:
-    tokens = int(lengths.sum())
+    tokens, longest = int(lengths.sum()), settings.max_length or int(lengths.max())
     if settings.compatible:
         steps = find_steps(lengths.tolist(), group_size, batch_size)
         bins, bound = len(steps.bins), lower_bound(np.minimum(lengths, steps.budget), steps.budget)
@@ -145,8 +157,8 @@ def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, 
         return BatchPlan(
             steps.budget, 1, steps.budget, steps.samples_per_step, (group_size, group_size),
             within / (bins * steps.budget), bins, bound, bins / bound - 1, len(lengths), tokens,
+            longest if steps.budget < longest else None,
         )  # fmt: skip
-    longest = settings.max_length or int(lengths.max())
     found = find_plan(lengths, group_size, batch_size, longest, settings.seed)
     return BatchPlan(
         found.budget, found.divider, found.budget * found.divider, found.samples_per_step, found.micro_batches,
@@ -169,12 +181,24 @@ def _lengths(settings: BatchPlanning) -> NDArray[np.int64]:
                 fix=f"llmtrainer plan-batches {settings.data} tokenizer=FOLDER, or name a token store, or records "
                 '{"length": 12}',
             )
-        tokenizer = load_tokenizer(settings.tokenizer)
-        read = contents(files, Vocabulary.of(tokenizer), Reading(settings.fields, warn=warn))
-        counts = (len(tokenizer.encode(item.text)) if isinstance(item, Document) else len(item.ids) for item in read)
-        begun = 0 if tokenizer.begin is None else 1
-        found = np.fromiter(counts, dtype=np.int64) + 1 + begun - last
+        found = np.fromiter(_counted(settings, files, settings.tokenizer), dtype=np.int64) - last
     return found[found > 0]
+
+
+def _counted(settings: BatchPlanning, files: list[SourceFile], name: str) -> Iterator[int]:
+    """Tokens of each document with its end, or of each row of a conversation."""
+    tokenizer = load_tokenizer(name)
+    whole = Reading(warn=warn, whole=True)
+    if not has_text(files, settings.fields):
+        chat = Chat(tokenizer, settings.template)
+        for file in files:
+            if told := detect(Auto(), records(file, whole)):
+                for record in records(file, whole):
+                    yield from (len(row.tokens) for row in chat.rows(placed(told.format, record)))
+        return
+    begun = 0 if tokenizer.begin is None else 1
+    for item in contents(files, Vocabulary.of(tokenizer), Reading(settings.fields, warn=warn)):
+        yield begun + 1 + (len(tokenizer.encode(item.text)) if isinstance(item, Document) else len(item.ids))
 
 
 def _asked(settings: BatchPlanning) -> Iterator[tuple[int, int]]:

@@ -131,11 +131,7 @@ class BudgetSource:
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)
         tokens = self.store.read(document)
-        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self._weights(document))
-
-    def _weights(self, document: int) -> Any:
-        # A store of plain text has no weights: every target counts 1.
-        return self.store.weights(document) if hasattr(self.store, "weights") else None
+        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self.store.weights(document))
 
     def _document(self, row: int) -> int:
         (piece,) = self._plan.pieces(row, 0)

@@ -26,9 +26,15 @@ def lengths_in_store(store: Store) -> NDArray[np.int64]:
 
 
 def hold_lengths(files: list[SourceFile]) -> bool:
-    """Whether these are files of lengths, by their first record: `{"length": 12}` and nothing else that is long."""
+    """Whether these are files of lengths, by their first record: `{"length": 12}`."""
     first = next((record for file in files for record, _ in _records(file)), None)
-    return isinstance(first, dict) and type(first.get(LENGTH)) is int
+    return isinstance(first, dict) and LENGTH in first and len(first) <= 2
+
+
+def has_text(files: list[SourceFile], fields: tuple[str, ...]) -> bool:
+    """Whether these are documents, by their first record, and not conversations."""
+    first = next((record for file in files for record, _ in _records(file)), None)
+    return not isinstance(first, dict) or bool(Reading(fields).chosen(list(first)))
 
 
 def lengths_in_records(files: list[SourceFile]) -> NDArray[np.int64]:

@@ -37,6 +37,7 @@ from llmtrainer.training.evaluation import Evaluations, write_samples
 from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
+from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
@@ -104,6 +105,8 @@ def assemble(
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
+    if resumption is None and rows.chat is not None:
+        look_before(recipe, run, rows, rows.chat, tokenizer, policy, engine, warn)
     parts = Parts(
         seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
@@ -141,6 +144,18 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
         "precision": precision,
         "code": f"llmtrainer {VERSION}, torch {torch.__version__}",
     }
+
+
+def look_before(
+    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Decoder, engine: Engine,
+    warn: Callable[[str], None],
+) -> None:
+    """What is held against the rows of a fine-tuning run before its first step."""
+    preflight(
+        run, rows.train.store, tokenizer, policy.vocabulary, recipe.objective, engine,
+        ends=sorted({*chat.end_ids, tokenizer.end}),
+        tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
+    )  # fmt: skip
 
 
 def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callable[[str], None]) -> Duration:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
@@ -24,6 +24,11 @@ from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Dataset
 from llmtrainer.training.tracking import Tracker
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+def _several(value: Any) -> Any:
+    """A text is a list of one; commas divide it."""
+    return tuple(piece.strip() for piece in value.split(",")) if isinstance(value, str) else value
 
 
 class TokenizerChoice(Config):
@@ -195,8 +200,10 @@ class Recipe(Config):
     cache: str = ".llmtrainer/cache"
     """Where prepared data and trained vocabularies are kept, by content."""
 
-    allow: tuple[str, ...] = ()
-    """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`."""
+    allow: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`; and guards of the
+    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, vocabulary, memory, or all of
+    them: preflight."""
 
     @model_validator(mode="after")
     def _has_what_it_measures(self) -> Recipe:

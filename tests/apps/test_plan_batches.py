@@ -12,6 +12,8 @@ import pytest
 from llmtrainer.apps.cli import main
 from llmtrainer.apps.plan_batches import BatchPlan, BatchPlanning, Dialogue, plan_batches
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.formats.instruction import Instruction
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
 from tests.data.worlds import counting, make_store
@@ -44,7 +46,7 @@ def test_compatible_prints_the_figures_of_the_old_tool(
     assert found["fill"] == pytest.approx(501_899 / (120 * 4352))
     found = told(capsys, *words, "group_size=32", "batch_size=32")
     assert (found["batch_max_tokens"], found["samples_per_step"]) == (128, [32, 33])
-    assert 0 < found["fill"] <= 1 <= found["bins"] / found["lower_bound"]
+    assert 0 < found["fill"] <= 1 <= found["bins"] / found["lower_bound"] and found["below"] == 1024
 
 
 def test_the_command_gives_one_json_object_that_training_can_use(
@@ -107,6 +109,22 @@ def test_documents_are_counted_by_their_tokenizer(folder: Path) -> None:
     found = plan_batches(BatchPlanning.model_validate({**settings, "tokenizer": str(folder / "tokenizer")}))
     tokenizer = load_tokenizer(folder / "tokenizer")
     assert isinstance(found, BatchPlan) and found.tokens == sum(len(tokenizer.encode(text)) for text in texts)
+
+
+def test_conversations_are_counted_as_their_rows(folder: Path) -> None:
+    records = [{"instruction": f"add {n} and {n}", "input": "", "output": f"it is {2 * n}"} for n in range(30)]
+    train_vocabulary(iter([record["instruction"] for record in records]), 300).save(folder / "small")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = plan_batches(
+        BatchPlanning(
+            data=str(folder / "chats.jsonl"), tokenizer=str(folder / "small"), template="alpaca", group_size=2,
+            batch_size=10,
+        )
+    )  # fmt: skip
+    tokenizer = load_tokenizer(folder / "small")
+    chat = Chat(tokenizer, "alpaca")
+    rows = [chat.row(Instruction().example(record)) for record in records]
+    assert isinstance(found, BatchPlan) and found.tokens == sum(len(row.tokens) - 1 for row in rows)
 
 
 @pytest.mark.parametrize("line", ['{"length": "12"}', '{"tokens": 3}', '{"length": 0}', '{"length": true}'])
