@@ -45,6 +45,10 @@ class Examples(Dataset):
     date: str | None = None
     """The date that a template with a clock shows: `2026-11-22`."""
 
+    learn: Literal["answers", "everything"] = "answers"
+    """Which tokens are targets: those of the answers with the token that ends them; or everything, prompts and the
+    template's own text too."""
+
     leave_out: tuple[Literal["thinking", "tools"], ...] = ()
     """What the template may leave out of a conversation without being refused."""
 
@@ -136,7 +140,7 @@ class Examples(Dataset):
     def _choices(self) -> Choices:
         cut = (self.cut_side, self.cut_end) if self.too_long == "cut" else ()
         length = LengthPolicy(self.sequence_length, self.too_long, *cut)
-        return Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle)
+        return Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle, self.learn)
 
     def _measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
         """The held-out part and the named sets, each as one step of all its rows."""
