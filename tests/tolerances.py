@@ -36,3 +36,8 @@ FLOAT32_FREQUENCY_RELATIVE = 1e-5
 """Rotary frequencies against a library that works them out in float32."""
 TRANSFORMERS_FLOAT64_LOGITS = 1e-6
 """Against transformers' own classes as they are: beside float64 weights they keep float32 angles and norms."""
+PEFT_FLOAT64 = 1e-10
+"""Logits with adapters against PEFT's, float64 (saved adapters are the same numbers on both sides)."""
+PEFT_GRADIENT_RELATIVE = 1e-10
+MERGED_LOGITS = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 3e-2}
+"""Merged weights, stored and read back, against the adapter beside its model in float32, relative to the largest."""

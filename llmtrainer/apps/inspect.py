@@ -23,7 +23,7 @@ from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.parallel.engines.single import Single
-from llmtrainer.training.assemble import held_out_of, source_of, tokenizer_of
+from llmtrainer.training.assemble import rows_of, tokenizer_of
 from llmtrainer.training.console import warn
 from llmtrainer.training.figures import number
 from llmtrainer.training.models import load_tokenizer
@@ -130,9 +130,10 @@ def _of_recipe(settings: Inspection, recipe: Recipe) -> Iterator[Shown]:
     # Its rank and world size are all that rows depend on: one process sees the rows of the whole step.
     engine = Single(device="cpu").start("float32")
     folder, tokenizer = tokenizer_of(recipe)
-    source = source_of(recipe, folder, engine)
+    rows = rows_of(recipe, folder, tokenizer, engine)
+    source = rows.train
     if settings.part == "held_out":
-        held_out = held_out_of(recipe, source.store, engine)
+        held_out = rows.measured().get("held_out")
         if held_out is None:
             raise UserError("the recipe holds nothing out", fix="overrides=[data.held_out=0.01]")
         source = held_out

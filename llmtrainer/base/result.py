@@ -27,9 +27,13 @@ class Result:
 
     def text(self) -> str:
         """What a person reads: one line per figure, the names aligned."""
-        figures = self.json()
-        width = max(map(len, figures), default=0)
-        return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in figures.items())
+        return lines(self.json())
+
+
+def lines(figures: Mapping[str, Any]) -> str:
+    """A line a figure, the names aligned."""
+    width = max(map(len, figures), default=0)
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in figures.items())
 
 
 def plain(value: Any) -> Any:

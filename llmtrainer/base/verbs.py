@@ -50,6 +50,10 @@ VERBS = {
         "llmtrainer.training.prepare:prepare", "text -> a store of tokens, ready to train on",
         ("prepare corpus/ runs/store tokenizer=runs/tokenizer",),
     ),
+    "plan-batches": Verb(
+        "llmtrainer.apps.plan_batches:plan_batches", "how large a micro-batch must be, and how full it will be",
+        ("plan-batches runs/store group_size=8 batch_size=64 max_length=2048",),
+    ),
     "train": Verb(
         "llmtrainer.training.run:train", "run a recipe, or continue it where it stopped",
         ("train recipes/tiny/pretrain.yaml", "train recipes/tiny/pretrain.yaml seed=1 run=runs/seed-1"),
@@ -74,6 +78,10 @@ VERBS = {
         "llmtrainer.apps.add_tokens:add_tokens", "a model with more control tokens, such as the roles of a template",
         ("add-tokens runs/base out=based tokens=['<|user|>','<|assistant|>']", "add-tokens runs/base out=based "
          "template=llama3"),
+    ),
+    "merge": Verb(
+        "llmtrainer.apps.merge:merge", "an adapter and its model as one Hugging Face folder, proved to be the same",
+        ("merge runs/lora merged", "merge runs/lora merged precision=bfloat16 check=true"),
     ),
     "inspect": Verb(
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",

@@ -169,6 +169,20 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class Adapter(Kind):
+    """What is trained beside a model that stays as it is: its fields are its shape."""
+
+    folder: ClassVar[str] = "llmtrainer.models.adapters"
+    default_kind: ClassVar[str] = "lora"
+
+    start_from: str | None = None
+    """A run directory, a checkpoint or a PEFT folder with an adapter to go on with. Its shape comes from there."""
+
+    def insert(self, policy: nn.Module) -> None:
+        """Freeze the policy and put adapters into it, without values yet."""
+        raise NotImplementedError
+
+
 class Family(Kind):
     """A model family: its fields are the shape of the model."""
 
@@ -181,6 +195,10 @@ class Family(Kind):
 
     freeze: tuple[str, ...] = ()
     """Patterns on parameter names that stay as they are: `model.embed_tokens.*`, `model.layers.0.*`."""
+
+    adapter: Adapter | None = None
+    """Train a few numbers beside every matrix of `start_from` instead of the model itself: `{kind: lora, rank: 16}`,
+    `{kind: dora}`. Checkpoints then hold the adapter alone, as PEFT writes it."""
 
     def build(self, vocabulary: int, compute: torch.dtype = torch.float32) -> nn.Module:
         """A policy without values yet: `initialise(seed)` or loading fills it.

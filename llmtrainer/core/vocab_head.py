@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.products import turned_copy
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp")
 """What a policy can be asked for: fields of Outputs without their shape."""
 
 _CHUNK_BYTES = 128 * 2**20
 """Size of one chunk of logits where nobody names a chunk. A batch that fits keeps its logits for backward."""
-_SLICE_BYTES = 16 * 2**20
+_SLICE_BYTES = 64 * 2**20
 """A chunk is worked through in slices of this size: C libraries return larger blocks to the system each time,
 and pages that come back cost more than the arithmetic on them."""
 _SLICE_ROWS = 1024
@@ -260,12 +261,8 @@ def compiled(turned: bool = False) -> Arithmetic:
     """The same arithmetic by torch.compile: one pass over the logits in each direction."""
     return Arithmetic(
         torch.compile(_reduce, dynamic=True), torch.compile(_differentiate_at_once, dynamic=True),
-        torch.compile(_turn, dynamic=True) if turned else None,
+        turned_copy if turned else None,
     )
-
-
-def _turn(matrix: Tensor) -> Tensor:
-    return matrix.t().contiguous()
 
 
 def _tiles(logits: Tensor) -> list[slice]:

@@ -62,14 +62,19 @@ def pack(lengths: Numbers, budget: int) -> Numbers:
 
 
 def lower_bound(lengths: Numbers, budget: int) -> int:
-    """So many bins are needed at least, whoever packs: L2 of Martello and Toth (1990), section 8.3.2.
+    """So many bins are needed at least, whoever packs: the better of two bounds."""
+    if not len(lengths):
+        return 0
+    ordered = np.sort(np.asarray(lengths, dtype=np.int64))
+    return max(_by_thresholds(ordered, budget), _by_counts(ordered, budget))
+
+
+def _by_thresholds(ordered: Numbers, budget: int) -> int:
+    """L2 of Martello and Toth (1990), section 8.3.2.
 
     For a threshold a up to half the budget C: a length above C - a shares its bin with nothing of a or more; two
     above C / 2 share none; what is left of the lengths in a..C/2 must fit the room beside them.
     """
-    if not len(lengths):
-        return 0
-    ordered = np.sort(np.asarray(lengths, dtype=np.int64))
     before = np.concatenate([[0], np.cumsum(ordered)])
     half = int(np.searchsorted(ordered, budget / 2, side="right"))
     thresholds = np.unique(np.concatenate([[0], ordered[:half]]))
@@ -79,6 +84,17 @@ def lower_bound(lengths: Numbers, budget: int) -> int:
     room = (alone - half) * budget - (before[alone] - before[half])
     rest = before[half] - before[small] - room
     return int((large + np.maximum(0, -(-rest // budget))).max())
+
+
+def _by_counts(ordered: Numbers, budget: int) -> int:
+    """u(k) of Fekete and Schepers (2001), section 3, for k up to 24: of lengths above C / (k + 1) a bin holds k at
+    most, so each takes a k-th of it, and so on; a length that is a whole number of such parts keeps its share."""
+    values, counts = np.unique(ordered, return_counts=True)
+    parts = np.arange(2, 26)[:, None] * values
+    whole = parts % budget == 0
+    shares = (np.where(whole, values, 0) @ counts).tolist()
+    taken = (np.where(whole, 0, parts // budget) @ counts).tolist()
+    return max(-(-(a * k + b * budget) // (budget * k)) for k, (a, b) in enumerate(zip(shares, taken, strict=True), 1))
 
 
 def cost_of(lengths: Numbers, pair_cost: float = PAIR_COST) -> NDArray[np.float64]:

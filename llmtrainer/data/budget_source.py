@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import numpy as np
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
-from llmtrainer.core.randomness import derive
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.collate import Row, collate, end_to_end, filler
 from llmtrainer.data.packed import Store
-from llmtrainer.data.permutation import Permutation
 from llmtrainer.data.plan import Part, plan
+from llmtrainer.data.rows_first import Draws
 
 _BLOCK = 2**17
 """Documents whose lengths are looked at at a time."""
@@ -58,7 +56,7 @@ class BudgetSource:
         assert 0 <= rank < world_size
         assert (sequences_per_step is None) != (tokens_per_step is None), "one of the two says how large a step is"
         _require_sizes(sequence_length, sequences_per_step, tokens_per_batch, held_out, part)
-        self.store, self.seed, self.shuffle = store, seed, shuffle
+        self.store = store
         self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
         self._rank, self._world_size, self._pair_cost = rank, world_size, pair_cost
         self._plan = plan(
@@ -73,7 +71,7 @@ class BudgetSource:
         facts = [store.fingerprint, "budget", sequence_length, self.rows_per_step, seed, held_out, part, shuffle]
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         """SHA-256 of the store and of every setting that decides the sequences of a step."""
-        self._order = lru_cache(4)(lambda epoch: Permutation(self.rows_per_epoch, derive(seed, "order", epoch)))
+        self._draws = Draws(self.rows_per_epoch, self.rows_per_step, seed, shuffle)
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows") if prefetch else None
         self._next: tuple[int, Future[list[Batch]]] | None = None
 
@@ -96,14 +94,8 @@ class BudgetSource:
 
     def draws(self, step: int) -> list[tuple[int, int]]:
         """(epoch, sequence of the plan) at each place of a step, of all ranks."""
-        assert step >= 0
-        draws = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
-        epochs, places = np.divmod(draws, self.rows_per_epoch)
-        rows = places.copy()
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                rows[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
-        return list(zip(epochs.tolist(), rows.tolist(), strict=True))
+        epochs, rows = self._draws.of_steps(step, step + 1)
+        return list(zip(epochs[0].tolist(), rows[0].tolist(), strict=True))
 
     def cut(self, step: int) -> list[list[Numbers]]:
         """The places of each micro-batch of each rank."""
@@ -139,11 +131,7 @@ class BudgetSource:
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)
         tokens = self.store.read(document)
-        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self._weights(document))
-
-    def _weights(self, document: int) -> Any:
-        # A store of plain text has no weights: every target counts 1.
-        return self.store.weights(document) if hasattr(self.store, "weights") else None
+        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self.store.weights(document))
 
     def _document(self, row: int) -> int:
         (piece,) = self._plan.pieces(row, 0)

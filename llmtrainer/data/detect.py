@@ -39,7 +39,7 @@ def detect(wanted: Format, found: Iterable[Record]) -> Detected | None:
     chosen = wanted if wanted.kind != "auto" else _only(first)
     example = placed(chosen, first[0])
     known = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
-    return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes\n{shown(example)}")
+    return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes:\n{shown(example)}")
 
 
 def placed(format: Format, record: Record) -> Example:

@@ -74,11 +74,14 @@ class Choices:
     """What a record that its format or the template refuses does: end the preparation, or become a fate."""
     allow_truncated: bool = False
     allow_pickle: bool = False
+    learn: Literal["answers", "everything"] = "answers"
+    """Which tokens are targets: those of the answers, or all of the last row that a record becomes."""
 
     def facts(self) -> list[Any]:
         length = self.length
         cut = [length.cut_side, length.cut_end] if length.too_long == "cut" else []
-        return [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
+        found = [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
+        return found if self.learn == "answers" else [*found, self.learn]
 
 
 @dataclass
@@ -288,7 +291,7 @@ def _fate(
     """(fate, why, bytes of text, rows) of a record."""
     try:
         example = placed(format, record)
-        rows = _rows(maker, example, record)
+        rows = _rows(maker, example, record, choices.learn)
     except UserError as error:
         if choices.bad_records == "stop":
             raise
@@ -313,11 +316,13 @@ def _shortened(row: Piece, length: LengthPolicy) -> tuple[str, list[Piece]]:
     return ("targets cut away" if pieces and not found else fate), found
 
 
-def _rows(maker: RowMaker, example: Example, record: Record) -> list[Piece]:
+def _rows(maker: RowMaker, example: Example, record: Record, learn: str) -> list[Piece]:
     try:
         rows = maker.rows(example)
     except UserError as error:
         error.where = record.place if error.where is None else f"{record.place}, {error.where}"
         raise
     assert rows and all(len(row.tokens) == len(row.weights) for row in rows)
+    if learn == "everything":
+        rows = [TokenRow(rows[-1].tokens, (1.0,) * len(rows[-1].tokens))]
     return [Piece(np.array(row.tokens, dtype=np.int64), np.array(row.weights, dtype=np.float32)) for row in rows]

@@ -11,6 +11,8 @@ from llmtrainer.data.document import SourceFile
 
 PREFIX = "stdlib:"
 PARTS = ("train", "held_out")
+QUESTIONS = {"questions": "train", "held_out_questions": "held_out"}
+"""Names under which the same modules are wanted as questions and answers, which the reader of docstrings makes."""
 HELD_OUT_SHARE = 0.03
 HELD_OUT_BYTES = 1_000_000
 """At most so much is held out: enough to measure with, and it has to be compressed by three programs for the demo."""
@@ -18,15 +20,18 @@ _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 def find(name: str) -> list[SourceFile]:
-    """The modules of `stdlib:train` or `stdlib:held_out`, by path.
+    """The modules of `stdlib:train` or `stdlib:held_out`, by path; the same ones of `stdlib:questions` or
+    `stdlib:held_out_questions`.
 
     Held out are the modules whose path has one of the smallest hashes, about 3% and below a megabyte; the same for
     everyone who has the same modules. Left out of both: what is no UTF-8 or empty, what others installed, and
     from the training part every copy of a file that is held out.
     """
-    part = name.removeprefix(PREFIX)
+    given = name.removeprefix(PREFIX)
+    part = QUESTIONS.get(given, given)
     if part not in PARTS:
-        raise UserError(f"no corpus `{name}`", fix=" or ".join(f"`{PREFIX}{part}`" for part in PARTS))
+        known = (f"`{PREFIX}{part}`" for part in (*PARTS, *QUESTIONS))
+        raise UserError(f"no corpus `{name}`", fix=" or ".join(known))
     root = Path(sysconfig.get_path("stdlib"))
     held_out, train = split(root)
     if not held_out or not train:

@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmtrainer.core.batch import Batch
+from llmtrainer.models.joint import joint_linear
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
+from llmtrainer.models.lora import Noise
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
@@ -112,10 +114,25 @@ class Block:
     hidden_B11QK: Tensor | None
     """What may not be seen, bool. None: the last key stands at the last query, and only what is later is
     hidden."""
+    made: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def keys(self) -> slice:
         return slice(self.earliest, self.latest)
+
+    def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """0 where a key may be seen and -inf where not, of the block's last keys: [B or 1, 1, 1, Q, their number].
+
+        To be added: that is many times faster than to fill by a mask, and 0 changes no bit. Made once for all layers.
+        """
+        if dtype not in self.made:
+            if self.hidden_B11QK is None:
+                n = self.stop - self.start    # only the square on the diagonal holds later keys
+                self.made[dtype] = torch.full((1, 1, 1, n, n), -math.inf, dtype=dtype, device=device).triu(1)
+            else:
+                bias = torch.zeros(self.hidden_B11QK.shape, dtype=dtype, device=device)
+                self.made[dtype] = bias.masked_fill_(self.hidden_B11QK, -math.inf)
+        return self.made[dtype]
 
 
 def cached_blocks(read_B: Tensor, T: int, window: int | None, capacity: int) -> tuple[Block, ...]:
@@ -294,14 +311,9 @@ def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> Non
 def _probabilities(q_ZQC: Tensor, k_ZTC: Tensor, block: Block, B: int) -> Tensor:
     """softmax over the visible keys of a block: [Z, Q, keys]; reduced in float32 inside torch's kernel."""
     scores_ZQK = _scaled(q_ZQC, k_ZTC[:, block.keys].transpose(1, 2), q_ZQC.shape[-1])
-    n = block.stop - block.start
+    bias, n = block.bias(q_ZQC.dtype, q_ZQC.device), block.stop - block.start
     by_row = scores_ZQK.view(B, -1, scores_ZQK.shape[1] // n, n, scores_ZQK.shape[2])
-    if block.hidden_B11QK is None:
-        # Only the square on the diagonal holds later keys.
-        later = torch.ones(n, n, dtype=torch.bool, device=q_ZQC.device).triu(1)
-        by_row[..., -n:].masked_fill_(later, -math.inf)
-    else:
-        by_row.masked_fill_(block.hidden_B11QK, -math.inf)
+    by_row[..., -bias.shape[-1] :] += bias
     return scores_ZQK.softmax(-1)
 
 
@@ -321,12 +333,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
         self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
 
-    def project(self, x_BTD: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, the first two normalised (if asked) and rotated."""
-        B, T, _ = x_BTD.shape
-        q_BTHC = self.q_proj(x_BTD).view(B, T, self.shape.heads, self.shape.head_size)
-        k_BTKC = self.k_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
-        v_BTKC = self.v_proj(x_BTD).view(B, T, self.shape.kv_heads, self.shape.head_size)
+    def project(
+        self, x_BTD: Tensor, rotary: RotaryTable, turned: bool = False, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two normalised (if asked) and rotated. `turned`: see
+        core/products.py; `noise`: for dropout of adapters."""
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        if q.adapter is k.adapter is v.adapter is None:
+            joint = joint_linear(x_BTD, (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), turned)
+        else:
+            joint = q(x_BTD, noise), k(x_BTD, noise), v(x_BTD, noise)
+        q_BTHC, k_BTKC, v_BTKC = (x.unflatten(-1, (-1, self.shape.head_size)) for x in joint)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
         return *self.kernels.rotate(q_BTHC, k_BTKC, rotary), v_BTKC

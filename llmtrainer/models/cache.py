@@ -254,4 +254,4 @@ def _turn(x_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _product(compute: torch.dtype, *layers: Linear) -> Product:
-    return Product([layer.weight for layer in layers], [layer.bias for layer in layers], compute)
+    return Product([layer.merged() for layer in layers], [layer.bias for layer in layers], compute)

@@ -15,11 +15,13 @@ from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.products import prefers_turned
+from llmtrainer.core.protocols import Adapter
 from llmtrainer.core.randomness import derive, dropout
 from llmtrainer.models import kernels, paths, proof
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
+from llmtrainer.models.lora import LowRank, Noise
 from llmtrainer.models.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -95,6 +97,8 @@ class Decoder(nn.Module):
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
         self._unproven = False
+        self.adapter: Adapter | None = None
+        """What stands beside its matrices, put there by `Adapter.insert`; None: nothing."""
         self.recompute: Recompute | None = None
         """What is computed again in backward; None: nothing, every activation is kept."""
 
@@ -152,11 +156,12 @@ class Decoder(nn.Module):
                 return dropout(x_BTD, rate, batch.dropout_key, batch.place_BT, site, batch.position_BT)
             return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
 
+        noise = Noise(batch.dropout_key, batch.place_B) if self.training and self._adapters_drop() else None
         x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
         if self._unproven and torch.is_grad_enabled():
             self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
-            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None)
+            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, noise)
             if self.recompute is None or index % self.recompute.every:
                 x_BTD = layer(x_BTD)
             elif self.recompute.what == "layer":
@@ -167,13 +172,19 @@ class Decoder(nn.Module):
 
     def _layer(
         self, block: Block, index: int, attend: Path, visible: Visible, rotary: RotaryTable, drop: Drop | None,
-        x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
+        noise: Noise | None, x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
     ) -> Tensor:
         pieces = self._pieces
-        attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute), visible)
-        if drop is None:
+        if noise is None:
+            attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned), visible)
+        else:
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False, noise), visible)
+        if drop is None and noise is None:
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
-        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop)
+        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop, noise)
+
+    def _adapters_drop(self) -> bool:
+        return any(module.rate > 0.0 for module in self.modules() if isinstance(module, LowRank))
 
     def arrange(self, asked: Arrangement) -> Arranged:
         """Compute as an engine asks, on the device where the weights are by now.
@@ -218,12 +229,12 @@ class Decoder(nn.Module):
         block = next(filter(_trains, blocks), blocks[0])
         x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
         with torch.no_grad():
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute), visible)
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False), visible)
         attended.requires_grad_(x_BTD.requires_grad or _trains(block.self_attn))
         leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
         proof.require_same(
-            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute),
-            lambda: _project(block, x_BTD, *rotary, self.compute), leaves, self.compute,
+            "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned),
+            lambda: _project(block, x_BTD, *rotary, self.compute, False), leaves, self.compute,
         )  # fmt: skip
         proof.require_same(
             "what follows attention", lambda: [pieces.finish(block, x_BTD, attended, self.compute, pieces.turned)],
@@ -253,10 +264,11 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _project(
-    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype
+    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, turned: bool,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first part of a block: queries, keys and values."""
-    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin))
+    """The first part of a block: queries, keys and values. `turned`: see core/products.py."""
+    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin), turned, noise)
 
 
 def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, turned: bool) -> Tensor:
@@ -266,10 +278,18 @@ def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.d
 
 
 def _finish_with_dropout(
-    block: Block, index: int, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, drop: Drop
-) -> Tensor:
-    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2)), 2 * index + 1)
-    return x_BTD + drop(block.mlp(block.post_attention_layernorm(x_BTD, compute)), 2 * index + 2)
+    block: Block, index: int, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, drop: Drop | None,
+    noise: Noise | None,
+) -> Tensor:  # fmt: skip
+    """The rest of a block with dropout of its own, of its adapters, or both."""
+    drop = drop or _kept
+    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2), noise), 2 * index + 1)
+    normed = block.post_attention_layernorm(x_BTD, compute)
+    return x_BTD + drop(block.mlp(normed, noise=noise), 2 * index + 2)
+
+
+def _kept(x_BTD: Tensor, site: int) -> Tensor:
+    return x_BTD
 
 
 def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -279,7 +299,7 @@ def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 class _Pieces(NamedTuple):
-    project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+    project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype, bool], tuple[Tensor, Tensor, Tensor]]
     finish: Callable[[Block, Tensor, Tensor, torch.dtype, bool], Tensor]
     arithmetic: vocab_head.Arithmetic
     turned: bool

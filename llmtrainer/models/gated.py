@@ -45,7 +45,7 @@ class _GatedMLP(torch.autograd.Function):
         x_ND, gate_NF, up_NF, gate_w, up_w, down_w = ctx.saved_tensors
         turned, master, needs = ctx.turned, ctx.master, ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
-        product_NF, gate_grad_NF, up_grad_NF = _differentiate(gate_NF, up_NF, grad_ND @ down_w)
+        product_NF, gate_grad_NF, up_grad_NF = differentiate_product(gate_NF, up_NF, grad_ND @ down_w)
         x_grad_ND = None
         if needs[0]:
             x_grad_ND = torch.addmm(gate_grad_NF @ gate_w, up_grad_NF, up_w)
@@ -60,7 +60,7 @@ class _GatedMLP(torch.autograd.Function):
         return (x_grad_ND, *weights, *biases, None)
 
 
-def _differentiate(gate_NF: Tensor, up_NF: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def differentiate_product(gate_NF: Tensor, up_NF: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """silu(gate) * up, and the gradients of gate and up, given that of the product.
 
     d silu(z) / dz = s (1 + z (1 - s)) with s = sigmoid(z).

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrainer.models.gated import Biases, Weights, gated_mlp
+from llmtrainer.models.lora import AdaptedLayer, LowRank, Noise, adapted_gated_mlp
 from llmtrainer.models.norm import rms_norm
 
 
@@ -27,8 +28,17 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=master))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=master)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+        self.adapter: LowRank | None = None
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        if self.adapter is not None:
+            adapted: Tensor = self.adapter(x, self.weight, self.bias, noise)
+            return adapted
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """The one matrix that does what weight and adapter do."""
+        return self.weight.detach() if self.adapter is None else self.adapter.merged(self.weight)
 
 
 class Embedding(nn.Module):
@@ -65,9 +75,13 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
         self.kernels = TORCH
 
-    def forward(self, x_BTD: Tensor, turned: bool = False) -> Tensor:
-        """`turned`: weight gradients as products of transposed copies, see core/products.py."""
+    def forward(self, x_BTD: Tensor, turned: bool = False, noise: Noise | None = None) -> Tensor:
+        """`turned`: weight gradients as products of transposed copies, see core/products.py. `noise`: for dropout
+        of adapters."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if any(layer.adapter is not None for layer in (gate, up, down)):
+            first, second, last = (AdaptedLayer(layer.weight, layer.bias, layer.adapter) for layer in (gate, up, down))
+            return adapted_gated_mlp(x_BTD, (first, second, last), noise, turned)
         return self.kernels.gated(
             x_BTD, (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias), turned
         )

@@ -18,27 +18,26 @@ from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
+from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer, opening
-from llmtrainer.core.randomness import derive
 from llmtrainer.data.open import documents, find
-from llmtrainer.data.packed import Store
-from llmtrainer.data.source import DiskSource
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import freeze, load_policy
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
-from llmtrainer.tokenizer.tokenizer import load_tokenizer, padded_vocabulary
+from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
+from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
-from llmtrainer.training.hub import locate
 from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
-from llmtrainer.training.prepare import prepared, trained_tokenizer
+from llmtrainer.training.policies import base_name, form_of, policy_of
+from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
@@ -70,25 +69,23 @@ def assemble(
         log.append("warning", text=text)
         view({"kind": "warning", "text": text})
 
-    for tracker in recipe.log.trackers:
-        tracker.require()
-        # Its settings are read on its own thread, which may be after the first step has asked what was read.
-        for name in type(tracker).model_fields:
-            getattr(tracker, name)
+    _require_trackers(recipe)
     # 1. The engine decides the device, and the device what is fast.
     engine, precision = engine_of(recipe)
     require_choices(recipe, engine.device, DTYPES[precision])
     # 2. Vocabulary, text, rows.
     tokenizer_folder, tokenizer = tokenizer_of(recipe)
-    source = source_of(recipe, tokenizer_folder, engine)
-    facts = facts_of(recipe, precision, source, tokenizer)
+    rows = rows_of(recipe, tokenizer_folder, tokenizer, engine)
+    source = rows.train
+    facts = facts_of(recipe, precision, rows, tokenizer)
     # 3. Where the run continues, before anything large is allocated.
     resumption = find_resumption(run, recipe, warn)
     if resumption is not None:
-        require_same(resumption, recipe, {name: facts[name] for name in MUST_MATCH})
+        require_same(resumption, recipe, {name: facts[name] for name in (*MUST_MATCH, *rows.facts)})
         checkpoint.set_aside_newer(run, resumption.folder)
     # 4. The model, its optimizer, and their state.
-    policy = policy_of(recipe, tokenizer, DTYPES[precision], resumption.folder if resumption else None)
+    continued = resumption.folder if resumption else None
+    policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     facts |= arranged.facts
@@ -102,17 +99,20 @@ def assemble(
     recipe.optim.schedule.require_fit(length)
     # 6. What is watched and kept.
     saver = Saver(
-        run, recipe.save, dump(recipe), tokenizer_folder, tokenizer, {**facts, "schedule_length": str(length)},
-        policy, engine, parent_of(recipe, resumption), resumption.scores if resumption else {}, average,
+        run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
+        form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
+        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
+    if resumption is None and rows.chat is not None:
+        look_before(recipe, run, rows, rows.chat, tokenizer, policy, engine, warn)
     parts = Parts(
         seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(recipe, run, source.store, policy, tokenizer, engine, most_documents, average).run,
+        evaluate=evaluations_of(recipe, run, rows, policy, tokenizer, engine, most_documents, average).run,
         saver=saver, average=average,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
@@ -122,19 +122,40 @@ def assemble(
     return Assembled(Trainer(parts, progress, resumption.figures if resumption else {}), resumption, facts)
 
 
+def _require_trackers(recipe: Recipe) -> None:
+    for tracker in recipe.log.trackers:
+        tracker.require()
+        # Its settings are read on its own thread, which may be after the first step has asked what was read.
+        for name in type(tracker).model_fields:
+            getattr(tracker, name)
+
+
 MUST_MATCH = ("data_fingerprint", "tokenizer_fingerprint", "precision")
 """Facts that a continued run shares with the run that began."""
 
 
-def facts_of(recipe: Recipe, precision: str, source: DiskSource, tokenizer: Tokenizer) -> dict[str, Any]:
+def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the manifest of every checkpoint says about how it came to be."""
     return {
         "recipe_sha256": hashlib.sha256(dump(recipe).encode()).hexdigest(),
-        "data_fingerprint": source.store.fingerprint,
+        "data_fingerprint": rows.train.store.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
+        **rows.facts,
         "precision": precision,
         "code": f"llmtrainer {VERSION}, torch {torch.__version__}",
     }
+
+
+def look_before(
+    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Decoder, engine: Engine,
+    warn: Callable[[str], None],
+) -> None:
+    """What is held against the rows of a fine-tuning run before its first step."""
+    preflight(
+        run, rows.train.store, tokenizer, policy.vocabulary, recipe.objective, engine,
+        ends=sorted({*chat.end_ids, tokenizer.end}),
+        tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
+    )  # fmt: skip
 
 
 def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callable[[str], None]) -> Duration:
@@ -170,11 +191,11 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 
 def evaluations_of(
-    recipe: Recipe, run: RunDir, store: Store, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
+    recipe: Recipe, run: RunDir, rows: Opened, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
     most_documents: int | None, average: MovingAverage | None,
 ) -> Evaluations:
-    """Held-out rows, suites and samples, with every setting read now and not at the first evaluation."""
-    settings, fields, tokens = recipe.evaluate, recipe.data.train.fields, recipe.evaluate.max_new_tokens
+    """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
+    settings, fields, tokens = recipe.evaluate, recipe.data.texts(), recipe.evaluate.max_new_tokens
 
     for suite in settings.suites:
         # A suite reads its settings when it runs, which may be hours from now. That each kind reads all of them
@@ -187,8 +208,9 @@ def evaluations_of(
         return (document.text for document in itertools.islice(found, most_documents))
 
     def sample(progress: Progress) -> None:
-        sampling = Sampling(max_new_tokens=tokens, temperature=0.0)
-        prompts = [opening(tokenizer) + tokenizer.encode(prompt) for prompt in settings.prompts]
+        ends = () if rows.chat is None else rows.chat.end_ids
+        sampling = Sampling(max_new_tokens=tokens, temperature=0.0, stop_ids=ends)
+        prompts = [_asked(rows.chat, tokenizer, prompt) for prompt in settings.prompts]
         completions = complete(policy, prompts, sampling, tokenizer, seed=recipe.seed)
         told: list[Mapping[str, object]] = [
             {
@@ -201,9 +223,16 @@ def evaluations_of(
 
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
-        held_out=held_out_of(recipe, store, engine), sample=sample if settings.prompts else None,
+        measured=measured_of(recipe, rows), sample=sample if settings.prompts else None,
         average=average if settings.ema else None,
     )  # fmt: skip
+
+
+def _asked(chat: Chat | None, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt as the rows have it: a text to continue, or a question of a conversation."""
+    if chat is not None:
+        return chat.prompt((Message("user", prompt),))
+    return opening(tokenizer) + tokenizer.encode(prompt)
 
 
 def engine_of(recipe: Recipe) -> tuple[Engine, str]:
@@ -220,88 +249,38 @@ def require_choices(recipe: Recipe, device: torch.device, compute: torch.dtype) 
     kernels.choose(asked.kernels, device, compute, asked.fallback)
 
 
-def tokenizer_of(recipe: Recipe) -> tuple[Path, Tokenizer]:
+def tokenizer_of(recipe: Recipe) -> tuple[Path, FileTokenizer]:
     """The recipe's vocabulary; trained on the training text, once, if the recipe gives a size."""
     choice = recipe.tokenizer
     if choice.path is not None:
-        folder = locate(choice.path, weights=False).folder
+        folder = model_folder(choice.path, weights=False)
     else:
         assert choice.vocabulary is not None
-        folder = trained_tokenizer(
-            recipe.data.train.path, choice.vocabulary, Path(recipe.cache), fields=recipe.data.train.fields,
-            allow_truncated=recipe.data.allow_truncated, allow_pickle=recipe.data.allow_pickle,
-        )  # fmt: skip
+        folder = recipe.data.learned_vocabulary(choice.vocabulary, Path(recipe.cache))
     return folder, load_tokenizer(folder)
 
 
-def source_of(recipe: Recipe, folder: Path, engine: Engine) -> DiskSource:
-    """The rows of every step; raw text is prepared into the cache first."""
-    corpus, data = recipe.data.train, recipe.data
-    path = prepared(
-        corpus.path, folder, Path(recipe.cache), fields=corpus.fields, workers=corpus.workers,
-        allow_truncated=data.allow_truncated, allow_pickle=data.allow_pickle, raw_ids=corpus.raw_ids,
-    )  # fmt: skip
-    return DiskSource(
-        Store(path), rows_per_step=data.rows_per_step, tokens_per_batch=data.tokens_per_batch, shuffle=data.shuffle,
-        part="train", rank=engine.rank, world_size=engine.world_size, **_rows(recipe),
-    )  # fmt: skip
+def rows_of(recipe: Recipe, folder: Path, tokenizer: FileTokenizer, engine: Engine) -> Opened:
+    """The rows of every step, and what is measured; files are prepared into the cache first."""
+    setting = Setting(folder, tokenizer, engine, Path(recipe.cache), recipe.seed, _held_out_rows(recipe))
+    return recipe.data.opened(setting)
 
 
-def held_out_of(recipe: Recipe, store: Store, engine: Engine) -> DiskSource | None:
-    """The first rows of the held-out part as one step: the same ones at every evaluation."""
-    if not recipe.data.held_out:
-        return None
-    whole = DiskSource(store, rows_per_step=1, part="held_out", **_held_out(recipe))
-    rows = min(recipe.evaluate.held_out_rows, whole.rows_per_epoch)
-    return DiskSource(
-        store, rows_per_step=rows, part="held_out", rank=engine.rank, world_size=engine.world_size,
-        **_held_out(recipe),
-    )  # fmt: skip
+def _held_out_rows(recipe: Recipe) -> int:
+    # Asked for only where something is held out: elsewhere it would count as read and mean nothing.
+    return recipe.evaluate.held_out_rows if recipe.data.held_out else 1
 
 
-def _held_out(recipe: Recipe) -> dict[str, Any]:
-    batch = recipe.data.tokens_per_batch
-    return {**_rows(recipe), "tokens_per_batch": batch, "shuffle": False, "prefetch": False}
-
-
-def _rows(recipe: Recipe) -> dict[str, Any]:
-    """What decides how a store becomes rows."""
-    data = recipe.data
-    return {
-        "sequence_length": data.sequence_length, "documents": data.documents, "policy": data.policy,
-        "held_out": data.held_out, "seed": recipe.seed,
-    }  # fmt: skip
-
-
-def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:
-    """The model with its first values: drawn from the seed, or those of `start_from`.
-
-    A continued run takes the shape from its own checkpoint, so `start_from` may be gone by then.
-    """
-    rows = padded_vocabulary(tokenizer.vocabulary)
-    if recipe.model.start_from is None:
-        policy = recipe.model.build(rows, compute)
-        assert isinstance(policy, Decoder)
-        if recipe.data.sequence_length > policy.context_length:
-            raise UserError(
-                f"data.sequence_length is {recipe.data.sequence_length:,}, beyond the model's context of "
-                f"{policy.context_length:,}",
-                fix=f"model.context_length={recipe.data.sequence_length}",
-            )
-        if continued is None:
-            policy.initialise(derive(recipe.seed, "initialise"))
-    else:
-        _require_no_shape(recipe)
-        policy = load_policy(continued or model_folder(recipe.model.start_from), compute)
-        if policy.vocabulary < tokenizer.vocabulary:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocabulary:,} ids and the model {policy.vocabulary:,} embedding rows",
-                where=f"model.start_from {recipe.model.start_from}",
-                fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
-            )
-    policy.ids = tokenizer.vocabulary
-    freeze(policy, recipe.model.freeze)
-    return policy
+def measured_of(recipe: Recipe, rows: Opened) -> Mapping[str, Rows]:
+    """What is evaluated by name, as one step each. UserError where a suite has the same name."""
+    found = rows.measured()
+    titles = [suite.title for suite in recipe.evaluate.suites]
+    if twice := sorted(set(titles) & found.keys()):
+        raise UserError(
+            f"an evaluation set and a suite are both called `{twice[0]}`",
+            why="their figures would have one name", fix="another name in data.evaluate",
+        )  # fmt: skip
+    return found
 
 
 def require_read(recipe: Recipe, began: bool) -> None:
@@ -317,18 +296,4 @@ def require_read(recipe: Recipe, began: bool) -> None:
             why="this combination of parts has no use for it, so it would be ignored silently"
             + (f"; so would {', '.join(ignored[1:])}" if ignored[1:] else ""),
             fix=f"remove {', '.join(ignored)} from the recipe",
-        )
-
-
-def _require_no_shape(recipe: Recipe) -> None:
-    fields = type(recipe.model).model_fields
-    named = sorted(
-        name for name in fields.keys() - {"start_from", "freeze"} if getattr(recipe.model, name) != fields[name].default
-    )
-    if named:
-        raise UserError(
-            f"`model.{named[0]}` is given beside `model.start_from`",
-            where=f"model.start_from {recipe.model.start_from}",
-            why="the shape comes from that folder; naming it again would be a second truth",
-            fix=f"remove {', '.join(f'model.{name}' for name in named)}",
         )

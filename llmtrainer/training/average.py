@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import load_weights
+from llmtrainer.models.stored import read_into
 from llmtrainer.training.recipe import Ema
 
 FOLDER = "ema"
@@ -48,7 +48,7 @@ class MovingAverage:
     def load(self, policy: Decoder, folder: Path) -> None:
         """Continue from what a checkpoint holds, every tensor by name. Raises UserError, as loading weights does."""
         with self.in_place():
-            load_weights(policy, folder)
+            read_into(policy, folder)
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -17,7 +17,7 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.training import checkpoint
-from llmtrainer.training.assemble import assemble, engine_of, source_of, tokenizer_of
+from llmtrainer.training.assemble import assemble, engine_of, rows_of, tokenizer_of
 from llmtrainer.training.recipe import Evaluate, Recipe
 from llmtrainer.training.trainer import Trainer
 
@@ -87,7 +87,7 @@ class _DryRun:
     def _data(self) -> str:
         engine, _ = engine_of(self._recipe)
         tokenizer_folder, tokenizer = tokenizer_of(self._recipe)
-        self._source = source_of(self._recipe, tokenizer_folder, engine)
+        self._source = rows_of(self._recipe, tokenizer_folder, tokenizer, engine).train
         store = self._source.store
         return f"{store.documents:,} documents, {store.tokens:,} tokens of a vocabulary of {tokenizer.vocabulary:,}"
 
@@ -96,8 +96,9 @@ class _DryRun:
         duration = self._recipe.duration
         steps = duration.value * self._source.steps_per_epoch if duration.unit == "epochs" else duration.value
         length = f"{duration}" + (f", {math.ceil(steps):,} steps" if duration.unit == "epochs" else "")
+        rows = self._source.rows_per_step
         return (
-            f"{data.rows_per_step:,} rows of {data.sequence_length:,} tokens a step in {len(batches):,} micro-batches; "
+            f"{rows:,} rows of {data.sequence_length:,} tokens a step in {len(batches):,} micro-batches; "
             f"{self._source.steps_per_epoch:,.1f} steps an epoch; {length}"
         )
 
@@ -154,7 +155,7 @@ class _DryRun:
     def _shortened(self) -> Evaluate:
         """The evaluations on a few rows. A setting that nothing will read stays as it is, so that it is found."""
         settings, data = self._recipe.evaluate, self._recipe.data
-        most = 4 * data.rows_per_step
+        most = 4 * self._source.rows_per_step
         if not data.held_out or settings.held_out_rows <= most:
             return settings
         return settings.model_copy(update={"held_out_rows": most})

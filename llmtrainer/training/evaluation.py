@@ -1,4 +1,4 @@
-"""Everything a recipe measures on the way: the held-out split, suites, and samples of the model's writing."""
+"""Everything a recipe measures on the way: rows held out, named sets, suites, and samples of the model's writing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count
 from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.core.suite import Read, Suite
-from llmtrainer.data.source import DiskSource
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.training.average import MovingAverage
+from llmtrainer.training.dataset import Rows
 
 
 class Evaluations:
@@ -25,7 +25,7 @@ class Evaluations:
 
     def __init__(
         self, policy: Decoder, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
-        suites: tuple[Suite, ...], read: Read, held_out: DiskSource | None,
+        suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
@@ -34,7 +34,7 @@ class Evaluations:
         self._engine = engine
         self._suites = suites
         self._read = read
-        self._held_out = held_out
+        self._measured = measured
         self._sample = sample
         self._average = average
         """What is measured instead of the policy's own weights."""
@@ -50,18 +50,15 @@ class Evaluations:
 
     def _figures(self, progress: Progress) -> dict[str, float]:
         figures: dict[str, float] = {}
-        if self._held_out is not None:
-            figures.update({f"held_out/{name}": value for name, value in self._measure_held_out().items()})
+        for title, rows in self._measured.items():
+            numbers = measure(self._engine, self._objective, rows.batches(0))
+            figures.update({f"{title}/{name}": value for name, value in numbers.items()})
         for suite in self._suites:
             numbers = suite.run(self._policy, self._tokenizer, self._read)
             figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
         if self._sample is not None:
             self._sample(progress)
         return figures
-
-    def _measure_held_out(self) -> dict[str, float]:
-        assert self._held_out is not None
-        return measure(self._engine, self._objective, self._held_out.batches(0))
 
 
 @torch.no_grad()

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.precision import DTYPES
 from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.peft_format import CONFIG as ADAPTER_CONFIG
+from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
 from llmtrainer.models.weights import load_policy
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
@@ -48,8 +52,10 @@ def open_model(
         )
     chosen = _precision_of(folder) if precision == "auto" else precision
     place = find_device(device, chosen)
-    words = tokenizers.load_tokenizer(folder if tokenizer is None else locate(tokenizer, weights=False).folder)
-    policy = load_policy(folder, DTYPES[chosen])
+    words = tokenizers.load_tokenizer(
+        tokenizer_folder(folder) if tokenizer is None else locate(tokenizer, weights=False).folder
+    )
+    policy = load_whole(folder, DTYPES[chosen])
     if words.vocabulary > policy.vocabulary:
         raise UserError(
             f"the tokenizer has {words.vocabulary:,} ids and the model rows for {policy.vocabulary:,}",
@@ -66,7 +72,45 @@ def load_model(path: str | Path, precision: Precision = "float32", device: str =
     hub id."""
     folder = model_folder(path)
     chosen = _precision_of(folder) if precision == "auto" else precision
-    return load_policy(folder, DTYPES[chosen]).to(find_device(device, chosen))
+    return load_whole(folder, DTYPES[chosen]).to(find_device(device, chosen))
+
+
+def load_whole(folder: Path, compute: torch.dtype) -> Decoder:
+    """The model of a folder; of an adapter's folder, its base with the adapter beside it."""
+    if not is_adapter(folder):
+        return load_policy(folder, compute)
+    policy = load_policy(base_of(folder), compute, frozen=True)
+    read_config(folder)[0].insert(policy)
+    load_adapter(policy, folder)
+    return policy
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model that an adapter stands beside. UserError if it is not named, or not there."""
+    told = f"`base_model_name_or_path` in {folder / ADAPTER_CONFIG}"
+    name = read_config(folder)[1]
+    if name is None:
+        raise UserError(
+            "the adapter does not say which model it belongs to", where=str(folder),
+            why="a few numbers beside a matrix mean something only with that matrix", fix=f"write it: {told}",
+        )
+    found = Path(name) if Path(name).is_absolute() else model_folder(name)
+    if not found.is_dir():
+        raise UserError(
+            f"the model that the adapter belongs to is not there: {name}", where=str(folder),
+            why="an adapter's folder holds the adapter alone", fix=f"put it back, or correct {told}",
+        )
+    if is_adapter(found):
+        raise UserError(
+            "the adapter belongs to another adapter", where=told, why="one stands beside a model here",
+            fix=f"merge that one first: llmtrainer merge {found} out=FOLDER",
+        )
+    return found
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model's folder is: an adapter that was saved without one has its base's."""
+    return folder if not is_adapter(folder) or (folder / "tokenizer.json").is_file() else base_of(folder)
 
 
 def load_tokenizer(path: str | Path) -> FileTokenizer:

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.result import Result
 from llmtrainer.base.units import Bytes
 from llmtrainer.data.document import AnyPath, Document, SourceFile
 from llmtrainer.data.encode import write_store
@@ -28,6 +27,8 @@ from llmtrainer.training.cache import built, identity, known_hashes, receipt
 from llmtrainer.training.console import bar, say, warn
 from llmtrainer.training.figures import amount
 from llmtrainer.training.hub import locate
+from llmtrainer.training.prepare_examples import prepare_conversations
+from llmtrainer.training.prepared import Prepared
 
 VERSION = 1
 """Raised when the same sources and settings would give other bytes: every older key then misses."""
@@ -35,6 +36,11 @@ MAXIMUM_MEMORY = Bytes.parse("2 GiB")
 SAMPLE_BYTES = 4 * 2**20
 """Text on which a new vocabulary's bytes per token are measured."""
 TEXT_FIELDS = ("text", "content")
+CONVERSATIONS = frozenset({
+    "template", "date", "leave_out", "max_length", "too_long", "cut_side", "cut_end", "max_dropped_share",
+    "bad_records",
+})  # fmt: skip
+"""Settings of `prepare` that plain text has no use for."""
 RawIds = Literal["uint16", "uint32"]
 
 Say = Callable[[str], None]
@@ -70,14 +76,16 @@ class TokenizerTraining(Config):
 
 
 class Preparation(Config):
-    """Turn text into a token store: `llmtrainer prepare corpus/ runs/tokens tokenizer=runs/tokenizer`."""
+    """Turn text into a token store, `llmtrainer prepare corpus/ runs/tokens tokenizer=runs/tokenizer`, or
+    conversations: `llmtrainer prepare chats.jsonl runs/chats tokenizer=runs/tokenizer format=auto template=chatml`."""
 
     words: ClassVar[tuple[str, ...]] = ("data", "out")
 
     data: str
     """A file, a folder, a glob, an address such as `s3://bucket/corpus/`, or `stdlib:train` (this Python's own
     library). Compressed files are read as they are. Files of token ids (.npy, .pt, .pkl, .bin, Megatron-LM's
-    .bin with .idx) are checked against the tokenizer and taken as they are. For `format=megatron` also a store."""
+    .bin with .idx) are checked against the tokenizer and taken as they are. For `format=megatron` also a store. For
+    conversations several files too, with commas between them."""
 
     out: str
     """The folder to write. Killed at any moment, the same command goes on where it was."""
@@ -92,8 +100,38 @@ class Preparation(Config):
     workers: int = Field(default=0, ge=0)
     """Processes that tokenise. 0: one per core. Changes no byte of the result."""
 
-    format: Literal["store", "megatron"] = "store"
-    """store: what training reads. megatron: tokens.bin and tokens.idx, what Megatron-LM reads."""
+    format: str = "store"
+    """store: text, as training reads it. megatron: tokens.bin and tokens.idx, what Megatron-LM reads. Anything else
+    is for conversations, and says how their files write them: auto (told by the first records), messages,
+    conversations, instruction, ..."""
+
+    template: str = "auto"
+    """For conversations: auto is the tokenizer's own chat template; or a built-in one, such as chatml; or a path to
+    a .jinja file."""
+
+    date: str | None = None
+    """For conversations: the date that a template with a clock shows, `2026-11-22`."""
+
+    leave_out: tuple[Literal["thinking", "tools"], ...] = ()
+    """For conversations: what the template may leave out without being refused."""
+
+    max_length: int = Field(default=2048, ge=2)
+    """For conversations: tokens of the longest row."""
+
+    too_long: Literal["drop", "cut", "split", "keep"] = "drop"
+    """For conversations: what becomes of a longer row."""
+
+    cut_side: Literal["right", "left"] = "right"
+    """Which end a cut takes away."""
+
+    cut_end: Literal["keep", "leave_out"] = "keep"
+    """Of an answer that was cut on the right: keep its end token behind what is left of it, or leave it out."""
+
+    max_dropped_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """For conversations: if more than this share of the records is dropped, nothing is written."""
+
+    bad_records: Literal["stop", "drop"] = "stop"
+    """For conversations: what a record that cannot be read or rendered does."""
 
     raw_ids: RawIds = "uint16"
     """How a raw .bin stores a token id."""
@@ -105,22 +143,12 @@ class Preparation(Config):
     """Let a .pkl run whatever code is in it. Only for files of people you trust."""
 
 
-@dataclass(frozen=True)
-class Prepared(Result):
-    """Figures of a token store, or of a vocabulary."""
-
-    path: str
-    tokens: int
-    """Of the store. Of a vocabulary: of the first text it learned from, at most 4 MiB."""
-    documents: int
-    vocabulary: int
-    bytes_per_token: float
-    reused: bool
-    """Whether it was there already."""
-
-
 def prepare(preparation: Preparation) -> Prepared:
     """Write a token store. The same one in the same place is left as it is; another one there is refused."""
+    if preparation.format not in ("store", "megatron"):
+        return prepare_conversations(preparation)
+    if meant := sorted(preparation.model_fields_set & CONVERSATIONS):
+        raise UserError(f"`{meant[0]}` is for conversations", fix="format=auto, or leave it out")
     out, workers = Path(preparation.out), preparation.workers
     tokenizer = locate(preparation.tokenizer, weights=False).folder
     if is_store(Path(preparation.data)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
@@ -20,24 +20,15 @@ from llmtrainer.optim.groups import Group
 from llmtrainer.optim.rules.adamw import AdamW
 from llmtrainer.optim.schedules.cosine import Cosine
 from llmtrainer.parallel.engines.single import Single
+from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Dataset
 from llmtrainer.training.tracking import Tracker
 
-_STEP = "data.tokens_per_step says how much a step learns from, data.tokens_per_batch how much is computed at a time"
-KNOWN_ELSEWHERE = {
-    "gradient_accumulation_steps": f"{_STEP}: gradients are accumulated by themselves",
-    "accumulate_grad_batches": f"{_STEP}: gradients are accumulated by themselves",
-    "accumulation_steps": f"{_STEP}: gradients are accumulated by themselves",
-    "per_device_train_batch_size": _STEP, "micro_batch_size": _STEP, "batch_size": _STEP,
-    "learning_rate": "optim.schedule.peak=3e-4", "lr": "optim.schedule.peak=3e-4",
-    "lr_scheduler_type": "optim.schedule.kind=cosine", "warmup_steps": "optim.schedule.warmup='100 steps'",
-    "warmup_ratio": "optim.schedule.warmup='0.1 epochs'", "weight_decay": "optim.rule.weight_decay=0.1",
-    "max_grad_norm": "optim.clip=1.0", "gradient_clip_val": "optim.clip=1.0", "optimizer": "optim.rule.kind=adamw",
-    "max_steps": "duration='1000 steps'", "num_train_epochs": "duration='1 epochs'",
-    "label_smoothing_factor": "objective.label_smoothing=0.1",
-}  # fmt: skip
-"""What other trainers' users would write, and what it is called here."""
-
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+def _several(value: Any) -> Any:
+    """A text is a list of one; commas divide it."""
+    return tuple(piece.strip() for piece in value.split(",")) if isinstance(value, str) else value
 
 
 class TokenizerChoice(Config):
@@ -57,97 +48,6 @@ class TokenizerChoice(Config):
             raise UserError(
                 "a tokenizer is either a folder or a size to train",
                 fix="tokenizer.path=runs/tokenizer, or tokenizer.vocabulary=4096",
-            )
-        return self
-
-
-class Corpus(Config):
-    """Text, or a token store that `llmtrainer prepare` wrote."""
-
-    shorthand: ClassVar[str] = "path"
-
-    path: str
-    """A file, a folder, a glob, an address such as `s3://bucket/corpus/`, `stdlib:train` (this Python's own
-    library), files of token ids, or a prepared token store. All but the last is prepared into the cache first, and
-    the run says so."""
-
-    fields: tuple[str, ...] = ("text", "content")
-    """Where a record's text is: the first of these fields that it has. `title+content`: both, with a newline
-    between. `input_ids`: token ids."""
-
-    raw_ids: Literal["uint16", "uint32"] = "uint16"
-    """How a raw .bin stores a token id."""
-
-    workers: int = Field(default=0, ge=0)
-    """Processes that tokenise raw text. 0: one per core."""
-
-
-class Data(Config):
-    """Which text, and how it is cut into rows, micro-batches and steps."""
-
-    known_elsewhere: ClassVar[Mapping[str, str]] = KNOWN_ELSEWHERE
-
-    train: Corpus
-    """What the model learns from."""
-
-    sequence_length: int = Field(default=512, ge=1)
-    """Tokens of one row that the model reads."""
-
-    tokens_per_batch: int = Field(default=8192, ge=1)
-    """Tokens of one micro-batch: the memory knob. Changes no result."""
-
-    tokens_per_step: int | None = Field(default=None, ge=1)
-    """Tokens of one optimizer step over all ranks: the learning knob. 32768 if neither this nor
-    sequences_per_step is given."""
-
-    sequences_per_step: int | None = Field(default=None, ge=1)
-    """Rows of one optimizer step over all ranks: the same knob, counted in rows."""
-
-    documents: Literal["isolated", "flowing"] = "isolated"
-    """isolated: documents in a row cannot see each other and positions restart. flowing: one stream of text."""
-
-    policy: Literal["stream", "split", "truncate", "sample", "whole"] = "stream"
-    """How documents become rows: stream tiles the token stream; split cuts every document into rows; truncate
-    keeps a document's head and its end; sample takes its head or a random window; whole refuses what is longer."""
-
-    held_out: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the documents kept out of training and evaluated as `held_out/loss`. The source stays untouched."""
-
-    shuffle: bool = True
-    """Draw rows in an order that is a function of (seed, epoch)."""
-
-    allow_truncated: bool = False
-    """Accept a source file that ends in the middle of a record; what is missing is reported."""
-
-    allow_pickle: bool = False
-    """Let a source file .pkl run whatever code is in it. Only for files of people you trust."""
-
-    @property
-    def rows_per_step(self) -> int:
-        if self.sequences_per_step is not None:
-            return self.sequences_per_step
-        return (self.tokens_per_step or 32_768) // self.sequence_length
-
-    @model_validator(mode="after")
-    def _fits(self) -> Data:
-        if self.tokens_per_step is not None and self.sequences_per_step is not None:
-            raise UserError(
-                "data.tokens_per_step and data.sequences_per_step say the same thing twice",
-                fix="keep one of them",
-            )
-        tokens = self.tokens_per_step or (None if self.sequences_per_step else 32_768)
-        if tokens is not None and tokens % self.sequence_length:
-            raise UserError(
-                f"data.tokens_per_step is {tokens:,}, no multiple of data.sequence_length {self.sequence_length:,}",
-                why="a step is a whole number of rows",
-                fix=f"data.tokens_per_step={max(tokens // self.sequence_length, 1) * self.sequence_length}",
-            )
-        if self.tokens_per_batch < self.sequence_length:
-            raise UserError(
-                f"data.tokens_per_batch is {self.tokens_per_batch:,}, below data.sequence_length "
-                f"{self.sequence_length:,}",
-                why="a micro-batch holds at least one row",
-                fix=f"data.tokens_per_batch={self.sequence_length}",
             )
         return self
 
@@ -263,7 +163,7 @@ class Recipe(Config):
     tokenizer: TokenizerChoice
     """The vocabulary."""
 
-    data: Data
+    data: Dataset
     """What the model reads, and how much per step."""
 
     objective: Objective = CausalLM()
@@ -300,8 +200,10 @@ class Recipe(Config):
     cache: str = ".llmtrainer/cache"
     """Where prepared data and trained vocabularies are kept, by content."""
 
-    allow: tuple[str, ...] = ()
-    """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`."""
+    allow: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`; and guards of the
+    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, vocabulary, memory, or all of
+    them: preflight."""
 
     @model_validator(mode="after")
     def _has_what_it_measures(self) -> Recipe:

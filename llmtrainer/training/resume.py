@@ -15,16 +15,22 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.core.protocols import Engine
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.weights import load_weights
+from llmtrainer.models.stored import read_into
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER
 from llmtrainer.training.recipe import Recipe
 
 MAY_CHANGE = (
     "run", "duration", "evaluate", "save", "log", "resume", "cache", "allow", "engine",
-    "data.tokens_per_batch", "data.train.workers", "optim.schedule.length",
+    "data.tokens_per_batch", "data.train.workers", "data.workers", "data.evaluate", "data.test_dataset_dir",
+    "optim.schedule.length",
 )  # fmt: skip
 """What a continued run may change without asking. A schedule's length counts only if it is given anew."""
+
+
+_NAMES = {
+    "data_fingerprint": "data", "tokenizer_fingerprint": "tokenizer", "template_fingerprint": "chat template",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Resumption:
 
     def load(self, policy: Decoder, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
-        load_weights(policy, self.folder)
+        read_into(policy, self.folder)
         engine.load_state(load_file(self.folder / "optimizer.safetensors"))
 
 
@@ -91,12 +97,12 @@ def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str
             fix=f"undo the change, or allow it by name: allow=[{', '.join(parts)}], or begin anew: run=runs/other",
         )
     for name, now in fingerprints.items():
-        if old.manifest[name] != now:
-            what = {"data_fingerprint": "data", "tokenizer_fingerprint": "tokenizer"}.get(name, name)
+        if old.manifest.get(name) != now:
+            what = _NAMES.get(name, name)
             raise UserError(
                 f"the {what} changed since this run's checkpoint was written",
                 where=str(old.folder),
-                why=f"{name} was {str(old.manifest[name])[:16]} and is {now[:16]}: the rows of the next step "
+                why=f"{name} was {str(old.manifest.get(name))[:16]} and is {now[:16]}: the rows of the next step "
                 "would not be those of the run that began",
                 fix=f"restore the {what}, or begin anew from these weights: run=runs/other "
                 f"model.start_from={old.folder}",

@@ -14,12 +14,11 @@ from torch import Tensor
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Progress
 from llmtrainer.core.protocols import Engine, Tokenizer
-from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.hugging_face import to_config
-from llmtrainer.models.weights import save_tensors, tensors
+from llmtrainer.models.stored import Form
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER, MovingAverage
-from llmtrainer.training.models import tokenizer_class
+from llmtrainer.training.chats import GENERATION_FILE, generation_config
 from llmtrainer.training.recipe import Save
 
 
@@ -27,30 +26,28 @@ class Saver:
     """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
 
     def __init__(
-        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer_folder: Path, tokenizer: Tokenizer,
-        facts: Mapping[str, Any], policy: Decoder, engine: Engine, parent: str | None, scores: Mapping[int, float],
-        average: MovingAverage | None = None,
+        self, run: RunDir, save: Save, recipe_yaml: str, tokenizer: Tokenizer,
+        facts: Mapping[str, Any], form: Form, engine: Engine, parent: str | None, scores: Mapping[int, float],
+        average: MovingAverage | None = None, chat: Chat | None = None,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer if chat is None else chat.tokenizer
         self._facts = facts
-        self._config = to_config(
-            policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
-            tokenizer_class=tokenizer_class(tokenizer_folder),
-        )  # fmt: skip
-        self._policy = policy
+        self._form = form
         self._engine = engine
         self._parent = parent
         self._scores = dict(scores)
         self._average = average
+        self._generation = None if chat is None else generation_config(chat)
+        """What a model of conversations says about where its answers stop."""
         self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
         self._writer = checkpoint.Writer(save.background)
 
     @property
     def bytes_each(self) -> int:
         """Bytes of one checkpoint: weights, twice as much for the optimizer's moments, once more for an average."""
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors(self._policy).values())
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self._form.tensors().values())
         return (3 if self._average is None else 4) * weights
 
     def require_space(self) -> None:
@@ -79,10 +76,10 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
-        weights, state = {".": _frozen(tensors(self._policy))}, _frozen(self._engine.state())
+        weights, state = {".": _frozen(self._form.tensors())}, _frozen(self._engine.state())
         if self._average is not None:
             with self._average.in_place():
-                weights[FOLDER] = _frozen(tensors(self._policy))
+                weights[FOLDER] = _frozen(self._form.tensors())
         self._writer.submit(lambda: self._write(folder, weights, state, facts))
         self._parent = folder.name
 
@@ -99,8 +96,10 @@ class Saver:
 
         def fill(partial: Path) -> None:
             for below, named in weights.items():
-                save_tensors(named, self._config, partial / below)
+                self._form.write(named, partial / below)
                 self._tokenizer.save(partial / below)
+                if self._generation is not None:
+                    (partial / below / GENERATION_FILE).write_text(self._generation, encoding="utf-8")
             save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 

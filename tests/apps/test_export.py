@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtrainer.apps import export as module
 from llmtrainer.apps.cli import main
 from llmtrainer.apps.export import Export, export
 from llmtrainer.base.config import load
@@ -20,6 +19,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.weights import load_policy, save_weights
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
+from llmtrainer.training import publishing as module
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
 from llmtrainer.training.use import Generation, generate

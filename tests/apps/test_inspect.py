@@ -16,7 +16,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.parallel.engines.single import Single
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
-from llmtrainer.training.assemble import source_of, tokenizer_of
+from llmtrainer.training.assemble import rows_of, tokenizer_of
 from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 
@@ -73,8 +73,8 @@ def test_a_token_store_shows_what_its_text_shows(folder: Path) -> None:
 @pytest.mark.parametrize("step", [0, 7])
 def test_a_recipes_rows_are_those_of_the_batches_that_training_reads(folder: Path, step: int) -> None:
     recipe = load(Recipe, folder / "recipe.yaml")
-    tokenizer_folder, _ = tokenizer_of(recipe)
-    batches = source_of(recipe, tokenizer_folder, Single(device="cpu").start("float32")).batches(step)
+    tokenizer_folder, tokenizer = tokenizer_of(recipe)
+    batches = rows_of(recipe, tokenizer_folder, tokenizer, Single(device="cpu").start("float32")).train.batches(step)
     rows = shown(folder, "recipe.yaml", step=step, rows=99)
     trained = [
         {name: getattr(batch, f"{name}_BT")[b] for name in ("tokens", "targets", "weights", "position", "document")}

@@ -20,13 +20,9 @@ from tests.data.worlds import counting, make_store
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(2, 40, size=90)]
 
 
-class Weighted(Store):
-    """A store whose weights are a function of the token: the first of a document counts 9, others 0, 1 or 2."""
-
-    def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        found = (self.read(document) % 3).astype(np.float32)
-        found[0] = 9.0
-        return found[start:stop]
+def weights_of(document: list[int]) -> list[float]:
+    """The first token counts 9, which nothing may notice; others 0, 1 or 2."""
+    return [9.0, *(float(token % 3) for token in document[1:])]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +68,12 @@ def test_a_sequence_is_a_whole_document_from_position_0_whose_first_token_nothin
 
 
 def test_weights_of_the_store_are_those_of_the_targets(tmp_path: Path) -> None:
-    make_store(tmp_path / "store", counting(LENGTHS), vocabulary=70_000)
-    for tokens, targets, weights, _ in sequences_in(source(Weighted(tmp_path / "store")).batches(0)).values():
-        assert weights == [float(target % 3) for target in targets]
-        shown = source(Weighted(tmp_path / "store"))
-        assert len(tokens) == len(weights)
-    row = shown.row(0, 4)
+    documents = counting(LENGTHS)
+    weights = [weights_of(document) for document in documents]
+    rows = source(make_store(tmp_path / "store", documents, vocabulary=70_000, weights=weights))
+    for tokens, targets, found, _ in sequences_in(rows.batches(0)).values():
+        assert len(tokens) == len(found) and found == [float(target % 3) for target in targets]
+    row = rows.row(0, 4)
     assert row["weights"] == [0.0, *[float(token % 3) for token in row["tokens"][1:]]]
 
 

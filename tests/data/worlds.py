@@ -50,19 +50,23 @@ def load_bytes(folder: Path) -> ByteTokenizer:
 
 
 def make_store(
-    path: Path, documents: Sequence[Sequence[int]], *, vocabulary: int = 1000, shard_tokens: int = 50
-) -> Store:
-    """A store of these documents; ids are taken as given, end ids included."""
+    path: Path, documents: Sequence[Sequence[int]], *, vocabulary: int = 1000, shard_tokens: int = 50,
+    weights: Sequence[Sequence[float]] | None = None, tokenizer: str = "none",
+) -> Store:  # fmt: skip
+    """A store of these documents; ids are taken as given, end ids included, and so are the weights of the tokens."""
     partial = path.with_name(f".{path.name}.partial")
     partial.mkdir(parents=True)
     dtype = np.dtype("<u2" if vocabulary <= 65536 else "<u4")
-    writer = ShardWriter(partial, key="by hand", dtype=dtype, shard_tokens=shard_tokens)
+    writer = ShardWriter(partial, key="by hand", dtype=dtype, shard_tokens=shard_tokens, weighted=weights is not None)
     ids = np.concatenate([np.asarray(document, dtype=dtype) for document in documents])
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     zeros = np.zeros_like(lengths)
-    writer.append(ids, lengths, zeros, zeros)
+    if weights is None:
+        writer.append(ids, lengths, zeros, zeros)
+    else:
+        writer.add(ids, lengths, zeros, zeros, np.concatenate([np.asarray(row, dtype=np.float32) for row in weights]))
     writer.finish(
-        {"tokenizer": "none", "vocabulary": vocabulary, "end": 0},
+        {"tokenizer": tokenizer, "vocabulary": vocabulary, "end": 0},
         [{"path": "by hand", "bytes": 0, "sha256": ""}],
     )
     publish(partial, path)

@@ -29,14 +29,10 @@ HERE = paths.that_can_run(torch.device("cpu"), torch.float64)
 OBJECTIVE = Objective.model_validate({"kind": "causal_lm", "label_smoothing": 0.1, "z_loss": 1e-2})
 
 
-class Weighted(Store):
+def weights_of(document: Sequence[int]) -> list[float]:
     """A prompt of a third that does not count, an answer that does, and some tokens twice."""
-
-    def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        tokens = self.read(document)
-        found = np.where(tokens % 5 == 0, 2.0, 1.0).astype(np.float32)
-        found[: len(tokens) // 3] = 0.0
-        return found[start:stop]
+    prompt = len(document) // 3
+    return [0.0 if place < prompt else 2.0 if token % 5 == 0 else 1.0 for place, token in enumerate(document)]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     random = np.random.default_rng(3)
     documents = [random.integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
     path = tmp_path_factory.mktemp("data") / "store"
-    make_store(path, documents)
-    return Weighted(path)
+    return make_store(path, documents, weights=[weights_of(document) for document in documents])
 
 
 def step_of(store: Store, budget: int, ranks: int = 1) -> list[Batch]:
@@ -159,15 +154,10 @@ def test_a_critical_token_counts_by_its_weight_in_the_store(tmp_path: Path) -> N
     """Two targets with logits 1, 2, 0 each, labels 1 and 0; label 0 counts twice. By hand: with L = log(e + e^2 + 1),
     (L - 2 + 2 (L - 1)) / 3."""
 
-    class Critical(Store):
-        def weights(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-            return np.array([1.0, 1.0, 2.0], dtype=np.float32)[start:stop]
-
-    make_store(tmp_path / "store", [[2, 1, 0]])
+    store = make_store(tmp_path / "store", [[2, 1, 0]], weights=[[1.0, 1.0, 2.0]])
     source = BudgetSource(
-        Critical(tmp_path / "store"), sequence_length=4, sequences_per_step=1, tokens_per_batch=4, seed=0,
-        prefetch=False,
-    )  # fmt: skip
+        store, sequence_length=4, sequences_per_step=1, tokens_per_batch=4, seed=0, prefetch=False
+    )
     (batch,) = source.batches(0)
     partition = float(np.log(np.exp([1.0, 2.0, 0.0]).sum()))
     logp_BT = torch.tensor([[2.0 - partition, 1.0 - partition]])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,34 @@ def recipe_file(world: Path, tmp_path: Path) -> Path:
 def recipe(recipe_file: Path) -> Callable[..., Recipe]:
     """The tiny recipe with overrides: recipe("duration=4 steps")."""
     return lambda *overrides: load(Recipe, recipe_file, overrides=overrides)
+
+
+def conversations(count: int, seed: int = 5) -> list[dict[str, str]]:
+    """Records of made-up questions and answers."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(40)]
+    return [
+        {"instruction": " ".join(draw.choices(words, k=4)), "input": "", "output": " ".join(draw.choices(words, k=6))}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def chats(world: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe that fine-tunes on some records."""
+
+    def made(records: Sequence[Mapping[str, str]], name: str, *overrides: str) -> Recipe:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (tmp_path / "recipe.yaml").write_text(f"""\
+model: {{hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64, context_length: 256, dropout: 0.1}}
+tokenizer: {world}/tokenizer
+cache: {tmp_path}/cache
+data: {{kind: examples, template: alpaca, sequence_length: 256, tokens_per_batch: 512, sequences_per_step: 8}}
+optim: {{schedule: {{peak: 3e-3, warmup: 0 steps}}}}
+precision: float32
+duration: 2 steps
+""")
+        given = (f"run={tmp_path}/{name}", f"data.train=[{tmp_path}/{name}.jsonl]", "data.workers=1", *overrides)
+        return load(Recipe, tmp_path / "recipe.yaml", given)
+
+    return made

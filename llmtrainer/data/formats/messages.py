@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
-from llmtrainer.data.format import Format, are_messages, identity, mapping, message, needed, others, tools
+from llmtrainer.data.format import Format, are_messages, identity, mapping, message, needed, others, spoken, tools
 
 
 class Messages(Format):

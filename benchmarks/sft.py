@@ -1,0 +1,214 @@
+"""Fine-tuning SmolLM2-135M on conversations by llmtrainer and by TRL's SFTTrainer: useful tokens a second.
+
+The work: conversations of an instruction set in the model's own chat template, cut at 512 tokens, 8 a step, every
+token learned, bfloat16 with float32 masters, AdamW at a constant rate of 1e-5. Useful tokens are those that are no
+padding. Both sides begin with the same weights and read the same rows in the same order. TRL is asked twice: a row
+for each conversation, as it does by default, and with its packing, 8 rows of 512 tokens a step; against the latter
+our steps are as large. Our conversations always lie end to end, without padding, and see only themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import turns
+from turns import Figures
+
+BATCH, LENGTH, RATE, ROWS = 8, 512, 1e-5, 400
+BUILT = Path(__file__).resolve().with_name(".smollm2")
+LARGEST_DIFFERENCE = 1e-3
+"""Nats a token, of the first step's loss on either side, relative to the loss."""
+
+
+def ours(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    import llmtrainer as lt
+
+    torch.set_num_threads(settings["threads"])
+    recipe = lt.load(lt.Recipe, settings["recipe"])
+    with lt.open_trainer(recipe) as trainer:
+        steps = trainer.steps()
+        losses = [next(steps).loss for _ in range(settings["warm"])]
+        yield {"first_loss": losses[0]}
+        while True:
+            started, tokens = time.perf_counter(), 0
+            for _ in range(settings["steps"]):
+                tokens += next(steps).tokens
+            yield {"rate": tokens / (time.perf_counter() - started), "tokens_per_step": tokens / settings["steps"]}
+
+
+def trl(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    losses: list[float] = []
+    seconds: list[float] = []
+    tokens: list[int] = []
+
+    class Clock(TrainerCallback):    # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    class Counted(SFTTrainer):    # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, model: Any, inputs: Any, *others: Any, **named: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            tokens.append(int(inputs["input_ids"].numel() if mask is None else mask.sum()))
+            return super().compute_loss(model, inputs, *others, **named)
+
+    with open(settings["data"], encoding="utf-8") as file:
+        rows = Dataset.from_list([{"messages": json.loads(line)["messages"]} for line in file])
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    asked = SFTConfig(
+        settings["scratch"], per_device_train_batch_size=BATCH, max_steps=1, max_length=LENGTH, bf16=True, use_cpu=True,
+        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, packing=settings["packing"],
+        gradient_checkpointing=False, assistant_only_loss=False, seed=0, learning_rate=RATE,
+        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused",
+    )  # fmt: skip
+    trainer = Counted(model, asked, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+    trainer.args.max_steps = settings["warm"]
+    trainer.train()
+    yield {"first_loss": losses[0]}
+    while True:
+        seconds.clear()
+        tokens.clear()
+        trainer.args.max_steps = settings["steps"]
+        trainer.train()
+        yield {"rate": sum(tokens) / sum(seconds), "tokens_per_step": sum(tokens) / len(tokens)}
+
+
+def prepare(folder: Path, wish: Any) -> Figures:
+    """Conversations and our recipe, for all sides."""
+    from ruamel.yaml import YAML
+
+    data = folder / "rows.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        file.writelines(_rows(wish.data))
+    settings: Figures = {"data": str(data), "model": str(wish.model), "scratch": str(folder / "trl")}
+    recipe = {
+        "model": {"start_from": str(wish.model)}, "tokenizer": str(wish.model), "cache": str(folder / "cache"),
+        "data": {
+            "kind": "examples", "train": str(data), "format": "messages", "learn": "everything", "shuffle": False,
+            "sequence_length": LENGTH, "too_long": "cut", "cut_end": "leave_out", "tokens_per_batch": BATCH * LENGTH,
+            "max_dropped_share": 1.0,
+        },
+        "optim": {
+            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
+            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
+        },
+        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager},
+        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"}, "allow": ["preflight"],
+    }  # fmt: skip
+    for name, size in {"rows": {"sequences_per_step": BATCH}, "packed": {"tokens_per_step": BATCH * LENGTH}}.items():
+        file_name = folder / f"{name}.yaml"
+        chosen = {**recipe, "run": str(folder / f"run-{name}"), "data": {**recipe["data"], **size}}    # type: ignore[dict-item]
+        with file_name.open("w") as opened:
+            YAML().dump(chosen, opened)
+        settings[name] = str(file_name)
+    return settings
+
+
+def _rows(data: Path | None) -> list[str]:
+    if data is not None:
+        lines = data.read_text(encoding="utf-8").splitlines()[:ROWS]
+        return [json.dumps({"messages": json.loads(line)["messages"]}) + "\n" for line in lines]
+    from llmtrainer.data.questions import questions
+
+    found = []
+    for asked in questions("train"):
+        turn = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
+        found.append(json.dumps({"messages": turn}) + "\n")
+        if len(found) == ROWS:
+            break
+    return found
+
+
+def data_of(wish: Any) -> Path | None:
+    """--data, else sft.jsonl in the folder that BENCH_DATA names."""
+    if wish.data is None and (folder := os.environ.get("BENCH_DATA")):
+        return Path(folder, "sft.jsonl")
+    return None if wish.data is None else Path(wish.data)
+
+
+def compared(name: str, wish: Any, settings: Figures, packing: bool) -> Figures:
+    """Ours and TRL in turn."""
+    given = {**settings, "recipe": settings["packed" if packing else "rows"], "packing": packing}
+    pythons = {"ours": Path(sys.executable), name: wish.peer_python}
+    script = Path(__file__).resolve()
+    sides = [turns.Side(side, python, script, given, wish.threads) for side, python in pythons.items()]
+    how = "packed" if packing else "a row each"
+    return turns.compare(f"SmolLM2-135M, conversations {how}", "useful tokens/s", sides, turns.rounds(wish))
+
+
+def require_one_work(result: Figures) -> Figures:
+    """The losses that both sides told of the first step."""
+    found = turns.fact(result, "first_loss")
+    for peer, loss in found["peers"].items():
+        if abs(loss - found["ours"]) > LARGEST_DIFFERENCE * loss:
+            turns.refuse(f"the first loss is {found['ours']:.5f} here and {loss:.5f} at {peer}", "this is not one work")
+    return found
+
+
+def model_of(wish: Any) -> Path:
+    """The folder that is named, or one that is made once."""
+    if wish.model is None:
+        if not (BUILT / "model.safetensors").is_file():
+            turns.say(f"making {BUILT}, once; --model FOLDER or SMOLLM2=FOLDER names one that is there")
+            subprocess.run([wish.peer_python, BUILT.with_name("smollm2.py"), BUILT], check=True)
+        return BUILT
+    if not Path(wish.model, "config.json").is_file():
+        turns.refuse(f"there is no model in {wish.model}", "--model FOLDER: SmolLM2-135M as a Hugging Face folder")
+    return Path(wish.model)
+
+
+def main() -> None:
+    parser = turns.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
+    parser.add_argument("--data", help="JSONL of messages; else BENCH_DATA/sft.jsonl, else questions about Python")
+    parser.add_argument("--eager", action="store_true", help="ours without torch.compile")
+    wish = parser.parse_args()
+    if wish.side:
+        turns.serve(ours if wish.side == "ours" else trl, wish.settings)
+        return
+    wish.model, wish.data = model_of(wish), data_of(wish)
+    with tempfile.TemporaryDirectory() as scratch:
+        short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
+        settings = {**prepare(Path(scratch), wish), **short}
+        plain = compared("trl", wish, settings, packing=False)
+        packed = compared("trl_packing", wish, settings, packing=True)
+    told = require_one_work(plain)
+    ratios = {**plain["ratios"], **packed["ratios"]}
+    turns.tell({
+        **plain, "work": "SmolLM2-135M, 8 conversations a step, all tokens learned, bfloat16, AdamW",
+        "peers": {**plain["peers"], **packed["peers"]}, "ratios": ratios, "ratio": min(ratios.values()),
+        "ours_packed": packed["ours"], "runs": {"rows": plain["runs"], "packed": packed["runs"]},
+        "peak_memory": {"rows": plain["peak_memory"], "packed": packed["peak_memory"]},
+        "peak_memory_ratio_packed": packed["peak_memory_ratio"], "first_loss": told, "compiled": not wish.eager,
+        "threads": wish.threads,
+    })
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""merge: an adapter and its model become one Hugging Face folder, proved to give the same text as the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmtrainer.base.config import Config
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.result import Result
+from llmtrainer.core.batch import Batch
+from llmtrainer.core.precision import DTYPES
+from llmtrainer.core.protocols import opening
+from llmtrainer.models.adapters.lora import adapters
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
+from llmtrainer.models.weights import load_policy
+from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
+from llmtrainer.training.models import base_of, model_folder, tokenizer_folder
+from llmtrainer.training.publishing import GENERATION, PROBES, publish, read_json, require_free, stored_type
+
+ALLOWED = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest difference of any logit, as a share of the largest logit, between the merged weights as they are stored
+and the adapter beside its model, both computed in float32 or wider. Three to ten times what right merges show."""
+
+
+class Merge(Config):
+    """An adapter merged into its model: one folder for transformers and every program that reads its files."""
+
+    words: ClassVar[tuple[str, ...]] = ("model", "out")
+    known_elsewhere: ClassVar[Mapping[str, str]] = {"dtype": "precision=bfloat16", "torch_dtype": "precision=bfloat16"}
+
+    model: str
+    """A run directory (its newest checkpoint), a checkpoint, or a PEFT folder: one that holds an adapter."""
+
+    out: str
+    """The folder to write. It appears whole, once all of it was read back and proved, or not at all."""
+
+    base: str | None = None
+    """The model that the adapter stands beside, if it is not where the adapter says."""
+
+    precision: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    """Type of the stored weights. auto: the type of the model that the adapter stands beside."""
+
+    tokenizer: str | None = None
+    """A folder or file with the tokenizer. By default the adapter's own, if it was saved with one, else its
+    model's."""
+
+    shard_bytes: int = Field(default=5 * 10**9, ge=1)
+    """Bytes of a file of weights at which another one is begun."""
+
+    overwrite: bool = False
+    """Replace a model that is already there. Anything else that is there is never touched."""
+
+    check: bool = False
+    """Also load the folder with transformers: the ids of texts, the logits and the likeliest text must be ours."""
+
+
+@dataclass(frozen=True)
+class Merged(Result):
+    """Where the model is, and what was proved about it."""
+
+    path: str
+    base: str
+    """The folder of the model that the adapter was merged into."""
+    precision: str
+    tensors: int
+    bytes: int
+    """Of the weights."""
+    changed: int
+    """Tensors that are not the base's."""
+    max_logit_difference: float
+    """Of the merged folder against the adapter beside its model, on texts of several kinds."""
+    allowed_logit_difference: float
+    """What rounding to the stored type may do; beyond it nothing is written."""
+    base_logit_difference: float
+    """Of the adapter beside its model against the model alone: what the adapter does."""
+    files: list[str]
+    checks: dict[str, str] = field(default_factory=dict)
+    """What was proved, by name."""
+    differences: list[str] = field(default_factory=list)
+    """What is not as the base had it: fields of config.json, the tokenizer, its template, generation defaults."""
+
+    def text(self) -> str:
+        lines = [f"{self.path}: {self.tensors:,} tensors, {self.bytes / 1e6:,.1f} MB in {self.precision}"]
+        lines += [f"  {name:<18} {told}" for name, told in self.checks.items()]
+        lines += [f"  differs            {told}" for told in self.differences]
+        return "\n".join(lines)
+
+
+def merge(settings: Merge) -> Merged:
+    """Write the folder. UserError where the model holds no adapter, OUT holds something else, the adapter vanishes in
+    the stored type, or the folder does not give the logits of the adapter beside its model."""
+    source, out = model_folder(settings.model), Path(settings.out)
+    if not is_adapter(source):
+        raise UserError(
+            "this is a whole model, with no adapter to merge", where=str(source),
+            fix=f"llmtrainer export {settings.model} out={settings.out}",
+        )
+    base = base_of(source) if settings.base is None else model_folder(settings.base)
+    require_free(out, base, settings.overwrite)
+    words = Path(settings.tokenizer) if settings.tokenizer else tokenizer_folder(source)
+    tokenizer = load_tokenizer(words)
+    stored = stored_type(base)
+    precision = stored if settings.precision == "auto" else settings.precision
+    compute = torch.float64 if "float64" in (stored, precision) else torch.float32
+    decoder = load_policy(base, compute, frozen=True)
+    read_config(source)[0].insert(decoder)
+    load_adapter(decoder, source)
+    decoder.eval()
+    rows = probes(tokenizer, decoder)
+    wanted = [logits(decoder, row) for row in rows]
+    learned = any(bool(linear.adapter.lora_B.any()) for linear in adapters(decoder).values() if linear.adapter)
+    before = {name: linear.weight.detach().clone() for name, linear in adapters(decoder).items()}
+    merge_in_place(decoder)
+    changed = _changed(decoder, before, DTYPES[precision])
+    del before
+    if learned and not changed:
+        raise UserError(
+            f"in {precision} the merged model is its base: rounding takes away all that the adapter learned",
+            where=str(source), why="every merged number is nearer to the old one than to its neighbour",
+            fix="precision=float32, or serve the adapter beside its model",
+        )
+    found = 0.0
+    bound = ALLOWED[precision] * max(float(row.abs().max()) for row in wanted)
+
+    def prove(folder: Path) -> dict[str, str]:
+        nonlocal found
+        found = furthest(load_policy(folder, compute).eval(), rows, wanted)
+        if not found <= bound:
+            raise UserError(
+                f"the merged model is not the adapter beside its model: logits differ by {found:.2e}",
+                where=str(source), why=f"in {precision} at most {bound:.2e} is allowed; nothing was kept",
+                fix="precision=float32" if precision in ("bfloat16", "float16") else "tell the maintainers",
+            )
+        return {"logits": f"those of the adapter beside its model, to {found:.2e} ({bound:.2e} is allowed)"}
+
+    made = publish(
+        decoder, tokenizer, base, out, precision, shard_bytes=settings.shard_bytes, check=settings.check,
+        prove=prove, words=words,
+    )  # fmt: skip
+    del decoder
+    effect = furthest(load_policy(base, compute, frozen=True).eval(), rows, wanted)
+    checks = {**made.checks, "base": f"{changed} tensors changed; the adapter moves logits by {effect:.2e}"}
+    return Merged(
+        str(out), str(base), precision, made.tensors, made.bytes, changed, found, bound, effect, made.files, checks,
+        [*made.differences, *_told(base, out)],
+    )  # fmt: skip
+
+
+def merge_in_place(decoder: Decoder) -> None:
+    """Every adapted matrix becomes the one that does what it and its adapter do; the adapters are gone."""
+    with torch.no_grad():
+        for linear in adapters(decoder).values():
+            linear.weight.copy_(linear.merged())
+            linear.adapter = None
+    decoder.adapter = None
+
+
+def probes(tokenizer: FileTokenizer, decoder: Decoder) -> list[Batch]:
+    """One row for each of the texts that are compared, no longer than the model's context."""
+    rows = []
+    for text in PROBES:
+        ids = (opening(tokenizer) + tokenizer.encode(text))[: decoder.context_length]
+        tokens_BT = torch.tensor([ids])
+        zeros = torch.zeros(tokens_BT.shape, dtype=torch.int32)
+        position_BT = torch.arange(len(ids), dtype=torch.int32)[None]
+        rows.append(Batch(
+            tokens_BT, tokens_BT, torch.ones(tokens_BT.shape), zeros, position_BT, zeros, torch.zeros(1).long()
+        ))  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, row: Batch) -> Tensor:
+    """[B, T, V]"""
+    return decoder.hidden(row) @ decoder.head_weight.to(decoder.compute).t()
+
+
+def furthest(decoder: Decoder, rows: Sequence[Batch], wanted: Sequence[Tensor]) -> float:
+    """The largest difference of any logit; NaN where a logit is."""
+    return max(
+        (float((logits(decoder, row) - right).abs().max()) for row, right in zip(rows, wanted, strict=True)),
+        key=lambda value: math.inf if math.isnan(value) else value,
+    )
+
+
+def _changed(decoder: Decoder, before: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    modules = dict(decoder.named_modules())
+    now = ((getattr(modules[name], "weight"), old) for name, old in before.items())   # noqa: B009
+    return sum(not torch.equal(weight.to(dtype), old.to(dtype)) for weight, old in now)
+
+
+def _told(base: Path, out: Path) -> Iterator[str]:
+    """What lies beside the weights and is not the base's: the tokenizer, its template, generation defaults."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", GENERATION):
+        old, new = read_json(base / name), read_json(out / name)
+        if not old and new:
+            yield f"{name}: the base has none"
+            continue
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                short = name == "tokenizer.json" or any(len(str(side.get(key))) > 60 for side in (old, new))
+                yield f"{name}: {key}" + ("" if short else f": {old.get(key)!r}, now {new.get(key)!r}")
+    old_template, new_template = (folder / "chat_template.jinja" for folder in (base, out))
+    texts = [file.read_bytes() if file.is_file() else None for file in (old_template, new_template)]
+    if texts[0] != texts[1]:
+        yield "chat_template.jinja: " + ("the base has none" if texts[0] is None else "another one")

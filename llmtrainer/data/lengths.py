@@ -1,0 +1,61 @@
+"""How long each sequence of some data is: of a token store, or of records that only say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.data import compression
+from llmtrainer.data.document import Reading, SourceFile
+from llmtrainer.data.open import reader_of
+from llmtrainer.data.packed import Store
+
+LENGTH = "length"
+"""The field of a record that says how many tokens a sequence has."""
+_BLOCK = 2**20
+
+
+def lengths_in_store(store: Store) -> NDArray[np.int64]:
+    """Tokens of each document: [D]."""
+    starts = range(0, store.documents, _BLOCK)
+    blocks = [np.diff(store.offsets[start : start + _BLOCK + 1]) for start in starts]
+    return np.concatenate(blocks).astype(np.int64) if blocks else np.zeros(0, dtype=np.int64)
+
+
+def hold_lengths(files: list[SourceFile]) -> bool:
+    """Whether these are files of lengths, by their first record: `{"length": 12}`."""
+    first = next((record for file in files for record, _ in _records(file)), None)
+    return isinstance(first, dict) and LENGTH in first and len(first) <= 2
+
+
+def has_text(files: list[SourceFile], fields: tuple[str, ...]) -> bool:
+    """Whether these are documents, by their first record, and not conversations."""
+    first = next((record for file in files for record, _ in _records(file)), None)
+    return not isinstance(first, dict) or bool(Reading(fields).chosen(list(first)))
+
+
+def lengths_in_records(files: list[SourceFile]) -> NDArray[np.int64]:
+    """The field `length` of every record. Raises UserError for one that has none, or no positive number."""
+    return np.fromiter((length for file in files for length in _lengths(file)), dtype=np.int64)
+
+
+def _lengths(file: SourceFile) -> Iterator[int]:
+    for number, (record, line) in enumerate(_records(file), 1):
+        length = record.get(LENGTH) if isinstance(record, dict) else None
+        if type(length) is not int or not 0 < length < 2**31:
+            raise UserError(
+                f"a record has no `{LENGTH}` that is a number of tokens",
+                where=f"{file.path}, " + (f"line {line:,}" if line is not None else f"record {number:,}"),
+                why=f"the first record of the data says `{LENGTH}`, so all are read as lengths",
+                fix='write {"length": 12} for a sequence of 12 tokens',
+            )
+        yield length
+
+
+def _records(file: SourceFile) -> Iterator[tuple[object, int | None]]:
+    reader = reader_of(file.path)
+    with compression.opened(file.path, seeks=reader.seeks) as stream:
+        yield from reader.records(stream, file.path, Reading())

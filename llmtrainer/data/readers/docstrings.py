@@ -1,0 +1,72 @@
+"""Python source as questions about its functions and classes, answered by their docstrings."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Literal
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.data.document import AnyPath, Reader, Reading, text_in
+
+SHORTEST, LONGEST = 20, 400
+"""Characters of an answer: a shorter docstring says nothing, a longer first paragraph is no answer."""
+_TESTS = frozenset({"test", "tests", "idle_test"})
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class Docstrings(Reader):
+    """`What does NAME in MODULE do?` for every public function, class and method with a docstring, whose first
+    paragraph is the answer. The source is parsed and never run; private modules and tests are left out."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".py",)
+    holds: ClassVar[Literal["text", "tokens", "records"]] = "records"
+
+    def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
+        module = module_of(path)
+        if any(part in _TESTS or part.startswith("_") for part in module.split(".")):
+            return
+        text = text_in(stream.read(), reading, path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")    # of a backslash in somebody's source
+                tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            # Some modules of the library are broken on purpose; any other is somebody's data.
+            if module_of(path) != Path(path.name).stem:
+                return
+            raise UserError("the file is no Python source", where=str(path), why=str(error)) from error
+        for name, node in _definitions(tree):
+            answer = first_paragraph(ast.get_docstring(node) or "")
+            if SHORTEST <= len(answer) <= LONGEST:
+                said = {"user": f"What does {name} in {module} do?", "assistant": answer}
+                yield {"messages": [{"role": role, "content": content} for role, content in said.items()]}, node.lineno
+
+
+def module_of(path: AnyPath) -> str:
+    """The dotted name of a module of this Python's library; of any other file its name without the ending."""
+    below, root = Path(str(path)), Path(sysconfig.get_path("stdlib"))
+    if not below.is_relative_to(root):
+        return below.stem
+    parts = below.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def first_paragraph(docstring: str) -> str:
+    """Its lines up to the first empty one, as one line."""
+    return " ".join(docstring.strip().partition("\n\n")[0].split())
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
+    """(name, node) of what a module defines for others, in order; a method is `Class.method`."""
+    for node in tree.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, Definition) and not inner.name.startswith("_"):
+                        yield f"{node.name}.{inner.name}", inner

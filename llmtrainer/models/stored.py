@@ -1,0 +1,62 @@
+"""What a checkpoint holds of a policy: the whole model, or what was trained beside one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.peft_format import adapter_config, adapter_tensors, load_adapter, write_adapter
+from llmtrainer.models.weights import load_weights, save_tensors, tensors
+
+
+class Form(Protocol):
+    """How a policy becomes a folder."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to keep, under the names of the folder's files; detached, not copied."""
+        ...
+
+    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the folder's files from `tensors()`, or from a copy of them taken earlier."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A Hugging Face folder: config.json and every weight."""
+
+    policy: Decoder
+    config: Mapping[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return tensors(self.policy)
+
+    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+        save_tensors(named, self.config, folder)
+
+
+@dataclass(frozen=True)
+class AdapterAlone:
+    """A PEFT folder: what the adapters have learned, and the name of the model that they stand beside."""
+
+    policy: Decoder
+    base: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        return adapter_tensors(self.policy)
+
+    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+        write_adapter(named, adapter_config(self.policy, self.base), folder)
+
+
+def read_into(policy: Decoder, folder: Path) -> None:
+    """Fill a policy with what its own checkpoint holds. Raises UserError, with nothing changed, if it is another's."""
+    if policy.adapter is None:
+        load_weights(policy, folder)
+    else:
+        load_adapter(policy, folder)

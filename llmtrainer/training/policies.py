@@ -1,0 +1,157 @@
+"""The model that a run trains: new, from a folder, or one that stays as it is with an adapter beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.protocols import Tokenizer
+from llmtrainer.core.randomness import derive
+from llmtrainer.models.adapters import lora
+from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.hugging_face import to_config
+from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
+from llmtrainer.models.stored import AdapterAlone, Form, WholeModel
+from llmtrainer.models.weights import freeze, load_policy
+from llmtrainer.tokenizer.tokenizer import padded_vocabulary
+from llmtrainer.training.models import base_of, locate_model, model_folder, tokenizer_class
+from llmtrainer.training.recipe import Recipe
+
+_BESIDE_START = {"start_from", "freeze", "adapter"}
+"""Fields of a family that are no shape, so that they may stand beside `start_from`."""
+
+
+def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:
+    """The model with its first values: drawn from the seed, or those of `start_from`.
+
+    A continued run takes the shape from its own checkpoint, so `start_from` may be gone by then; but an adapter
+    always needs its base.
+    """
+    if recipe.model.start_from is None:
+        policy = _new(recipe, padded_vocabulary(tokenizer.vocabulary), compute, continued)
+    else:
+        _require_no_shape(recipe)
+        policy = _started(recipe, compute, continued)
+        if policy.vocabulary < tokenizer.vocabulary:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocabulary:,} ids and the model {policy.vocabulary:,} embedding rows",
+                where=f"model.start_from {recipe.model.start_from}",
+                fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
+            )
+    policy.ids = tokenizer.vocabulary
+    freeze(policy, recipe.model.freeze)
+    _require_frozen_base(policy)
+    return policy
+
+
+def form_of(policy: Decoder, tokenizer: Tokenizer, tokenizer_folder: Path, base: str | None) -> Form:
+    """What this run's checkpoints hold. `base`: the model that its adapter stands beside."""
+    if policy.adapter is not None:
+        assert base is not None
+        return AdapterAlone(policy, base)
+    return WholeModel(policy, to_config(
+        policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
+        tokenizer_class=tokenizer_class(tokenizer_folder),
+    ))  # fmt: skip
+
+
+def base_name(recipe: Recipe, continued: Path | None) -> str | None:
+    """The base as every checkpoint names it: a hub id with its commit, or a folder that means the same from
+    everywhere. A continued run keeps the one it began with, whatever `start_from` has become."""
+    if recipe.model.adapter is None or recipe.model.start_from is None:
+        return None
+    if continued is not None:
+        return read_config(continued)[1]
+    located = locate_model(recipe.model.start_from)
+    # An origin that is a folder is known here; one that is not was fetched, and is named for everybody.
+    return str(located.folder.resolve()) if Path(recipe.model.start_from).exists() else located.origin
+
+
+def _new(recipe: Recipe, rows: int, compute: torch.dtype, continued: Path | None) -> Decoder:
+    if recipe.model.adapter is not None:
+        raise UserError(
+            "an adapter without a model to stand beside", where="model.adapter",
+            why="a new model has learned nothing yet, and a checkpoint holds the adapter alone",
+            fix="model.start_from=FOLDER, or remove model.adapter",
+        )
+    policy = recipe.model.build(rows, compute)
+    assert isinstance(policy, Decoder)
+    if recipe.data.sequence_length > policy.context_length:
+        raise UserError(
+            f"data.sequence_length is {recipe.data.sequence_length:,}, beyond the model's context of "
+            f"{policy.context_length:,}",
+            fix=f"model.context_length={recipe.data.sequence_length}",
+        )
+    if continued is None:
+        policy.initialise(derive(recipe.seed, "initialise"))
+    return policy
+
+
+def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> Decoder:
+    assert recipe.model.start_from is not None
+    adapter = recipe.model.adapter
+    if adapter is None:
+        folder = continued or model_folder(recipe.model.start_from)
+        _require_model(folder, recipe.model.start_from)
+        return load_policy(folder, compute)
+    assert isinstance(adapter, lora.Lora)
+    folder = base_of(continued) if continued is not None else model_folder(recipe.model.start_from)
+    _require_model(folder, recipe.model.start_from)
+    policy = load_policy(folder, compute, frozen=True)
+    if adapter.start_from is None:
+        adapter.insert(policy)
+        lora.initialise(policy, recipe.seed)
+        return policy
+    _require_no_adapter_shape(adapter)
+    # Its dropout is this run's own: nothing of what was learned depends on it.
+    source = continued or model_folder(adapter.start_from)
+    found = read_config(source)[0].model_copy(update={"dropout": adapter.dropout})
+    found.insert(policy)
+    load_adapter(policy, source)
+    return policy
+
+
+def _require_model(folder: Path, named: str) -> None:
+    if is_adapter(folder):
+        raise UserError(
+            "this is an adapter, not a model", where=f"model.start_from {named}",
+            fix=f"to train the adapter on: model.start_from=BASE model.adapter.start_from={named}; to train on from "
+            f"both as one: llmtrainer merge {named} out=merged, and model.start_from=merged",
+        )
+
+
+def _require_frozen_base(policy: Decoder) -> None:
+    trained = [name for name, value in policy.named_parameters() if value.requires_grad and ".adapter." not in name]
+    if policy.adapter is not None and trained:
+        raise UserError(
+            f"model.freeze has {trained[0]} trained beside an adapter", where="model.freeze",
+            why="a checkpoint holds the adapter alone, so what the model itself learned would be lost",
+            fix="remove the pattern with `!`, or train without model.adapter",
+        )
+
+
+def _require_no_adapter_shape(adapter: lora.Lora) -> None:
+    named = sorted(adapter.model_fields_set - {"start_from", "dropout", "kind"})
+    if named:
+        raise UserError(
+            f"`model.adapter.{named[0]}` is given beside `model.adapter.start_from`",
+            where=f"model.adapter.start_from {adapter.start_from}",
+            why="the shape comes from that folder; naming it again would be a second truth",
+            fix=f"remove {', '.join(f'model.adapter.{name}' for name in named)}",
+        )
+
+
+def _require_no_shape(recipe: Recipe) -> None:
+    fields = type(recipe.model).model_fields
+    named = sorted(
+        name for name in fields.keys() - _BESIDE_START if getattr(recipe.model, name) != fields[name].default
+    )
+    if named:
+        raise UserError(
+            f"`model.{named[0]}` is given beside `model.start_from`",
+            where=f"model.start_from {recipe.model.start_from}",
+            why="the shape comes from that folder; naming it again would be a second truth",
+            fix=f"remove {', '.join(f'model.{name}' for name in named)}",
+        )

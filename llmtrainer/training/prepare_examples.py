@@ -1,0 +1,206 @@
+"""Conversations become a token store with weights: by command, or into the cache when a run names their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.data.detect import detect
+from llmtrainer.data.document import Reading
+from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
+from llmtrainer.data.fates import Totals, require_few_losses
+from llmtrainer.data.format import Format
+from llmtrainer.data.length import LengthPolicy
+from llmtrainer.data.open import find
+from llmtrainer.data.packed import FATES, Store, is_store
+from llmtrainer.data.records import records
+from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.training.cache import built, identity, known_hashes, receipt
+from llmtrainer.training.chats import load_chat
+from llmtrainer.training.console import bar, say, warn
+from llmtrainer.training.models import model_folder
+from llmtrainer.training.prepared import PreparedExamples
+
+if TYPE_CHECKING:
+    from llmtrainer.training.prepare import Preparation
+
+VERSION = 1
+"""Raised when the same files and settings would give other bytes: every older key then misses."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which files, how they are read, and what their rows are to be."""
+
+    paths: tuple[str, ...]
+    format: Format
+    choices: Choices
+    max_dropped_share: float = 0.1
+    template: str = "auto"
+    date: str | None = None
+    leave_out: tuple[str, ...] = ()
+    workers: int = 0
+    chat: Chat = field(kw_only=True)
+    """The template, ready to render."""
+    folder: Path = field(kw_only=True)
+    """Where the tokenizer lies."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.paths)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a wish, each with its format."""
+
+    files: tuple[ExampleFile, ...]
+    how: tuple[str, ...]
+    """What was found out about the files of each format, and the first example: for people."""
+
+
+def look(wish: Wish) -> Found:
+    """Look at the first records of every file. UserError where there are none, or a format is not to be told."""
+    choices = wish.choices
+    reading = Reading(
+        allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
+    )
+    files: list[ExampleFile] = []
+    told: dict[str, list[str]] = {}
+    empty = []
+    for path in wish.paths:
+        for source in find(path, warn):
+            seen = detect(wish.format, records(source, reading))
+            if seen is None:
+                empty.append(source.path)
+            else:
+                files.append(ExampleFile(source, seen.format))
+                told.setdefault(seen.format.kind, []).append(seen.how)
+    if empty and files:
+        warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
+    if not files:
+        raise UserError("there are no records to learn from", where=wish.name, fix="name a file of conversations")
+    how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]
+    return Found(tuple(files), tuple(how))
+
+
+def key_of(wish: Wish, files: Sequence[ExampleFile], hashes: dict[str, Any]) -> str:
+    """SHA-256 over everything that decides the bytes of the store."""
+    content = {
+        "examples": VERSION,
+        "files": [
+            ["".join(file.source.path.suffixes[-2:]), file.source.bytes, identity(file.source.path, hashes),
+             file.format.plain()]
+            for file in files
+        ],
+        "template": wish.chat.fingerprint,
+        "choices": wish.choices.facts(),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def build(wish: Wish, files: Sequence[ExampleFile], out: Path, key: str) -> bool:
+    """Write the store at `out`, unless it is there. Returns whether it was."""
+    make = partial(load_chat, wish.folder, wish.template, wish.date, wish.leave_out)
+
+    def write(folder: Path) -> dict[str, Any]:
+        small = sum(file.source.bytes for file in files) < 2**20
+        with bar("examples", None, "records") as advance:
+            store = write_examples(
+                files, make, wish.chat.tokenizer, folder, choices=wish.choices,
+                max_dropped_share=wish.max_dropped_share,
+                workers=0 if small else wish.workers or os.cpu_count() or 1, report=advance, warn=warn,
+            )  # fmt: skip
+        return facts_of(store)
+
+    return built(out, key, write)
+
+
+def facts_of(store: Store) -> dict[str, Any]:
+    """What is noted about a store of examples when it was made."""
+    told = fates_of(store)
+    return {
+        "vocabulary": store.vocabulary,
+        "tokens": store.tokens,
+        "documents": store.documents,
+        "bytes_per_token": store.text_bytes / max(store.tokens, 1),
+        "records": told.records,
+        "fates": told.by_fate,
+        "duplicates": duplicates(store),
+    }
+
+
+def prepared_examples(wish: Wish, cache: Path) -> Store:
+    """The store of a wish: itself if a prepared one is named, else the one in the cache, made now if need be. Says
+    what was found, and what became of the records."""
+    if len(wish.paths) == 1 and is_store(Path(wish.paths[0])):
+        return _given(wish)
+    seen = look(wish)
+    for told in seen.how:
+        say(told)
+    with known_hashes(cache) as hashes:
+        key = key_of(wish, seen.files, hashes)
+    folder = cache / "examples" / key[:32]
+    there = build(wish, seen.files, folder, key)
+    store = Store(folder)
+    told = "are prepared already" if there else "were prepared"
+    say(f"the rows of {wish.name} {told}: {folder}\n{summary(fates_of(store), receipt(folder)['duplicates'])}")
+    # What is in the cache may have been made under another limit.
+    require_few_losses(fates_of(store), wish.max_dropped_share)
+    return store
+
+
+def summary(told: Totals, twice: int) -> str:
+    """The table of fates, and how many rows are there more than once."""
+    return told.table() + (f"\n  {twice:>10,}  rows are the same as an earlier one" if twice else "")
+
+
+def _given(wish: Wish) -> Store:
+    """A store that `llmtrainer prepare` made of conversations, with this very template."""
+    store = Store(wish.paths[0])
+    tokenizer = wish.chat.tokenizer
+    store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
+    if store.weight_dtype is None or not (store.path / FATES).is_file():
+        raise UserError(
+            "the token store was made of text, not of conversations", where=str(store.path),
+            fix="data.kind=documents, or name the files of conversations",
+        )
+    if store.manifest.get("template") != wish.chat.fingerprint:
+        raise UserError(
+            "the token store was made with another chat template", where=str(store.path),
+            why=f"its fingerprint is {str(store.manifest.get('template'))[:12]}, the template's is "
+            f"{wish.chat.fingerprint[:12]}",
+            fix="name the template that it was made with (data.template), or prepare the conversations again",
+        )
+    return store
+
+
+def prepare_conversations(preparation: Preparation) -> PreparedExamples:
+    """The verb `prepare` for conversations: a store with weights, and a fate for every record."""
+    folder, out = model_folder(preparation.tokenizer, weights=False), Path(preparation.out)
+    template, day, left_out = preparation.template, preparation.date, preparation.leave_out
+    cut = (preparation.cut_side, preparation.cut_end)
+    length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
+    wish = Wish(
+        tuple(part.strip() for part in preparation.data.split(",")), Format.model_validate(preparation.format),
+        Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle),
+        preparation.max_dropped_share, template, day, left_out, preparation.workers,
+        chat=load_chat(folder, template, day, left_out), folder=folder,
+    )  # fmt: skip
+    seen = look(wish)
+    for told in seen.how:
+        say(told)
+    reused = build(wish, seen.files, out, key_of(wish, seen.files, {}))
+    facts = receipt(out)
+    return PreparedExamples(
+        str(out), facts["tokens"], facts["documents"], facts["vocabulary"], facts["bytes_per_token"], reused,
+        facts["records"], facts["fates"], facts["duplicates"], sorted({file.format.kind for file in seen.files}),
+        fates_of(Store(out)).table(),
+    )  # fmt: skip
