@@ -23,7 +23,8 @@ BOMBS = {
     "a text times a number": "{{ 'x' * 10 ** 9 }}",
     "a list times a number": "{{ ([0] * 10 ** 9) | length }}",
     "a number with a billion digits": "{{ 10 ** (10 ** 9) }}",
-    "shifts by factors": "{% set ns = namespace(n=2) %}{% for i in range(9999) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "shifts by factors": "{% set ns = namespace(n=2) %}{% for i in range(9999) %}{% set ns.n = ns.n * ns.n %}"
+    "{% endfor %}",
     "doubling by ~": "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "doubling by +": "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "doubling lists": "{% set ns = namespace(s=[0]) %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
@@ -52,7 +53,8 @@ BOMBS = {
     "a format with a width": "{{ '%1000000000d' % 1 }}",
     "a width from outside": "{{ '%*d' % (10 ** 9, 1) }}",
     "a range without end": "{{ range(10 ** 12) | list | length }}",
-    "reading a long text for ever": "{% set s = 'x' * 4000000 %}{% for i in range(99999) %}{{ s.count('y') }}{% endfor %}",
+    "reading a long text for ever": "{% set s = 'x' * 4000000 %}{% for i in range(99999) %}{{ s.count('y') }}"
+    "{% endfor %}",
 }
 
 
@@ -111,8 +113,10 @@ def test_json_is_written_as_transformers_writes_it() -> None:
 
 HARMLESS = [
     "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m ~ loop.index }}{% break %}{% endfor %}",
-    "{%- macro say(x, y='!') -%}  {{ x }}{{ y }}  {%- endmacro -%}{{ say('a') }}\n  {% if true %}\n  b\n  {% endif %}\nc",
-    "{% set ns = namespace(a=1) %}{% for m in messages[::-1] %}{% set ns.a = ns.a + loop.index0 %}{% endfor %}{{ ns.a }}",
+    "{%- macro say(x, y='!') -%}  {{ x }}{{ y }}  {%- endmacro -%}{{ say('a') }}\n  {% if true %}\n  b\n  "
+    "{% endif %}\nc",
+    "{% set ns = namespace(a=1) %}{% for m in messages[::-1] %}{% set ns.a = ns.a + loop.index0 %}{% endfor %}"
+    "{{ ns.a }}",
     "{{ messages | map('upper') | join(', ') }}{{ messages | selectattr('x', 'undefined') | list | length }}",
     "{{ messages | join('-') | replace('a', 'b') | title | trim }}{{ d.items() | list }}{{ d | items | list }}",
     "{{ 'a,b'.split(',')[-1].strip() ~ 1 ~ none }}{{ '%s and %d' % ('x', 3) }}{{ 7 // 2 ** 2 % 5 * 3 }}",
