@@ -331,7 +331,7 @@ def test_transformers_mask_of_a_template_that_marks_its_answers_is_what_is_learn
     made = chat(trained, source, tmp_path)
     made.tokenizer.save(tmp_path / "saved")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
-    contents = ["What is it?", "A test, def f(): return 1", "\u6625\u7720?", "\u4e0d\u89c9\u6653 \U0001f600!", "x", "12345"]
+    contents = ["What is it?", "A test, def f(): return 1", "\u6625\u7720?", "\u4e0d\u6653 \U0001f600!", "x", "12345"]
     values = [{"role": message.role, "content": message.content} for message in turns(*contents)]
     told = theirs.apply_chat_template(values, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     (row,) = made.rows(Example(turns(*contents)))
