@@ -9,6 +9,7 @@ our steps are as large. Our conversations always lie end to end, without padding
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -134,15 +135,13 @@ def _rows(data: Path | None) -> list[str]:
     if data is not None:
         lines = data.read_text(encoding="utf-8").splitlines()[:ROWS]
         return [json.dumps({"messages": json.loads(line)["messages"]}) + "\n" for line in lines]
-    from llmtrainer.data.questions import questions
+    from llmtrainer.data.document import Reading
+    from llmtrainer.data.open import find
+    from llmtrainer.data.records import records
 
-    found = []
-    for asked in questions("train"):
-        turn = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
-        found.append(json.dumps({"messages": turn}) + "\n")
-        if len(found) == ROWS:
-            break
-    return found
+    reading = Reading(whole=True)
+    found = (record.value for source in find("stdlib:questions") for record in records(source, reading))
+    return [json.dumps(value) + "\n" for value in itertools.islice(found, ROWS)]
 
 
 def data_of(wish: Any) -> Path | None:
