@@ -115,7 +115,7 @@ def test_what_is_there_already_is_never_touched(tokenizer: FileTokenizer, tmp_pa
 @pytest.mark.parametrize("name", ["hello", "x", "two words", " ", "a\nb"])
 def test_a_word_or_a_blank_is_no_control_token(name: str, tokenizer: FileTokenizer, tmp_path: Path) -> None:
     source = model(tmp_path / "base", tokenizer, tied=True, rows=320, dtype=torch.float32)
-    with pytest.raises(UserError, match="is a word of the vocabulary|is no name for a control token"):
+    with pytest.raises(UserError, match=r"is a word of the vocabulary|is no name for a control token"):
         add_tokens(settings(source, tmp_path / "out", (name,)))
     assert not (tmp_path / "out").exists()
 

@@ -78,8 +78,8 @@ def test_a_conversation_that_the_template_cannot_hold_is_refused_with_its_line(f
     with pytest.raises(UserError, match="leaves out the reasoning") as caught:
         inspect(settings(folder, "thought.jsonl", template="chatml", step=0, rows=1))
     assert "thought.jsonl, line 1" in str(caught.value.where)
-    (row,) = inspect(settings(folder, "thought.jsonl", template="chatml", rows=1, leave_out=["thinking"])).json()["rows"]
-    assert sum(row["weights"]) == 2.0
+    allowed = inspect(settings(folder, "thought.jsonl", template="chatml", rows=1, leave_out=["thinking"]))
+    assert sum(allowed.rows[0].weights) == 2.0
 
 
 def test_the_command_gives_the_rows_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
