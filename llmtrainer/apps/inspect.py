@@ -16,14 +16,22 @@ from llmtrainer.base.config import Config, load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
-from llmtrainer.core.protocols import Tokenizer, opening
+from llmtrainer.core.protocols import opening
 from llmtrainer.data.collate import Row
-from llmtrainer.data.document import Document, Reading
+from llmtrainer.data.detect import detect, placed
+from llmtrainer.data.document import Document, Reading, SourceFile
+from llmtrainer.data.format import Format
+from llmtrainer.data.formats.auto import Auto
+from llmtrainer.data.lengths import has_text
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
+from llmtrainer.data.records import records
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.parallel.engines.single import Single
+from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.assemble import rows_of, tokenizer_of
+from llmtrainer.training.chats import day_of
 from llmtrainer.training.console import warn
 from llmtrainer.training.figures import number
 from llmtrainer.training.models import load_tokenizer
@@ -41,8 +49,8 @@ class Inspection(Config):
     file_is_word: ClassVar[bool] = True
 
     source: str
-    """A recipe or a run directory, whose rows are shown as a step has them; or text, or a token store, whose
-    documents are shown whole."""
+    """A recipe or a run directory, whose rows are shown as a step has them; or text, conversations or a token store,
+    whose documents are shown whole."""
 
     step: int = Field(default=0, ge=0)
     """Which step, counted from 0. For text: documents step * rows and following."""
@@ -57,7 +65,20 @@ class Inspection(Config):
     """A folder or a file with a tokenizer of any known format: for text and token stores. A recipe has its own."""
 
     fields: tuple[str, ...] = ("text", "content")
-    """For text: where a record's text is, the first of these fields that it has."""
+    """For text: where a record's text is, the first of these fields that it has. Records without are conversations."""
+
+    template: str | None = None
+    """For conversations: auto, the tokenizer's own chat template (what is taken where none is named); a built-in one,
+    such as chatml; or a path to a .jinja file."""
+
+    format: Format = Auto()
+    """For conversations: under which keys they stand. auto tells it by the first records."""
+
+    date: str | None = None
+    """For conversations: the date that a template with a clock shows, `2026-11-22`."""
+
+    leave_out: tuple[Literal["thinking", "tools"], ...] = ()
+    """For conversations: what the template may leave out without being refused."""
 
     overrides: tuple[str, ...] = ()
     """Changes to the recipe: `overrides=[data.sequence_length=64]`."""
@@ -153,29 +174,53 @@ def _of_documents(settings: Inspection) -> Iterator[Shown]:
         )
     tokenizer = load_tokenizer(settings.tokenizer)
     first = settings.step * settings.rows
-    found = islice(_ids(settings, tokenizer), first, first + settings.rows)
-    for count, ids in enumerate(found):
+    found = islice(_documents(settings, tokenizer), first, first + settings.rows)
+    for count, (ids, weights) in enumerate(found):
         row = Row(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int32), first + count)
         yield Shown(
-            tokens=ids, pieces=tokenizer.pieces(ids), weights=row.weights.tolist(), positions=row.positions.tolist(),
-            document=row.document.tolist(),
+            tokens=ids, pieces=tokenizer.pieces(ids), weights=row.weights.tolist() if weights is None else weights,
+            positions=row.positions.tolist(), document=row.document.tolist(),
         )
 
 
-def _ids(settings: Inspection, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Documents as a store holds them: the begin of a tokenizer that has one, their ids, then the end."""
+def _documents(settings: Inspection, tokenizer: FileTokenizer) -> Iterator[tuple[list[int], list[float] | None]]:
+    """(ids, weights) of documents as a store holds them: the begin of a tokenizer that has one, their ids, then the
+    end; of conversations the rows that their template makes."""
     if is_store(Path(settings.source)):
         store = Store(settings.source)
         store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
         for document in range(store.documents):
-            yield store.read(document).tolist()
-    else:
-        files, vocabulary = find(settings.source, warn), Vocabulary.of(tokenizer)
-        for found in contents(files, vocabulary, Reading(settings.fields, warn=warn)):
-            if isinstance(found, Document):
-                yield [*opening(tokenizer), *tokenizer.encode(found.text), tokenizer.end]
-            else:
-                yield [*found.ids.tolist(), tokenizer.end]
+            weights = store.weights(document)
+            yield store.read(document).tolist(), None if weights is None else weights.tolist()
+        return
+    files, vocabulary = find(settings.source, warn), Vocabulary.of(tokenizer)
+    if settings.template is not None or settings.format.kind != "auto" or not has_text(files, settings.fields):
+        yield from _conversations(settings, files, tokenizer)
+        return
+    for found in contents(files, vocabulary, Reading(settings.fields, warn=warn)):
+        if isinstance(found, Document):
+            yield [*opening(tokenizer), *tokenizer.encode(found.text), tokenizer.end], None
+        else:
+            yield [*found.ids.tolist(), tokenizer.end], None
+
+
+def _conversations(
+    settings: Inspection, files: list[SourceFile], tokenizer: FileTokenizer
+) -> Iterator[tuple[list[int], list[float]]]:
+    chat = Chat(tokenizer, settings.template or "auto", day=day_of(settings.date), leave_out=settings.leave_out)
+    reading = Reading(warn=warn, whole=True)
+    for file in files:
+        told = detect(settings.format, records(file, reading))
+        if told is None:
+            continue
+        for record in records(file, reading):
+            try:
+                rows = chat.rows(placed(told.format, record))
+            except UserError as error:
+                error.where = record.place if error.where is None else f"{record.place}, {error.where}"
+                raise
+            for row in rows:
+                yield list(row.tokens), list(row.weights)
 
 
 def _title(index: int, row: Shown) -> str:

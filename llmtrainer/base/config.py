@@ -230,8 +230,9 @@ def _value_of(config_type: type[Config], option: str, rest: list[str], data: Any
     annotation = part_at(config_type, key.split("."), data)
     if annotation is None:
         raise unknown_key(config_type, key.split("."), data, COMMAND_LINE)
+    # A switch may be followed by a word or an override, which is no value of it.
+    if annotation is bool and not (rest and rest[0].lower() in ("true", "false")):
+        return "true"
     if rest and not rest[0].startswith("--"):
         return rest.pop(0)
-    if annotation is bool:
-        return "true"
     raise UserError(f"`{option}` has no value", where=COMMAND_LINE, fix=f"`{option} VALUE` or `{key}=VALUE`")

@@ -18,10 +18,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmtrainer.base.errors import UserError
 
-MAXIMUM_ROUNDS = 1_000_000
-"""Passes through loops and macros in one render."""
+MAXIMUM_ROUNDS = 100_000
+"""Passes through loops and macros in one render, beyond one for each character of the conversation."""
 MAXIMUM_TEXT = 2**22
-"""Characters of one string, beyond eight times what the conversation has."""
+"""Characters of one text or list, beyond eight times what the conversation has."""
+ITEM = 16
+"""What an item of a list weighs, in characters."""
 MAXIMUM_WORK = 2**27
 """Characters that all operations of one render make or read, beyond 256 times what the conversation has."""
 
@@ -118,19 +120,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _raise, "strftime_now": self._now, "namespace": _Namespace,
+            "dict": self.mapped,
         }
         self.concat = self.joined  # type: ignore[method-assign]  # what macros and set blocks are joined by
 
     def begin(self, size: int, marks: Callable[[str], bool] | None) -> None:
         state = self._state
-        state.rounds, state.work = MAXIMUM_ROUNDS, MAXIMUM_WORK + 256 * size
+        state.rounds, state.work = MAXIMUM_ROUNDS + size, MAXIMUM_WORK + 256 * size
         state.longest, state.marks = MAXIMUM_TEXT + 8 * size, marks
 
     def tick(self) -> str:
         """One more pass through a loop or a macro."""
         self._state.rounds -= 1
         if self._state.rounds < 0:
-            raise SecurityError(f"it went through its loops {MAXIMUM_ROUNDS:,} times")
+            raise SecurityError(f"it went through its loops more than {MAXIMUM_ROUNDS:,} times")
         return ""
 
     def joined(self, parts: Iterable[Any]) -> str:
@@ -148,20 +151,41 @@ class _Environment(ImmutableSandboxedEnvironment):
         """`a ~ b`."""
         return self.joined(parts)
 
+    def listed(self, *items: Any) -> list[Any]:
+        """`[a, b]`."""
+        self._charge(self._weight(items))
+        return list(items)
+
+    def tupled(self, *items: Any) -> tuple[Any, ...]:
+        """`(a, b)`."""
+        self._charge(self._weight(items))
+        return items
+
+    def mapped(self, *items: Any, **named: Any) -> dict[Any, Any]:
+        """`{a: b, c: d}`, its keys and values in turn, and `dict(c=d)`."""
+        self._charge(self._weight((items, named)))
+        given = [dict(item) for item in items] if len(items) == 1 else [dict(zip(items[::2], items[1::2], strict=True))]
+        return dict(*given, **named)
+
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            self._charge(self._bound(len(left) + len(right)))
+            self._charge(self._bound(self._weight(left) + self._weight(right)))
         elif operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, str | list | tuple) and isinstance(other, int):
-                    self._charge(self._bound(len(one) * max(other, 0)))
-        elif operator == "%" and isinstance(left, str) and re.search(r"%[^%A-Za-z]*(\d{4}|\*)", left):
-            raise SecurityError("it pads a text to a width")
+                    self._charge(self._bound(self._weight(one) * max(other, 0)))
+        elif operator == "%" and isinstance(left, str):
+            if re.search(r"%[^%A-Za-z]*(\d{4}|\*)", left):
+                raise SecurityError("it pads a text to a width")
+            self._charge(self._bound(len(left) + left.count("%") * self._weight(right)))
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > 4_096:
                 raise SecurityError("it makes a number of more than 4,096 bits")
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Nothing: `format` pads to widths, and is no method that a template may call."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STRING_METHODS:
@@ -188,9 +212,26 @@ class _Environment(ImmutableSandboxedEnvironment):
         for node in found:
             called = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
             node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
-        _Joining().visit(template)
+        _Making().visit(template)
         template.set_environment(self)
         return template
+
+    def _weight(self, value: Any) -> int:
+        """Characters that a value stands for, those of lists inside it as often as they stand there; bounded."""
+        if isinstance(value, str):
+            return len(value)
+        weight = 0
+        left = [value]
+        while left:
+            item = left.pop()
+            weight += len(item) if isinstance(item, str) else ITEM
+            if isinstance(item, list | tuple):
+                left += item
+            elif isinstance(item, Mapping):
+                left += item.keys()
+                left += item.values()
+            self._bound(weight)
+        return weight
 
     def _bound(self, length: int) -> int:
         if length > self._state.longest:
@@ -234,6 +275,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(indent, int) and indent > 64:
             raise SecurityError("it pads a text to a width")
         pair = None if separators is None else (str(separators[0]), str(separators[1]))
+        self._charge(self._weight(value))
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
         self._charge(self._bound(len(text)))
         marks = self._state.marks
@@ -257,13 +299,28 @@ class _Environment(ImmutableSandboxedEnvironment):
         return datetime.combine(self._day, time()).strftime(form)
 
 
-class _Joining(jinja2.visitor.NodeTransformer):
-    """`a ~ b` as a call that can be bounded."""
+class _Making(jinja2.visitor.NodeTransformer):
+    """What makes texts and lists, as calls that can be bounded."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        return self._called("concatenated", node, node.nodes)
+
+    def visit_List(self, node: nodes.List) -> nodes.Call:
+        return self._called("listed", node, node.items)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        if node.ctx == "load":
+            return self._called("tupled", node, node.items)
         self.generic_visit(node)
-        called = nodes.EnvironmentAttribute("concatenated")
-        return nodes.Call(called, node.nodes, [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Call:
+        return self._called("mapped", node, [side for pair in node.items for side in (pair.key, pair.value)])
+
+    def _called(self, name: str, node: nodes.Expr, arguments: list[nodes.Expr]) -> nodes.Call:
+        call = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None, lineno=node.lineno)
+        self.generic_visit(call)
+        return call
 
 
 def _raise(message: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmtrainer.core.example import Example, Message
 
 ATTEMPTS = 200
+_TOOL = ({"type": "function", "function": {"name": "a", "parameters": {}}},)
 
 
 def smallest(example: Example, fails: Callable[[Example], bool]) -> Example:
@@ -39,6 +40,8 @@ def _smaller(example: Example) -> Iterator[Example]:
         yield replace(example, tools=())
         if len(example.tools) > 1:
             yield replace(example, tools=example.tools[:1])
+        if example.tools != _TOOL:
+            yield replace(example, tools=_TOOL)
     for place, message in enumerate(messages):
         for simpler in _simpler(message):
             yield replace(example, messages=(*messages[:place], simpler, *messages[place + 1 :]))

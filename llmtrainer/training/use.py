@@ -25,6 +25,8 @@ from llmtrainer.data.packed import Store, is_store
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.evals.perplexity import Perplexity, Score, Totals, figures
 from llmtrainer.generation.sampling import Sampling
+from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.training.chats import day_of
 from llmtrainer.training.console import bar, stdout_is_for_people, warn
 from llmtrainer.training.figures import count, number, span
 from llmtrainer.training.models import Opened, Precision, load_model, load_tokenizer, open_model
@@ -232,6 +234,19 @@ class Generation(Sampling):
     prompts: str | None = None
     """Instead of `prompt`: a file with many, each record's `prompt`, `text` or `content`."""
 
+    chat: bool = False
+    """A prompt is what a user says: it is put into the chat template, and the answer stops where that ends answers."""
+
+    system: str | None = None
+    """For chat: the text that stands before what the user says."""
+
+    template: str = "auto"
+    """For chat: auto, the template that lies with the model's tokenizer; a built-in one, such as chatml; or a path to
+    a .jinja file."""
+
+    date: str | None = None
+    """For chat: the date that a template with a clock shows, `2026-11-22`."""
+
     max_new_tokens: int = Field(default=200, ge=1)
     """Most tokens to write. The model may end the text before."""
 
@@ -268,6 +283,8 @@ class Generated(Result):
     seconds: float
     """Of writing, without loading the model."""
     streamed: bool = False
+    answers: bool = False
+    """Whether they answer their prompts, and do not continue them."""
 
     def json(self) -> dict[str, Any]:
         return {"completions": [completed.json() for completed in self.completions], "seconds": self.seconds}
@@ -276,23 +293,29 @@ class Generated(Result):
         if self.streamed:
             return ""
         if len(self.completions) == 1:
-            return self.completions[0].prompt + self.completions[0].text
-        told = enumerate(self.completions, start=1)
-        return "\n".join(f"--- {n} of {len(self.completions)}\n{item.prompt}{item.text}" for n, item in told)
+            return ("" if self.answers else self.completions[0].prompt) + self.completions[0].text
+        told, joint = enumerate(self.completions, start=1), "\n\n" if self.answers else ""
+        return "\n".join(f"--- {n} of {len(self.completions)}\n{item.prompt}{joint}{item.text}" for n, item in told)
 
 
 def generate(settings: Generation) -> Generated:
     """Continue prompts. The same settings on the same weights write the same text."""
     prompts = _prompts(settings)
+    for key in ("system", "date") if not settings.chat else ():
+        if getattr(settings, key) is not None:
+            raise UserError(f"`{key}` is for a chat", fix=f"chat=true, or leave {key} out")
+    if settings.template != "auto" and not settings.chat:
+        raise UserError("`template` is for a chat", fix="chat=true, or leave template out")
     opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
+    chat = Chat(opened.tokenizer, settings.template, day=day_of(settings.date)) if settings.chat else None
     started = time.perf_counter()
     stream = settings.stream and settings.samples * len(prompts) == 1 and stdout_is_for_people()
     sampling = Sampling(**{name: getattr(settings, name) for name in Sampling.model_fields})
     completions = write(
         opened, prompts, sampling, samples=settings.samples, seed=settings.seed,
-        rows_at_once=settings.rows_at_once, stream=stream,
+        rows_at_once=settings.rows_at_once, stream=stream, chat=chat, system=settings.system,
     )
-    return Generated(completions, time.perf_counter() - started, streamed=stream)
+    return Generated(completions, time.perf_counter() - started, streamed=stream, answers=settings.chat)
 
 
 def _prompts(settings: Generation) -> list[str]:

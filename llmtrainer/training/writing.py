@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llmtrainer.core.example import Message
 from llmtrainer.core.protocols import Tokenizer, opening
 from llmtrainer.generation.loop import Chosen, Completion, Finish, completion, generate, text_stream
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.generation.stopping import Growing
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.console import bar
 from llmtrainer.training.models import Opened
@@ -47,17 +49,26 @@ def write(
     seed: int = 0,
     rows_at_once: int = 16,
     stream: bool = False,
+    chat: Chat | None = None,
+    system: str | None = None,
 ) -> list[Completed]:
     """Continue each prompt `samples` times; completions of one prompt stand together. `rows_at_once` are written
-    side by side, which changes no text. `stream`: the only one goes to stdout as it grows."""
+    side by side, which changes no text. `stream`: the only one goes to stdout as it grows. With `chat` a prompt is
+    what a user says, behind a `system` text if there is one, and the answer stops where the template ends answers."""
     texts = [prompt for prompt in prompts for _ in range(samples)]
     assert not stream or len(texts) == 1
     tokenizer = opened.tokenizer
     sampling = _with_control_ids(sampling, tokenizer)
-    begin = opening(tokenizer)
-    before = [begin + ids for ids in tokenizer.encode_batch(prompts) for _ in range(samples)]
+    if chat is None:
+        read = [opening(tokenizer) + ids for ids in tokenizer.encode_batch(prompts)]
+    else:
+        first = [] if system is None else [Message("system", system)]
+        read = [chat.prompt([*first, Message("user", prompt)]) for prompt in prompts]
+        sampling = sampling.model_copy(update={"stop_ids": (*sampling.stop_ids, *chat.end_ids)})
+    before = [ids for ids in read for _ in range(samples)]
     rows: list[list[Chosen]] = [[] for _ in texts]
-    screen = _Screen(text_stream(sampling, tokenizer, before[0]), prompts[0]) if stream else None
+    shown = prompts[0] if chat is None else ""
+    screen = _Screen(text_stream(sampling, tokenizer, before[0]), shown) if stream else None
     # As long as one cache lives, the others share its copy of the weights.
     kept = opened.policy.cache(1, 1)
     with bar("generate", None if stream else len(texts) * sampling.max_new_tokens, "tokens") as advance:
@@ -73,9 +84,15 @@ def write(
     if screen is not None:
         screen.close()
     return [
-        _completed(tokenizer, sampling, text, ids, completion(row))
+        _completed(tokenizer, sampling, text, ids, _ended(completion(row), () if chat is None else chat.end_ids))
         for text, ids, row in zip(texts, before, rows, strict=True)
     ]
+
+
+def _ended(written: Completion, ends: Sequence[int]) -> Completion:
+    """The end that a template puts behind an answer is the model's own, and no stop that somebody asked for."""
+    ended = written.finish == "stop" and written.tokens[-1] in ends
+    return replace(written, finish="end") if ended else written
 
 
 def _with_control_ids(sampling: Sampling, tokenizer: Tokenizer) -> Sampling:

@@ -90,7 +90,8 @@ def test_each_answer_is_learned_as_the_model_would_write_it_where_earlier_reason
 
 def test_calls_behind_one_question_stay_in_one_row(trained: FileTokenizer, tmp_path: Path) -> None:
     messages = (
-        Message("user", "a"), Message("assistant", "b", "first"), Message("tool", "c"), Message("assistant", "d", "then"),
+        Message("user", "a"), Message("assistant", "b", "first"), Message("tool", "c"),
+        Message("assistant", "d", "then"),
     )
     (row,) = chat(trained, DROPS_REASONING, tmp_path).rows(Example(messages))
     assert learned(trained, row) == [
@@ -316,3 +317,23 @@ def test_a_control_token_takes_the_blanks_that_its_flags_say(trained: FileTokeni
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), chat_template=source)
     values = [{"role": message.role, "content": message.content} for message in messages]
     assert list(row.tokens) == theirs.apply_chat_template(values, tokenize=True, return_dict=False)
+
+
+def test_transformers_mask_of_a_template_that_marks_its_answers_is_what_is_learned(
+    trained: FileTokenizer, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="its masks are the oracle")
+    source = loop(
+        "{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}{% generation %}"
+        "{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}"
+        "{% endif %}{{ '\n' }}"
+    )
+    made = chat(trained, source, tmp_path)
+    made.tokenizer.save(tmp_path / "saved")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    contents = ["What is it?", "A test, def f(): return 1", "\u6625\u7720?", "\u4e0d\u6653 \U0001f600!", "x", "12345"]
+    values = [{"role": message.role, "content": message.content} for message in turns(*contents)]
+    told = theirs.apply_chat_template(values, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    (row,) = made.rows(Example(turns(*contents)))
+    assert list(row.tokens) == told["input_ids"]
+    assert [int(weight) for weight in row.weights] == told["assistant_masks"]
