@@ -200,6 +200,10 @@ class Family(Kind):
     """Train a few numbers beside every matrix of `start_from` instead of the model itself: `{kind: lora, rank: 16}`,
     `{kind: dora}`. Checkpoints then hold the adapter alone, as PEFT writes it."""
 
+    def load(self, folder: Path, compute: torch.dtype, *, frozen: bool = False) -> nn.Module:
+        """The policy of a folder, shape and weights. frozen: nothing of it will ever be trained."""
+        raise NotImplementedError
+
     def build(self, vocabulary: int, compute: torch.dtype = torch.float32) -> nn.Module:
         """A policy without values yet: `initialise(seed)` or loading fills it.
 

@@ -106,6 +106,12 @@ class Decoder(nn.Module):
     def module(self) -> nn.Module:
         return self
 
+    def adaptable_layers(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear layer but the head, by name."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module is not self.lm_head:
+                yield name, module
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]; the embedding's where the head is tied."""

@@ -72,7 +72,7 @@ def _target_modules(policy: nn.Module) -> list[str]:
     """Last parts of names where they name the adapted matrices and no others, else whole names."""
     adapted = set(adapters(policy))
     last = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = {name for name, _ in adaptable(policy) if any(matches(name, part) for part in last)}
+    meant = {name for name in adaptable(policy) if any(matches(name, part) for part in last)}
     return last if meant == adapted else sorted(adapted)
 
 
