@@ -20,7 +20,7 @@ from llmtrainer.core.protocols import Adapter
 from llmtrainer.models import paths
 from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.attention import Visible
-from llmtrainer.models.lora import LowRank
+from llmtrainer.models.lora import LowRank, Noise
 
 ATTENTION = "llmtrainer"
 """What our attention is called among those of transformers."""
@@ -103,9 +103,13 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is None:
             return super().forward(x)
-        # transformers' modules carry no places: masks are drawn from the step's own seed.
-        read: Tensor = self.adapter(x, self.weight, self.bias)
-        return read
+        noise, rows = None, x if x.ndim == 3 else x.flatten(0, -2)[None]
+        if self.training and self.adapter.rate:
+            # transformers' modules carry no places of rows: masks are drawn from the seed of the step.
+            key = int(torch.randint(2**62, ()))
+            noise = Noise(key, torch.arange(len(rows), device=x.device))
+        read: Tensor = self.adapter(rows, self.weight, self.bias, noise)
+        return read.view(*x.shape[:-1], -1)
 
     def merged(self) -> Tensor:
         """The one matrix that does what weight and adapter do."""
@@ -240,7 +244,7 @@ class Foreign(nn.Module):
         device = self.head_weight.device
         path, told = paths.choose(asked.attention, device, self.compute, asked.fallback)
         self.path = path
-        if any(isinstance(module, nn.Dropout) and module.p > 0.0 for module in self.model.modules()):
+        if any(_drops(module) for module in self.model.modules()):
             told += ("dropout inside a class of transformers is drawn from the seed of the step, not of each row",)
         if self.own_logits:
             told += (f"{type(self.model).__name__} does more than a product behind its head: logits exist whole",)
@@ -264,6 +268,11 @@ class Foreign(nn.Module):
         logits_BTV = self.logits(rows_of(cache.tokens, self.head_weight.device))
         found: Tensor = logits_BTV[torch.arange(len(last_B), device=last_B.device), last_B]
         return found.to(torch.promote_types(self.compute, torch.float32))
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = (module.rate if isinstance(module, LowRank) else 0.0, module.p if isinstance(module, nn.Dropout) else 0.0)
+    return max(rates) > 0.0
 
 
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")

@@ -81,14 +81,15 @@ def load_whole(folder: Path, compute: torch.dtype) -> Policy:
     """The model of a folder; of an adapter's folder, its base with the adapter beside it. What none of our families
     describes is opened by transformers, and reads one document at a time."""
     if not is_adapter(folder):
-        return _load(folder, compute)
-    policy = _load(base_of(folder), compute, frozen=True)
+        return load_base(folder, compute)
+    policy = load_base(base_of(folder), compute, frozen=True)
     read_config(folder)[0].insert(policy)
     load_adapter(policy, folder)
     return policy
 
 
-def _load(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:
+def load_base(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:
+    """A whole model, of one of our families if one describes it. frozen: nothing of it will ever be trained."""
     config = folder / "config.json"
     try:
         told = json.loads(config.read_text(encoding="utf-8"))

@@ -229,4 +229,4 @@ def test_a_folder_that_brings_its_own_code_is_refused(tmp_path: Path) -> None:
 def test_parameters_have_the_models_own_names(tmp_path: Path) -> None:
     policy = load_foreign(folder_of(WORLDS["gpt2"](), tmp_path))
     assert isinstance(policy, Foreign)
-    assert [name for name, _ in policy.named_parameters()][0] == "transformer.wte.weight"
+    assert next(name for name, _ in policy.named_parameters()) == "transformer.wte.weight"
