@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Adapter
+from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import paths
 from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.attention import Visible
-from llmtrainer.models.lora import LowRank, Noise
+from llmtrainer.models.lora import Beside, LowRank
 
 ATTENTION = "llmtrainer"
 """What our attention is called among those of transformers."""
@@ -32,13 +34,13 @@ class _Reading:
 
     def __init__(self, batch: Batch, path: AttentionPath, compute: torch.dtype) -> None:
         self.path, self.compute = path, compute
-        self._batch = batch
+        self.batch = batch
         self._visible: dict[int | None, Visible] = {}
         self.calls = 0
 
     def visible(self, window: int | None) -> Visible:
         if window not in self._visible:
-            self._visible[window] = Visible.of(self._batch, window)
+            self._visible[window] = Visible.of(self.batch, window)
         return self._visible[window]
 
 
@@ -103,12 +105,12 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is None:
             return super().forward(x)
-        noise, rows = None, x if x.ndim == 3 else x.flatten(0, -2)[None]
+        beside, rows = None, x if x.ndim == 3 else x.flatten(0, -2)[None]
         if self.training and self.adapter.rate:
             # transformers' modules carry no places of rows: masks are drawn from the seed of the step.
             key = int(torch.randint(2**62, ()))
-            noise = Noise(key, torch.arange(len(rows), device=x.device))
-        read: Tensor = self.adapter(rows, self.weight, self.bias, noise)
+            beside = Beside(key, torch.arange(len(rows), device=x.device))
+        read: Tensor = self.adapter(rows, self.weight, self.bias, beside)
         return read.view(*x.shape[:-1], -1)
 
     def merged(self) -> Tensor:
@@ -136,10 +138,20 @@ class Foreign(nn.Module):
             next(filter(None, (getattr(config, key, None) for key in _CONTEXTS)), 2048)
         )
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self.neftune = 0.0
+        """Size of the noise on embeddings while training."""
         self.calls = 0
         """How often the last pass asked for our attention."""
         self.own_logits = False
         """Whether the class does more behind its head than a product, so that whole logits are needed."""
+
+        model.get_input_embeddings().register_forward_hook(self._noisy)
+
+    def _noisy(self, embedding: nn.Module, inputs: Any, x_BTD: Tensor) -> Tensor:
+        if not self.neftune or not self.training:
+            return x_BTD
+        batch = _NOW.get().batch
+        return embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, *batch.places)
 
     @property
     def module(self) -> nn.Module:
@@ -197,6 +209,12 @@ class Foreign(nn.Module):
         if not self.apart:
             return self._read_rows(batch, logits)
         single, places = _apart(batch)
+        place_BT = batch.place_B[:, None].expand(batch.tokens_BT.shape) if batch.place_BT is None else batch.place_BT
+        first_N = single.position_BT.flatten()[single.document_BT.flatten() >= 0] == 0
+        # Several documents of a row have its place; where each begins tells them apart.
+        begins = places[first_N]
+        place_B = place_BT.flatten()[begins] + (begins % batch.tokens_BT.shape[1] << 32)
+        single = replace(single, dropout_key=batch.dropout_key, place_B=place_B)
         found = self._read_rows(single, logits)
         whole = found.new_zeros(batch.tokens_BT.numel(), found.shape[-1])
         real = single.document_BT.flatten() >= 0

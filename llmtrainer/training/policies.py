@@ -21,7 +21,7 @@ from llmtrainer.tokenizer.tokenizer import padded_vocabulary
 from llmtrainer.training.models import base_of, locate_model, model_folder, tokenizer_class
 from llmtrainer.training.recipe import Recipe
 
-_BESIDE_START = {"start_from", "freeze", "adapter", "apart"}
+_BESIDE_START = {"start_from", "freeze", "adapter", "apart", "neftune"}
 """Fields of a family that are no shape, so that they may stand beside `start_from`."""
 
 
@@ -43,6 +43,7 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
                 fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
             )
     policy.ids = tokenizer.vocabulary
+    policy.neftune = recipe.model.neftune
     freeze(policy, recipe.model.freeze)
     _require_frozen_base(policy)
     return policy

@@ -205,7 +205,7 @@ def _proved(
 
 def _meant(family: Llama, key: str) -> object:
     """A field, or what it comes to where it is left out; nothing for a field that changes no function."""
-    if key in ("start_from", "freeze", "dropout", "init_std", "fp32_residual"):
+    if key in ("start_from", "freeze", "adapter", "neftune", "dropout", "init_std", "fp32_residual"):
         return None
     if key == "kv_heads":
         return family.kv_heads or family.heads

@@ -45,6 +45,11 @@ class Lora(Adapter):
     """Whether a magnitude for every row is learned beside the low-rank direction."""
 
     @property
+    def members(self) -> int:
+        """How many adapters of this rank stand beside a matrix."""
+        return 1
+
+    @property
     def scale(self) -> float:
         """s, the factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -59,7 +64,7 @@ class Lora(Adapter):
         for number, (_, linear) in enumerate(self._chosen(policy)):
             wide = torch.promote_types(linear.weight.dtype, torch.float32)
             linear.adapter = LowRank(
-                linear.weight, self.rank, self.scale, rate=self.dropout, site=_FIRST_SITE + number,
+                linear.weight, self.rank * self.members, self.scale, rate=self.dropout, site=_FIRST_SITE + number,
                 magnitude=self.directed, master=wide,
             )  # fmt: skip
         policy.adapter = self    # type: ignore[assignment]
