@@ -17,7 +17,7 @@ from llmtrainer.models.adapters.gated_lora import GatedLora
 from llmtrainer.models.peft_format import is_adapter, read_config, write_combinations
 from llmtrainer.models.weights import load_policy
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
-from llmtrainer.training.models import load_whole, model_folder
+from llmtrainer.training.models import is_ours, load_whole, model_folder
 from llmtrainer.training.publishing import publish, require_free, stored_type
 
 
@@ -85,6 +85,11 @@ def export(settings: Export) -> Exported:
         raise UserError(
             "this is an adapter, not a model", where=str(source), why="other programs want one matrix for each layer",
             fix=f"llmtrainer merge {settings.model} out={settings.out}",
+        )
+    if not is_ours(source):
+        raise UserError(
+            "this model is of a class of transformers, and lies in such a folder already", where=str(source),
+            fix=f"cp -r {source} {out}",
         )
     require_free(out, source, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer or source)

@@ -119,10 +119,7 @@ def merge(settings: Merge) -> Merged:
     stored = stored_type(base)
     precision = stored if settings.precision == "auto" else settings.precision
     compute = torch.float64 if "float64" in (stored, precision) else torch.float32
-    decoder = load_base(base, compute, frozen=True)
-    read_config(source)[0].insert(decoder)
-    load_adapter(decoder, source)
-    decoder.eval()
+    decoder = _opened(source, base, compute)
     rows = probes(tokenizer, decoder)
     wanted = [logits(decoder, row) for row in rows]
     learned = any(bool(linear.adapter.lora_B.any()) for linear in adapters(decoder).values() if linear.adapter)
@@ -164,6 +161,17 @@ def merge(settings: Merge) -> Merged:
         str(out), str(base), precision, made.tensors, made.bytes, changed, found, bound, effect, made.files, checks,
         [*made.differences, *_told(base, out)],
     )  # fmt: skip
+
+
+def _opened(source: Path, base: Path, compute: torch.dtype) -> Policy:
+    """The base with the adapter beside it."""
+    policy = load_base(base, compute, frozen=True)
+    adapter, _ = read_config(source)
+    adapter.require_one()
+    adapter.insert(policy)
+    load_adapter(policy, source)
+    policy.eval()
+    return policy
 
 
 def merge_in_place(decoder: Policy) -> None:

@@ -206,6 +206,8 @@ class Foreign(nn.Module):
         return torch.cat([hidden, one], dim=-1), torch.cat([head.weight, bias_V[:, None]], dim=1)
 
     def _read(self, batch: Batch, logits: bool) -> Tensor:
+        if self.adapter is not None:
+            self.adapter.require_one()      # gates are known to our own families alone
         if not self.apart:
             return self._read_rows(batch, logits)
         single, places = _apart(batch)

@@ -26,7 +26,7 @@ _PREFIX = "base_model.model."
 _PLAIN: dict[str, Any] = {
     "alpha_pattern": {}, "bias": "none", "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
-    "lora_bias": False, "modules_to_save": None, "rank_pattern": {}, "revision": None, "task_type": "CAUSAL_LM",
+    "lora_bias": False, "modules_to_save": None, "rank_pattern": {}, "task_type": "CAUSAL_LM",
     "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
 }  # fmt: skip
 """What PEFT's LoraConfig also says of every adapter of ours."""
@@ -60,7 +60,8 @@ def _parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_config(policy: nn.Module, base: str) -> dict[str, Any]:
-    """adapter_config.json. `base` is the folder or hub id of the model that the adapter stands beside."""
+    """adapter_config.json. `base` is the folder or hub id of the model that the adapter stands beside; what follows
+    the @ of an id is its revision."""
     adapter = policy.adapter
     assert isinstance(adapter, Lora)
     # PEFT has no such mixture, and must not take it for one adapter of a large rank.
@@ -69,8 +70,9 @@ def adapter_config(policy: nn.Module, base: str) -> dict[str, Any]:
 
 
 def _described(adapter: Lora, target_modules: list[str], base: str) -> dict[str, Any]:
+    name, _, revision = (base, "", "") if Path(base).is_absolute() else base.partition("@")
     return {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": adapter.rank,
+        "peft_type": "LORA", "base_model_name_or_path": name, "revision": revision or None, "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "lora_dropout": adapter.dropout, "use_rslora": adapter.rslora, "use_dora": adapter.directed,
         "target_modules": target_modules, **_PLAIN,
@@ -143,8 +145,10 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
             adapter = (Dora if config.get("use_dora") else Lora).model_validate(fields)
     except ValueError as error:
         raise UserError("no adapter has this shape", where=str(path), why=str(error), fix="save it again") from None
-    base = config.get("base_model_name_or_path")
-    return adapter, base if isinstance(base, str) and base else None
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        return adapter, None
+    return adapter, f"{base}@{revision}" if revision and not Path(base).is_dir() else base
 
 
 def load_adapter(policy: nn.Module, folder: Path) -> None:

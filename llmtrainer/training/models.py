@@ -90,15 +90,19 @@ def load_whole(folder: Path, compute: torch.dtype) -> Policy:
 
 def load_base(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:
     """A whole model, of one of our families if one describes it. frozen: nothing of it will ever be trained."""
-    config = folder / "config.json"
-    try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        ours = OWN in told or told.get("model_type", READABLE[0]) in READABLE
-    except (OSError, ValueError, AttributeError):
-        ours = True     # which says what is wrong with it
-    if ours:
+    if is_ours(folder):
         return load_policy(folder, compute, frozen=frozen)
     return load_foreign(folder, compute, frozen=frozen, apart=True)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a family of ours describes the model of a folder; also of one that cannot be read, so that ours says
+    what is wrong with it."""
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return OWN in told or told.get("model_type", READABLE[0]) in READABLE
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def base_of(folder: Path) -> Path:
