@@ -230,3 +230,9 @@ def test_parameters_have_the_models_own_names(tmp_path: Path) -> None:
     policy = load_foreign(folder_of(WORLDS["gpt2"](), tmp_path))
     assert isinstance(policy, Foreign)
     assert next(name for name, _ in policy.named_parameters()) == "transformer.wte.weight"
+
+
+def test_a_class_without_linear_layers_of_torch_takes_no_adapter(tmp_path: Path) -> None:
+    policy = load_foreign(folder_of(WORLDS["gpt2"](), tmp_path), frozen=True)
+    with pytest.raises(UserError, match="no linear layer"):
+        Lora().insert(policy)

@@ -71,6 +71,11 @@ class Lora(Adapter):
 
     def _chosen(self, policy: nn.Module) -> list[tuple[str, Adaptable]]:
         found = adaptable(policy)
+        if not found:
+            raise UserError(
+                "the model has no linear layer of torch's to stand beside", where="model.adapter",
+                why="its class multiplies by layers of its own kind", fix="train it whole: remove model.adapter",
+            )
         for target in self.targets:
             if not any(matches(name, target) for name in found):
                 near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in found}, n=1, cutoff=0.3)
