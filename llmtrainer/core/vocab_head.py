@@ -82,12 +82,16 @@ def score_gathered(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids)
+    return _outputs(log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids), batch, chosen_N)
+
+
+def _outputs(found: dict[str, Tensor], batch: Batch, chosen_N: Tensor | None) -> Outputs:
+    """Values of the chosen positions in their places, 0 elsewhere."""
 
     def spread(value_N: Tensor | None) -> Tensor | None:
         if value_N is None or chosen_N is None:
             return None if value_N is None else value_N.view(batch.targets_BT.shape)
-        whole = value_N.new_zeros(targets.shape).index_copy(0, chosen_N, value_N)
+        whole = value_N.new_zeros(batch.targets_BT.numel()).index_copy(0, chosen_N, value_N)
         return whole.view(batch.targets_BT.shape)
 
     return Outputs(
@@ -96,6 +100,25 @@ def score_gathered(
         log_partition_BT=spread(found.get("log_partition")),
         mean_logp_BT=spread(found.get("mean_logp")),
     )
+
+
+def score_logits(
+    logits_NV: Tensor, batch: Batch, chosen_N: Tensor | None, wants: tuple[str, ...], ids: int | None = None
+) -> Outputs:
+    """As `score_gathered`, from logits of a model that makes them in a way of its own."""
+    assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
+    targets = batch.targets_BT.flatten()
+    targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    partition_N = logits_NV.logsumexp(-1)
+    every_logp_NV = logits_NV - partition_N[:, None]
+    found = {
+        "logp": every_logp_NV.gather(-1, targets_N[:, None])[:, 0],
+        "entropy": -(every_logp_NV.exp() * every_logp_NV).sum(-1),
+        "log_partition": partition_N,
+        "mean_logp": every_logp_NV[:, :ids].mean(-1),
+    }
+    return _outputs({name: found[name] for name in wants}, batch, chosen_N)
 
 
 def log_probabilities(

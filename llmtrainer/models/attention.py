@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmtrainer.core.batch import Batch
 from llmtrainer.models.joint import joint_linear
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
-from llmtrainer.models.lora import Noise
+from llmtrainer.models.lora import Beside
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
@@ -364,15 +364,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
 
     def project(
-        self, x_BTD: Tensor, rotary: RotaryTable, turned: bool = False, noise: Noise | None = None
+        self, x_BTD: Tensor, rotary: RotaryTable, turned: bool = False, beside: Beside | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two normalised (if asked) and rotated. `turned`: see
-        core/products.py; `noise`: for dropout of adapters."""
+        core/products.py; `beside`: for dropout of adapters."""
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         if q.adapter is k.adapter is v.adapter is None:
             joint = joint_linear(x_BTD, (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), turned)
         else:
-            joint = q(x_BTD, noise), k(x_BTD, noise), v(x_BTD, noise)
+            joint = q(x_BTD, beside), k(x_BTD, beside), v(x_BTD, beside)
         q_BTHC, k_BTKC, v_BTKC = (x.unflatten(-1, (-1, self.shape.head_size)) for x in joint)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)

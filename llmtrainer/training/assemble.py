@@ -25,7 +25,7 @@ from llmtrainer.data.open import documents, find
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
-from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.stored import Policy
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.chat import Chat
@@ -146,7 +146,7 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
 
 
 def look_before(
-    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Decoder, engine: Engine,
+    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Policy, engine: Engine,
     warn: Callable[[str], None],
 ) -> None:
     """What is held against the rows of a fine-tuning run before its first step."""
@@ -169,7 +169,7 @@ def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callabl
 
 
 def average_of(
-    recipe: Recipe, policy: Decoder, resumption: Resumption | None, warn: Callable[[str], None]
+    recipe: Recipe, policy: Policy, resumption: Resumption | None, warn: Callable[[str], None]
 ) -> MovingAverage | None:
     """The moving average of the weights where the run left it; from the weights themselves where it begins."""
     if recipe.optim.ema is None:
@@ -190,7 +190,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 
 def evaluations_of(
-    recipe: Recipe, run: RunDir, rows: Opened, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
+    recipe: Recipe, run: RunDir, rows: Opened, policy: Policy, tokenizer: Tokenizer, engine: Engine,
     most_documents: int | None, average: MovingAverage | None,
 ) -> Evaluations:
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
