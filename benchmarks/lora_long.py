@@ -1,0 +1,147 @@
+"""Adapters on one long row, by llmtrainer and by TRL with PEFT: tokens a second, and peak memory.
+
+The work: SmolLM2-135M in bfloat16, frozen, with LoRA of rank 16 on every linear layer but the head; steps of one row
+of 8,192 tokens of one text, every token learned, AdamW at a constant rate of 1e-4. TRL computes its loss in chunks,
+as it does by default. `--recompute both` (the default) lets both sides compute activations again in backward;
+`ours` only us, so that TRL keeps them, which is faster for it and takes its memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sft
+import turns
+from turns import Figures
+
+LENGTH, RANK, ALPHA, RATE = 8192, 16, 32, 1e-4
+LARGEST_DIFFERENCE = 0.01
+"""Nats a token: the sides draw different adapters, which add nothing at the first step."""
+
+
+def ours(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    import llmtrainer as lt
+
+    torch.set_num_threads(settings["threads"])
+    recipe = lt.load(lt.Recipe, settings["recipe"])
+    with lt.open_trainer(recipe) as trainer:
+        steps = trainer.steps()
+        losses = [next(steps).loss for _ in range(settings["warm"])]
+        yield {"first_loss": losses[0]}
+        while True:
+            started, tokens = time.perf_counter(), 0
+            for _ in range(settings["steps"]):
+                tokens += next(steps).tokens
+            yield {"rate": tokens / (time.perf_counter() - started)}
+
+
+def trl(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):    # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    asked = SFTConfig(
+        settings["scratch"], per_device_train_batch_size=1, max_steps=settings["warm"], max_length=LENGTH, bf16=True,
+        use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
+        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        optim="adamw_torch_fused", gradient_checkpointing=settings["recompute"] == "both",
+    )  # fmt: skip
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = Dataset.from_list([{"text": Path(settings["data"]).read_text(encoding="utf-8")}] * 64)
+    trainer = SFTTrainer(
+        model, asked, train_dataset=rows, processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()]
+    )
+    trainer.train()
+    yield {"first_loss": losses[0]}
+    while True:
+        seconds.clear()
+        trainer.args.max_steps = settings["steps"]
+        trainer.train()
+        yield {"rate": LENGTH * len(seconds) / sum(seconds)}
+
+
+def prepare(folder: Path, wish: Any) -> Figures:
+    """One text and our recipe, for both sides."""
+    from ruamel.yaml import YAML
+
+    from llmtrainer.data.open import documents, find
+
+    text = "\n".join(document.text for document in itertools.islice(documents(find(wish.data or "stdlib:train")), 40))
+    data = folder / "text.txt"
+    data.write_text(text[:80_000], encoding="utf-8")
+    recipe = {
+        "run": str(folder / "run"), "tokenizer": str(wish.model), "cache": str(folder / "cache"),
+        "model": {"start_from": str(wish.model), "adapter": {"kind": "lora", "rank": RANK, "alpha": ALPHA}},
+        "data": {
+            "train": str(data), "sequence_length": LENGTH, "sequences_per_step": 1, "tokens_per_batch": LENGTH,
+            "shuffle": False,
+        },
+        "optim": {
+            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
+            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
+        },
+        "engine": {"kind": "single", "device": "cpu", "compile": wish.compile, "recompute_every": 1},
+        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
+    }  # fmt: skip
+    with (folder / "recipe.yaml").open("w") as file:
+        YAML().dump(recipe, file)
+    return {
+        "recipe": str(folder / "recipe.yaml"), "model": str(wish.model), "data": str(data),
+        "scratch": str(folder / "trl"), "recompute": wish.recompute,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = turns.parser(__doc__ or "")
+    parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
+    parser.add_argument("--data", help="a text of 8,193 tokens or more; else this Python's own library")
+    parser.add_argument("--recompute", choices=("both", "ours"), default="both", help="who computes activations again")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    wish = parser.parse_args()
+    if wish.side:
+        turns.serve(ours if wish.side == "ours" else trl, wish.settings)
+        return
+    wish.model = sft.model_of(wish)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {**prepare(Path(scratch), wish), "warm": 1, "steps": 1 if wish.quick else 2}
+        pythons = {"ours": Path(sys.executable), "trl": wish.peer_python}
+        script = Path(__file__).resolve()
+        sides = [turns.Side(side, python, script, settings, wish.threads) for side, python in pythons.items()]
+        work = f"SmolLM2-135M, LoRA of rank {RANK}, one row of {LENGTH:,} tokens, bfloat16"
+        result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
+    told = turns.fact(result, "first_loss")
+    if abs(told["peers"]["trl"] - told["ours"]) > LARGEST_DIFFERENCE:
+        turns.refuse(f"the first losses differ: {told}", "this is not one work")
+    turns.tell({**result, "first_loss": told, "recompute": wish.recompute, "threads": wish.threads})
+
+
+if __name__ == "__main__":
+    main()
