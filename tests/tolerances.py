@@ -41,3 +41,9 @@ PEFT_FLOAT64 = 1e-10
 PEFT_GRADIENT_RELATIVE = 1e-10
 MERGED_LOGITS = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 3e-2}
 """Merged weights, stored and read back, against the adapter beside its model in float32, relative to the largest."""
+FOREIGN_FLOAT64 = {
+    "gpt2": 1e-10, "gpt_neox": 1e-5, "gemma2": 1e-5, "qwen2_moe": 1e-4, "phi": 1e-5, "gpt_oss": 1e-4, "mistral": 1e-4,
+    "opt": 1e-5,
+}
+"""Logits in transformers' classes by our attention against the same classes by theirs, which takes float32 softmaxes,
+angles and norms whatever the weights are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,10 +13,11 @@ from pydantic import Field
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
-from llmtrainer.models.peft_format import is_adapter
+from llmtrainer.models.adapters.gated_lora import GatedLora
+from llmtrainer.models.peft_format import is_adapter, read_config, write_combinations
 from llmtrainer.models.weights import load_policy
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
-from llmtrainer.training.models import model_folder
+from llmtrainer.training.models import is_ours, load_whole, model_folder
 from llmtrainer.training.publishing import publish, require_free, stored_type
 
 
@@ -78,9 +80,16 @@ def export(settings: Export) -> Exported:
     what was written does not read back as it was."""
     source, out = model_folder(settings.model), Path(settings.out)
     if is_adapter(source):
+        if isinstance(read_config(source)[0], GatedLora):
+            return _combinations(source, out)
         raise UserError(
             "this is an adapter, not a model", where=str(source), why="other programs want one matrix for each layer",
             fix=f"llmtrainer merge {settings.model} out={settings.out}",
+        )
+    if not is_ours(source):
+        raise UserError(
+            "this model is of a class of transformers, and lies in such a folder already", where=str(source),
+            fix=f"cp -r {source} {out}",
         )
     require_free(out, source, settings.overwrite)
     tokenizer = load_tokenizer(settings.tokenizer or source)
@@ -91,3 +100,25 @@ def export(settings: Export) -> Exported:
         decoder, tokenizer, source, out, precision, shard_bytes=settings.shard_bytes, check=settings.check
     )
     return Exported(str(out), precision, made.tensors, made.bytes, made.files, made.checks, made.differences)
+
+
+def _combinations(source: Path, out: Path) -> Exported:
+    """A gated mixture as ordinary adapters in PEFT's form, one folder for each combination of gates."""
+    require_free(out, source, overwrite=False)
+    base = read_config(source)[1]
+    policy = load_whole(source, torch.float32)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        names = write_combinations(policy, base or "", partial)
+        for name in names:
+            read_config(partial / name)
+        shutil.rmtree(out, ignore_errors=True)    # empty, or it would not be free
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    files = [path for path in out.rglob("*.safetensors")]
+    return Exported(
+        str(out), "float32", len(files), sum(path.stat().st_size for path in files), sorted(names),
+        {"adapters": f"{len(names)} combinations of gates, each an ordinary adapter"},
+    )

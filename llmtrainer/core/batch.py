@@ -44,6 +44,12 @@ class Batch:
     apart from each other; None: the row's. Dropout is then a function of it and of the token's position."""
 
     @property
+    def places(self) -> tuple[Tensor, Tensor | None]:
+        """What random numbers beside a token are a function of: the place of its sequence in the step, and, where
+        that differs along a row, the token's position in it."""
+        return (self.place_B, None) if self.place_BT is None else (self.place_BT, self.position_BT)
+
+    @property
     def input_tokens(self) -> int:
         """Real tokens read, padding not counted."""
         return int((self.document_BT >= 0).sum())

@@ -182,6 +182,13 @@ class Adapter(Kind):
         """Freeze the policy and put adapters into it, without values yet."""
         raise NotImplementedError
 
+    def require_one(self) -> None:
+        """Raises UserError where there is no one matrix that does what a matrix and its adapters do."""
+
+    def gates(self, batch: Batch) -> Tensor | None:
+        """Which of several adapters each token goes through, 0 or 1: [B, T, adapters]. None: there is no choice."""
+        return None
+
 
 class Family(Kind):
     """A model family: its fields are the shape of the model."""
@@ -199,6 +206,14 @@ class Family(Kind):
     adapter: Adapter | None = None
     """Train a few numbers beside every matrix of `start_from` instead of the model itself: `{kind: lora, rank: 16}`,
     `{kind: dora}`. Checkpoints then hold the adapter alone, as PEFT writes it."""
+
+    neftune: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """Size of uniform noise on the embeddings while training, alpha in arXiv:2310.05914, which takes 5: instruction
+    tuning on few examples learns their answers less by heart. 0: none."""
+
+    def load(self, folder: Path, compute: torch.dtype, *, frozen: bool = False) -> nn.Module:
+        """The policy of a folder, shape and weights. frozen: nothing of it will ever be trained."""
+        raise NotImplementedError
 
     def build(self, vocabulary: int, compute: torch.dtype = torch.float32) -> nn.Module:
         """A policy without values yet: `initialise(seed)` or loading fills it.

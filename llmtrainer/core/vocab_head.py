@@ -82,12 +82,16 @@ def score_gathered(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids)
+    return _outputs(log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids), batch, chosen_N)
+
+
+def _outputs(found: dict[str, Tensor], batch: Batch, chosen_N: Tensor | None) -> Outputs:
+    """Values of the chosen positions in their places, 0 elsewhere."""
 
     def spread(value_N: Tensor | None) -> Tensor | None:
         if value_N is None or chosen_N is None:
             return None if value_N is None else value_N.view(batch.targets_BT.shape)
-        whole = value_N.new_zeros(targets.shape).index_copy(0, chosen_N, value_N)
+        whole = value_N.new_zeros(batch.targets_BT.numel()).index_copy(0, chosen_N, value_N)
         return whole.view(batch.targets_BT.shape)
 
     return Outputs(
@@ -96,6 +100,25 @@ def score_gathered(
         log_partition_BT=spread(found.get("log_partition")),
         mean_logp_BT=spread(found.get("mean_logp")),
     )
+
+
+def score_logits(
+    logits_NV: Tensor, batch: Batch, chosen_N: Tensor | None, wants: tuple[str, ...], ids: int | None = None
+) -> Outputs:
+    """As `score_gathered`, from logits of a model that makes them in a way of its own."""
+    assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
+    targets = batch.targets_BT.flatten()
+    targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    partition_N = logits_NV.logsumexp(-1)
+    every_logp_NV = logits_NV - partition_N[:, None]
+    found = {
+        "logp": every_logp_NV.gather(-1, targets_N[:, None])[:, 0],
+        "entropy": -(every_logp_NV.exp() * every_logp_NV).sum(-1),
+        "log_partition": partition_N,
+        "mean_logp": every_logp_NV[:, :ids].mean(-1),
+    }
+    return _outputs({name: found[name] for name in wants}, batch, chosen_N)
 
 
 def log_probabilities(
@@ -165,7 +188,8 @@ class _Head(torch.autograd.Function):
             if entropy_N is not None and entropy_n is not None:
                 entropy_N[part] = entropy_n
             ctx.kept.append(logits if keep else None)
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N)
+        # The copy in hidden's type too: to make it again would need the same memory when backward begins.
+        ctx.save_for_backward(hidden_ND, weight_VD, weight, targets_N, log_partition_N, entropy_N)
         ctx.rows, ctx.arithmetic = rows, arithmetic
         return logp_N, log_partition_N, entropy_N
 
@@ -174,13 +198,12 @@ class _Head(torch.autograd.Function):
     def backward(
         ctx: Any, logp_grad_N: Tensor, partition_grad_N: Tensor, entropy_grad_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, targets_N, log_partition_N, entropy_N = ctx.saved_tensors
-        weight = weight_VD.to(hidden_ND.dtype)
+        hidden_ND, weight_VD, weight, targets_N, log_partition_N, entropy_N = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         turn, weight_grad = ctx.arithmetic.turn, None
         if ctx.needs_input_grad[1]:
             # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
-            weight_grad = torch.zeros_like(weight_VD.t() if turn else weight_VD, memory_format=torch.contiguous_format)
+            weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.zeros_like(weight_VD)
         for index, logits in enumerate(ctx.kept):
             part = slice(index * ctx.rows, (index + 1) * ctx.rows)
             # Kept logits are overwritten by their own gradient, so a second backward computes them again.
@@ -199,6 +222,17 @@ class _Head(torch.autograd.Function):
         if weight_grad is not None and turn:
             weight_grad = turn(weight_grad)
         return hidden_grad, weight_grad, None, None, None, None, None
+
+
+_APART = 16
+"""Elements between the rows of a sum that is read across them at the end. Rows of a whole number of pages would
+all stand in the same few lines of the cache: measured, that reading takes four times as long."""
+
+
+def _room_like(matrix: Tensor, apart: int) -> Tensor:
+    """Zeros of the same shape and type, each row so many elements behind the end of the one before."""
+    rows, columns = matrix.shape
+    return matrix.new_zeros(rows, columns + apart)[:, :columns]
 
 
 def _reduce(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:

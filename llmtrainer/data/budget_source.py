@@ -59,9 +59,16 @@ class BudgetSource:
         self.store = store
         self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
         self._rank, self._world_size, self._pair_cost = rank, world_size, pair_cost
-        self._plan = plan(
-            store, sequence_length=sequence_length, policy="whole", seed=seed, held_out=held_out, part=part, cache=cache
-        )
+        try:
+            self._plan = plan(
+                store, sequence_length=sequence_length, policy="whole", seed=seed, held_out=held_out, part=part,
+                cache=cache,
+            )
+        except UserError as error:
+            # A policy is for text; what is too long of a conversation is decided when it is prepared.
+            error.why = "a sequence is never cut when it is read"
+            error.fix = (error.fix or "").partition(",")[0] + ", or prepare the data again for shorter rows"
+            raise
         self.rows_per_epoch = self._plan.rows
         """Sequences of one epoch."""
         if self.rows_per_epoch == 0:

@@ -30,10 +30,13 @@ class Detected:
     """For people: the format, how it is known, and the first example."""
 
 
-def detect(wanted: Format, found: Iterable[Record]) -> Detected | None:
+def detect(wanted: Format, found: Iterable[Record], *, bad_may_drop: bool = False) -> Detected | None:
     """The format of a file with these records: the one that is wanted, or, for `auto`, the only one that the first
-    records fit. None for a file without records. Raises UserError where none or several fit."""
+    records fit. None for a file without records. `bad_may_drop`: a record that fits no format does not count. Raises
+    UserError where none or several fit."""
     first = list(itertools.islice(found, FIRST))
+    if bad_may_drop:
+        first = [record for record in first if any(item.matches(record.value) for item in formats())] or first
     if not first:
         return None
     chosen = wanted if wanted.kind != "auto" else _only(first)

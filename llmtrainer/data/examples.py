@@ -29,7 +29,7 @@ from llmtrainer.data.encode import (
     require_free,
     state_of,
 )
-from llmtrainer.data.fates import Run, Totals, joined, require_few_losses, totals
+from llmtrainer.data.fates import KEPT, Run, Totals, joined, require_few_losses, totals
 from llmtrainer.data.format import Format
 from llmtrainer.data.length import LengthPolicy, Piece
 from llmtrainer.data.packed import FATES, Store, dtype_for
@@ -50,6 +50,11 @@ class RowMaker(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which ids an example becomes, tokenizer included."""
+        ...
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Ids at which an answer stops."""
         ...
 
     def rows(self, example: Example) -> Sequence[TokenRow]:
@@ -151,7 +156,8 @@ def write_examples(
                 allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
             )
             batches = _batches(files, states, _done(writer.notes, len(files)), reading)
-            work = partial(_worker, make, [file.format for file in files], choices, tokenizer.vocabulary)
+            formats = [file.format for file in files]
+            work = partial(_worker, make, formats, choices, tokenizer.vocabulary, tokenizer.end)
             try:
                 _write_all(writer, worked_by(workers, batches, work) if workers else worked_here(batches, work), report)
                 _finish(writer, {"key": key, **facts}, sources, max_dropped_share)
@@ -260,17 +266,21 @@ def _finish(
 
 
 def _worker(
-    make: Callable[[], RowMaker], formats: list[Format], choices: Choices, vocabulary: int
+    make: Callable[[], RowMaker], formats: list[Format], choices: Choices, vocabulary: int, end: int
 ) -> Callable[[_Batch], _Made]:
     maker = make()
-    return lambda batch: _made(maker, formats, choices, vocabulary, batch)
+    # What is joined without a template stops at the tokenizer's own end.
+    ends = frozenset([*maker.end_ids, end])
+    return lambda batch: _made(maker, formats, choices, vocabulary, ends, batch)
 
 
-def _made(maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: int, batch: _Batch) -> _Made:
+def _made(
+    maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: int, ends: frozenset[int], batch: _Batch
+) -> _Made:
     pieces: list[Piece] = []
     rows, sizes, runs = [], [], []
     for record, source in zip(batch.records, batch.sources, strict=True):
-        fate, why, said, found = _fate(maker, formats[source], choices, record)
+        fate, why, said, found = _fate(maker, formats[source], choices, ends, record)
         place = None if fate == "kept" else record.place
         pieces += found
         rows.append(len(found))
@@ -286,7 +296,7 @@ def _made(maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: 
 
 
 def _fate(
-    maker: RowMaker, format: Format, choices: Choices, record: Record
+    maker: RowMaker, format: Format, choices: Choices, ends: frozenset[int], record: Record
 ) -> tuple[str, str | None, int, list[Piece]]:
     """(fate, why, bytes of text, rows) of a record."""
     try:
@@ -299,19 +309,21 @@ def _fate(
     said = sum(len(message.content.encode(errors="replace")) for message in example.messages)
     fates, kept = [], []
     for row in rows:
-        fate, pieces = _shortened(row, choices.length)
+        fate, pieces = _shortened(row, choices.length, ends)
         fates.append(fate)
         kept += pieces
-    fate = fates[0] if len(set(fates)) == 1 else "kept in part" if kept else next(iter(fates))
+    other = [fate for fate in fates if fate != "kept"]
+    lost = any(fate not in KEPT for fate in other)
+    fate = "kept in part" if kept and lost else other[0] if other else "kept"
     longest = max(len(row.tokens) for row in rows)
     return fate, None if fate == "kept" else f"{longest:,} tokens", said, kept
 
 
-def _shortened(row: Piece, length: LengthPolicy) -> tuple[str, list[Piece]]:
+def _shortened(row: Piece, length: LengthPolicy, ends: frozenset[int]) -> tuple[str, list[Piece]]:
     """(fate, rows that are stored) of one row; a row without a target is never stored."""
     if not row.targets:
         return "nothing to learn", []
-    fate, pieces = length.applied(row)
+    fate, pieces = length.applied(row, ends)
     found = [piece for piece in pieces if piece.targets]
     return ("targets cut away" if pieces and not found else fate), found
 

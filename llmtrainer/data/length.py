@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +39,9 @@ class LengthPolicy:
     """Of an answer that is cut: whether its end token stays behind what is left, or is left out, so that the model
     does not learn to stop there. No token of the answer is overwritten: one less fits where the end token stays."""
 
-    def applied(self, row: Piece) -> tuple[str, list[Piece]]:
+    def applied(self, row: Piece, ends: Collection[int]) -> tuple[str, list[Piece]]:
         """(what became of the row, the rows that are stored): `kept` as it is, `kept (longer)`, `cut`, `split` into
-        several, or `too long` and none."""
+        several, or `too long` and none. `ends` are the ids at which an answer stops."""
         if len(row.tokens) <= self.longest:
             return "kept", [row]
         if self.too_long == "keep":
@@ -49,7 +50,7 @@ class LengthPolicy:
             return "too long", []
         if self.too_long == "split":
             return "split", self._split(row)
-        return "cut", [self._left(row) if self.cut_side == "left" else self._right(row)]
+        return "cut", [self._left(row) if self.cut_side == "left" else self._right(row, ends)]
 
     def _split(self, row: Piece) -> list[Piece]:
         """Stretches that overlap by a token, so that each token but the first of all is a target once; those with
@@ -62,16 +63,19 @@ class LengthPolicy:
     def _left(self, row: Piece) -> Piece:
         return _between(row, len(row.tokens) - self.longest, len(row.tokens))
 
-    def _right(self, row: Piece) -> Piece:
+    def _right(self, row: Piece, ends: Collection[int]) -> Piece:
         """The beginning of the row. Where the cut goes through an answer whose end token is to stay, that token
         takes the last place, behind one token of the answer at least."""
         last = self.longest
         learned = row.weights > 0
         if self.cut_end == "keep" and last >= 2 and learned[last - 2 : last + 1].all():
-            stops = np.flatnonzero(~learned[last:])
-            end = last + int(stops[0]) - 1 if len(stops) else len(row.tokens) - 1
-            places = np.append(np.arange(last - 1), end)
-            return Piece(row.tokens[places], row.weights[places])
+            others = np.flatnonzero(~learned[last:])
+            stop = last + int(others[0]) if len(others) else len(row.tokens)
+            found = np.flatnonzero(np.isin(row.tokens[last:stop], list(ends)))
+            # An answer that was whole in front of the cut needs no second end.
+            if len(found) and not np.isin(row.tokens[last - 2 : last], list(ends)).any():
+                places = np.append(np.arange(last - 1), last + int(found[0]))
+                return Piece(row.tokens[places], row.weights[places])
         return _between(row, 0, last)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,9 @@ from llmtrainer.data import compression, readers
 from llmtrainer.data.document import AnyPath, Reader, Reading, SourceFile
 from llmtrainer.data.open import reader_of
 from llmtrainer.data.tokens import Ids
+
+_TABLES = frozenset({"json", "parquet", "arrow", "csv", "pkl", "pt"})
+"""Readers of files that may hold records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,8 @@ def records(file: SourceFile, reading: Reading) -> Iterator[Record]:
             for value, line in reader.records(stream, file.path, reading):
                 number += 1
                 record = Record(value, file.path, number, line)
-                if isinstance(value, Ids | str):
-                    raise UserError(
-                        f"there is {'text' if isinstance(value, str) else 'a list of token ids'} where a record is "
-                        "wanted", where=record.place, why="an example has a question and an answer, under keys",
-                        fix="name a file of records (.jsonl, .json, .parquet, .arrow, .csv, .yaml), or data.kind="
-                        "documents to learn plain text",
-                    )  # fmt: skip
+                if isinstance(value, Ids) or reader.kind == "text":
+                    raise _no_record(record)
                 yield record
     except EOFError as error:
         after = f"behind line {line:,}" if line else "before its first whole record"
@@ -63,6 +61,29 @@ def records(file: SourceFile, reading: Reading) -> Iterator[Record]:
         raise UserError(f"no file `{file.path}`", fix="check the path") from error
     except PermissionError as error:
         raise UserError("the file may not be read", where=str(file.path), fix=f"chmod +r {file.path}") from error
+
+
+def holding(files: Sequence[SourceFile], warn: Callable[[str], None]) -> list[SourceFile]:
+    """Of the files of a folder or a pattern, those that hold records; `warn` hears of the others. Source code counts
+    only where there is nothing else. A file that was named alone is taken as it is."""
+    if len(files) == 1:
+        return list(files)
+    found = [file for file in files if file.path.suffix in _of_records() or _reader_of(file.path).kind in _TABLES]
+    data = [file for file in found if _reader_of(file.path).kind != "docstrings"] or found
+    if data and len(data) < len(files):
+        other = next(file for file in files if file not in data)
+        warn(f"{len(files) - len(data):,} files hold no records and were left out, such as {other.path}")
+    return data or list(files)
+
+
+def _no_record(record: Record) -> UserError:
+    held = "a list of token ids" if isinstance(record.value, Ids) else "text"
+    return UserError(
+        f"there is {held} where a record is wanted", where=record.place,
+        why="an example has a question and an answer, under keys",
+        fix="name a file of records (.jsonl, .json, .parquet, .arrow, .csv, .yaml), or data.kind=documents to learn "
+        "plain text",
+    )
 
 
 def _reader_of(path: AnyPath) -> Reader:

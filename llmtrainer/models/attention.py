@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmtrainer.core.batch import Batch
 from llmtrainer.models.joint import joint_linear
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
-from llmtrainer.models.lora import Noise
+from llmtrainer.models.lora import Beside
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
+_GRAIN = 32
+"""Blocks of a row of several documents, and their keys, begin at multiples of it, so that few shapes occur: on a CPU
+the first product of a shape costs as much as thirty others."""
 
 RotaryTable = tuple[Tensor, Tensor]
 
@@ -87,11 +91,30 @@ class Visible:
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The queries in blocks, each with the one range of keys that its rows need."""
+        return tuple(self._block(start, stop) for start, stop in itertools.pairwise(self._borders()))
+
+    def _borders(self) -> list[int]:
+        """Where blocks begin, and the end of the last. One row of several documents is cut where they begin: a block
+        across two would multiply each with the other's keys. Short neighbours share a block all the same."""
         T = self.document_BT.shape[1]
-        return tuple(self._block(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
+        changes = self.document_BT[0, 1:] != self.document_BT[0, :-1]
+        if len(self.document_BT) > 1 or self.branching or not bool(changes.any()):
+            return [*range(0, T, BLOCK), T]
+        # Not below a document's begin: the block's first rows would need the keys of the document before.
+        ends = sorted({min(-(-place // _GRAIN) * _GRAIN, T) for place in [*(1 + changes.nonzero()[:, 0]).tolist(), T]})
+        borders, whole = [0], 0
+        for end in ends:
+            if end - borders[-1] > BLOCK:
+                if whole > borders[-1]:
+                    borders.append(whole)    # the documents before it fill a block of their own
+                while end - borders[-1] > BLOCK:
+                    pieces = -(-(end - borders[-1]) // BLOCK)
+                    borders.append(borders[-1] + -(-(end - borders[-1]) // (pieces * _GRAIN)) * _GRAIN)
+            whole = end
+        return [*borders, T]
 
     def _block(self, start: int, stop: int) -> Block:
-        earliest = int(self.first_BT[:, start].min())
+        earliest = int(self.first_BT[:, start].min()) // _GRAIN * _GRAIN
         if self.branching:
             hidden = ~self.mask_BTT[:, start:stop, earliest:stop]
             return Block(start, stop, earliest, stop, hidden[:, None, None])
@@ -208,7 +231,7 @@ class _Blocks(torch.autograd.Function):
         B, T, H, _ = q_BTHC.shape
         K = k_BTKC.shape[2]
         k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
-        queries, out = _cut(q_BTHC, K), _Room(q_BTHC, K)
+        queries, out = _cut(q_BTHC, K, blocks), _Room(q_BTHC, K, blocks)
         keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
         kept = []
         for block, q_ZQC, out_ZQC in zip(blocks, queries, out.blocks(), strict=True):
@@ -226,7 +249,7 @@ class _Blocks(torch.autograd.Function):
         k_ZTC, v_ZTC, *saved = ctx.saved_tensors
         B, T, _, C = ctx.shape
         K, dtype = k_ZTC.shape[0] // B, k_ZTC.dtype
-        gradients, dq = _cut(grad_BTHC, K), _Room(grad_BTHC, K)
+        gradients, dq = _cut(grad_BTHC, K, ctx.blocks), _Room(grad_BTHC, K, ctx.blocks)
         # Every block adds to the keys before it; in bfloat16 these sums would lose digits with the row's length.
         wide = torch.promote_types(dtype, torch.float32)
         dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
@@ -262,37 +285,44 @@ def _by_query(x_BTHC: Tensor, block: Block, K: int) -> Tensor:
     return part.permute(0, 2, 3, 1, 4).reshape(B * K, H // K * n, C)
 
 
-def _cut(x_BTHC: Tensor, K: int) -> tuple[Tensor, ...]:
-    """The queries of every block, each as `_by_query` gives them: one copy for all whole blocks."""
-    B, T, H, C = x_BTHC.shape
-    whole, G = T // BLOCK, H // K
+def _whole(blocks: tuple[Block, ...]) -> int:
+    """How many blocks, from the first on, are whole ones of an even grid: one copy moves them all."""
+    places = enumerate(blocks)
+    return sum(1 for _ in itertools.takewhile(lambda item: item[1].stop == (item[0] + 1) * BLOCK, places))
+
+
+def _cut(x_BTHC: Tensor, K: int, blocks: tuple[Block, ...]) -> tuple[Tensor, ...]:
+    """The queries of every block, each as `_by_query` gives them."""
+    B, _, H, C = x_BTHC.shape
+    whole, G = _whole(blocks), H // K
     part = x_BTHC[:, : whole * BLOCK].view(B, whole, BLOCK, K, G, C)
-    blocks = part.permute(1, 0, 3, 4, 2, 5).reshape(whole, B * K, G * BLOCK, C).unbind(0)
-    rest = Block(whole * BLOCK, T, 0, T, None)
-    return (*blocks, _by_query(x_BTHC, rest, K)) if T % BLOCK else tuple(blocks)
+    even = part.permute(1, 0, 3, 4, 2, 5).reshape(whole, B * K, G * BLOCK, C).unbind(0)
+    return (*even, *(_by_query(x_BTHC, block, K) for block in blocks[whole:]))
 
 
 class _Room:
     """Unset results for every block of queries, as `_cut` lays them out."""
 
-    def __init__(self, x_BTHC: Tensor, K: int) -> None:
-        B, T, H, C = x_BTHC.shape
-        self.shape, self.K, G = x_BTHC.shape, K, H // K
-        self.whole_NZQC = x_BTHC.new_empty(T // BLOCK, B * K, G * BLOCK, C)
-        self.rest_ZQC = x_BTHC.new_empty(B * K, G * (T % BLOCK), C)
+    def __init__(self, x_BTHC: Tensor, K: int, blocks: tuple[Block, ...]) -> None:
+        B, _, H, C = x_BTHC.shape
+        self.shape, self.K, G, whole = x_BTHC.shape, K, H // K, _whole(blocks)
+        self.whole_NZQC = x_BTHC.new_empty(whole, B * K, G * BLOCK, C)
+        self.others = blocks[whole:]
+        sizes = [G * (block.stop - block.start) for block in self.others]
+        self.other_ZQC = [x_BTHC.new_empty(B * K, size, C) for size in sizes]
 
     def blocks(self) -> tuple[Tensor, ...]:
-        return (*self.whole_NZQC, self.rest_ZQC) if self.shape[1] % BLOCK else tuple(self.whole_NZQC)
+        return (*self.whole_NZQC, *self.other_ZQC)
 
     def joined(self) -> Tensor:
         """[B, T, H, C]: one copy for all whole blocks."""
-        B, T, H, C = self.shape
-        whole, G = T // BLOCK, H // self.K
+        B, _, H, C = self.shape
+        whole, G = len(self.whole_NZQC), H // self.K
         out_BTHC = self.whole_NZQC.new_empty(self.shape)
         part = self.whole_NZQC.view(whole, B, self.K, G, BLOCK, C).permute(1, 0, 4, 2, 3, 5)
         out_BTHC[:, : whole * BLOCK].view(B, whole, BLOCK, self.K, G, C).copy_(part)
-        if T % BLOCK:
-            _write_queries(out_BTHC, self.rest_ZQC, Block(whole * BLOCK, T, 0, T, None), self.K)
+        for block, x_ZQC in zip(self.others, self.other_ZQC, strict=True):
+            _write_queries(out_BTHC, x_ZQC, block, self.K)
         return out_BTHC
 
 
@@ -334,15 +364,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(C, shape.norm_epsilon, master=master) if normed else None
 
     def project(
-        self, x_BTD: Tensor, rotary: RotaryTable, turned: bool = False, noise: Noise | None = None
+        self, x_BTD: Tensor, rotary: RotaryTable, turned: bool = False, beside: Beside | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two normalised (if asked) and rotated. `turned`: see
-        core/products.py; `noise`: for dropout of adapters."""
+        core/products.py; `beside`: for dropout of adapters."""
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         if q.adapter is k.adapter is v.adapter is None:
             joint = joint_linear(x_BTD, (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), turned)
         else:
-            joint = q(x_BTD, noise), k(x_BTD, noise), v(x_BTD, noise)
+            joint = q(x_BTD, beside), k(x_BTD, beside), v(x_BTD, beside)
         q_BTHC, k_BTKC, v_BTKC = (x.unflatten(-1, (-1, self.shape.head_size)) for x in joint)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)

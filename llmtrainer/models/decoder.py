@@ -16,12 +16,12 @@ from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.protocols import Adapter
-from llmtrainer.core.randomness import derive, dropout
+from llmtrainer.core.randomness import derive, dropout, embedding_noise
 from llmtrainer.models import kernels, paths, proof
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable, Visible
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
-from llmtrainer.models.lora import LowRank, Noise
+from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -99,12 +99,20 @@ class Decoder(nn.Module):
         self._unproven = False
         self.adapter: Adapter | None = None
         """What stands beside its matrices, put there by `Adapter.insert`; None: nothing."""
+        self.neftune = 0.0
+        """Size of the noise on embeddings while training."""
         self.recompute: Recompute | None = None
         """What is computed again in backward; None: nothing, every activation is kept."""
 
     @property
     def module(self) -> nn.Module:
         return self
+
+    def adaptable_layers(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear layer but the head, by name."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module is not self.lm_head:
+                yield name, module
 
     @property
     def head_weight(self) -> Tensor:
@@ -150,18 +158,20 @@ class Decoder(nn.Module):
         wide = torch.promote_types(self.compute, torch.float32)
         rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0
+        place, position_BT = batch.places
 
         def drop(x_BTD: Tensor, site: int) -> Tensor:
-            if batch.place_BT is not None:
-                return dropout(x_BTD, rate, batch.dropout_key, batch.place_BT, site, batch.position_BT)
-            return dropout(x_BTD, rate, batch.dropout_key, batch.place_B, site)
+            return dropout(x_BTD, rate, batch.dropout_key, place, site, position_BT)
 
-        noise = Noise(batch.dropout_key, batch.place_B) if self.training and self._adapters_drop() else None
-        x_BTD = drop(self.model.embed_tokens(batch.tokens_BT).to(self.residual_type), 0)
+        beside = self._beside(batch)
+        x_BTD = self.model.embed_tokens(batch.tokens_BT).to(self.residual_type)
+        if self.neftune and self.training:
+            x_BTD = embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, place, position_BT)
+        x_BTD = drop(x_BTD, 0)
         if self._unproven and torch.is_grad_enabled():
             self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
-            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, noise)
+            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, beside)
             if self.recompute is None or index % self.recompute.every:
                 x_BTD = layer(x_BTD)
             elif self.recompute.what == "layer":
@@ -172,19 +182,28 @@ class Decoder(nn.Module):
 
     def _layer(
         self, block: Block, index: int, attend: Path, visible: Visible, rotary: RotaryTable, drop: Drop | None,
-        noise: Noise | None, x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
+        beside: Beside | None, x_BTD: Tensor, after_attention: Callable[..., Tensor] = call,
     ) -> Tensor:
         pieces = self._pieces
-        if noise is None:
+        if beside is None:
             attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned), visible)
         else:
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False, noise), visible)
-        if drop is None and noise is None:
+            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False, beside), visible)
+        if drop is None and beside is None:
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
-        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop, noise)
+        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop, beside)
 
-    def _adapters_drop(self) -> bool:
-        return any(module.rate > 0.0 for module in self.modules() if isinstance(module, LowRank))
+    def _beside(self, batch: Batch) -> Beside | None:
+        """What this batch tells adapters; None where they need to know nothing."""
+        if self.adapter is None:
+            return None
+        gates_BTE = self.adapter.gates(batch)
+        dropping = self.training and any(
+            module.rate > 0.0 for module in self.modules() if isinstance(module, LowRank)
+        )
+        if gates_BTE is None and not dropping:
+            return None
+        return Beside(batch.dropout_key if dropping else None, *batch.places, gates_BTE)
 
     def arrange(self, asked: Arrangement) -> Arranged:
         """Compute as an engine asks, on the device where the weights are by now.
@@ -246,6 +265,8 @@ class Decoder(nn.Module):
 
         Holds the weights as they are now in the compute type: after a training step, make a new cache.
         """
+        if self.adapter is not None:
+            self.adapter.require_one()
         return Cache(self, rows, capacity)
 
     @torch.no_grad()
@@ -265,10 +286,10 @@ def _trains(module: nn.Module) -> bool:
 
 def _project(
     block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, turned: bool,
-    noise: Noise | None = None,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first part of a block: queries, keys and values. `turned`: see core/products.py."""
-    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin), turned, noise)
+    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin), turned, beside)
 
 
 def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, turned: bool) -> Tensor:
@@ -279,13 +300,13 @@ def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.d
 
 def _finish_with_dropout(
     block: Block, index: int, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, drop: Drop | None,
-    noise: Noise | None,
+    beside: Beside | None,
 ) -> Tensor:  # fmt: skip
     """The rest of a block with dropout of its own, of its adapters, or both."""
     drop = drop or _kept
-    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2), noise), 2 * index + 1)
+    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2), beside), 2 * index + 1)
     normed = block.post_attention_layernorm(x_BTD, compute)
-    return x_BTD + drop(block.mlp(normed, noise=noise), 2 * index + 2)
+    return x_BTD + drop(block.mlp(normed, beside=beside), 2 * index + 2)
 
 
 def _kept(x_BTD: Tensor, site: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrainer.models.gated import Biases, Weights, gated_mlp
-from llmtrainer.models.lora import AdaptedLayer, LowRank, Noise, adapted_gated_mlp
+from llmtrainer.models.lora import AdaptedLayer, Beside, LowRank, adapted_gated_mlp
 from llmtrainer.models.norm import rms_norm
 
 
@@ -30,9 +30,9 @@ class Linear(nn.Module):
 
         self.adapter: LowRank | None = None
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, x: Tensor, beside: Beside | None = None) -> Tensor:
         if self.adapter is not None:
-            adapted: Tensor = self.adapter(x, self.weight, self.bias, noise)
+            adapted: Tensor = self.adapter(x, self.weight, self.bias, beside)
             return adapted
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -75,13 +75,13 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(size, hidden_size, bias=bias, master=master)
         self.kernels = TORCH
 
-    def forward(self, x_BTD: Tensor, turned: bool = False, noise: Noise | None = None) -> Tensor:
-        """`turned`: weight gradients as products of transposed copies, see core/products.py. `noise`: for dropout
+    def forward(self, x_BTD: Tensor, turned: bool = False, beside: Beside | None = None) -> Tensor:
+        """`turned`: weight gradients as products of transposed copies, see core/products.py. `beside`: for dropout
         of adapters."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if any(layer.adapter is not None for layer in (gate, up, down)):
             first, second, last = (AdaptedLayer(layer.weight, layer.bias, layer.adapter) for layer in (gate, up, down))
-            return adapted_gated_mlp(x_BTD, (first, second, last), noise, turned)
+            return adapted_gated_mlp(x_BTD, (first, second, last), beside, turned)
         return self.kernels.gated(
             x_BTD, (gate.weight, up.weight, down.weight), (gate.bias, up.bias, down.bias), turned
         )

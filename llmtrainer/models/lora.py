@@ -17,13 +17,17 @@ from llmtrainer.core.randomness import dropout
 from llmtrainer.models.gated import differentiate_product
 
 
-class Noise(NamedTuple):
-    """What the dropout masks of one batch are a function of, besides the layer."""
+class Beside(NamedTuple):
+    """What adapters know of a batch besides their input."""
 
-    key: int
-    """Derived from (seed, step)."""
-    place_B: Tensor
-    """Place of each row in its optimizer step."""
+    key: int | None
+    """Derived from (seed, step), for dropout; None: nothing is dropped."""
+    place: Tensor
+    """Place of each row, or of each token's sequence, in its optimizer step: [B] or [B, T], see core/randomness.py."""
+    position_BT: Tensor | None = None
+    """With places [B, T]: the place of a token in its sequence."""
+    gates_BTE: Tensor | None = None
+    """Which of E adapters each token goes through, 0 or 1; None: all."""
 
 
 class How(NamedTuple):
@@ -35,13 +39,28 @@ class How(NamedTuple):
     """Dropout of what the adapter reads."""
     site: int = 0
     """Which of the model's dropouts this is."""
-    noise: Noise | None = None
+    beside: Beside | None = None
 
     def dropped(self, x_BTI: Tensor) -> Tensor:
         """The adapter's input. Its mask is worked out again in backward, so nothing of it is kept."""
-        if self.noise is None or not self.rate:
+        if not self.drops:
             return x_BTI
-        return dropout(x_BTI, self.rate, self.noise.key, self.noise.place_B, self.site)
+        assert self.beside is not None and self.beside.key is not None
+        return dropout(
+            x_BTI, self.rate, self.beside.key, self.beside.place, self.site, self.beside.position_BT
+        )
+
+    @property
+    def drops(self) -> bool:
+        return self.rate > 0.0 and self.beside is not None and self.beside.key is not None
+
+    def gated(self, h_BTR: Tensor) -> Tensor:
+        """The numbers between A and B, those of closed gates 0."""
+        if self.beside is None or self.beside.gates_BTE is None:
+            return h_BTR
+        gates_BTE = self.beside.gates_BTE
+        open_BTR = gates_BTE.repeat_interleave(h_BTR.shape[-1] // gates_BTE.shape[-1], dim=-1)
+        return h_BTR * open_BTR.view(h_BTR.shape).to(h_BTR.dtype)
 
 
 class Low(NamedTuple):
@@ -102,12 +121,12 @@ class LowRank(nn.Module):
         norm_O = (self.base_norm_O.square() + more_O).clamp(min=0.0).sqrt()
         return torch.where(more_O == 0.0, self.base_norm_O, norm_O)
 
-    def low(self, noise: Noise | None) -> Low:
-        return Low(self.lora_A, self.lora_B, How(self.scale, self.rate, self.site, noise))
+    def low(self, beside: Beside | None) -> Low:
+        return Low(self.lora_A, self.lora_B, How(self.scale, self.rate, self.site, beside))
 
-    def forward(self, x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, noise: Noise | None = None) -> Tensor:
+    def forward(self, x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, beside: Beside | None = None) -> Tensor:
         """What the adapted layer gives, in the type of x. weight_OI and bias_O get no gradient."""
-        low = self.low(noise)
+        low = self.low(beside)
         weight_OI, bias_O = weight_OI.to(x_BTI.dtype), None if bias_O is None else bias_O.to(x_BTI.dtype)
         if self.lora_magnitude_vector is None:
             return _Adapted.apply(x_BTI, weight_OI, bias_O, *low)  # type: ignore[no-any-return]
@@ -130,7 +149,7 @@ def _with_low(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low: Low 
     y_BTO = F.linear(x_BTI, weight_OI, bias_O)
     if low is None:
         return y_BTO, y_BTO.new_empty(0)
-    h_BTR = F.linear(low.how.dropped(x_BTI), low.down_RI.to(x_BTI.dtype))
+    h_BTR = low.how.gated(F.linear(low.how.dropped(x_BTI), low.down_RI.to(x_BTI.dtype)))
     up_RO = low.up_OR.to(x_BTI.dtype).t()
     y_NO = y_BTO.flatten(0, -2).addmm_(h_BTR.flatten(0, -2), up_RO, alpha=low.how.scale)
     return y_NO.view(y_BTO.shape), h_BTR
@@ -153,11 +172,11 @@ def _differentiate(
         return _Gradients(x_grad, None, None)
     narrow, master, how = x_BTI.dtype, low.down_RI.dtype, low.how
     up_grad = how.scale * weight_gradient(grad_NO, h_BTR.flatten(0, -2), master, turned)
-    h_grad_NR = (grad_NO @ low.up_OR.to(narrow)).mul_(how.scale)
+    h_grad_NR = how.gated((grad_NO @ low.up_OR.to(narrow)).mul_(how.scale).view(h_BTR.shape)).flatten(0, -2)
     down_grad = weight_gradient(h_grad_NR, how.dropped(x_BTI).flatten(0, -2), master, turned)
     if x_grad is not None:
         down = low.down_RI.to(narrow)
-        if how.noise is None or not how.rate:
+        if not how.drops:
             x_grad = x_grad.flatten(0, -2).addmm_(h_grad_NR, down).view(x_BTI.shape)
         else:
             x_grad = x_grad + how.dropped((h_grad_NR @ down).view(x_BTI.shape))
@@ -234,7 +253,7 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapted_gated_mlp(
-    x_BTD: Tensor, layers: tuple[AdaptedLayer, AdaptedLayer, AdaptedLayer], noise: Noise | None = None,
+    x_BTD: Tensor, layers: tuple[AdaptedLayer, AdaptedLayer, AdaptedLayer], beside: Beside | None = None,
     turned: bool = False,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) in the type of x, of frozen matrices with adapters: (gate, up, down).
@@ -243,19 +262,19 @@ def adapted_gated_mlp(
     again there, as in gated.gated_mlp. With DoRA among them, each layer keeps what it needs by itself.
     """
     if any(layer.adapter is not None and layer.adapter.lora_magnitude_vector is not None for layer in layers):
-        gate_BTF, up_BTF = (_apply(layer, x_BTD, noise) for layer in layers[:2])
-        return _apply(layers[2], F.silu(gate_BTF) * up_BTF, noise)
+        gate_BTF, up_BTF = (_apply(layer, x_BTD, beside) for layer in layers[:2])
+        return _apply(layers[2], F.silu(gate_BTF) * up_BTF, beside)
     flat: list[Any] = []
     for weight_OI, bias_O, adapter in layers:
-        low = (None, None, None) if adapter is None else adapter.low(noise)
+        low = (None, None, None) if adapter is None else adapter.low(beside)
         flat += [weight_OI.to(x_BTD.dtype), None if bias_O is None else bias_O.to(x_BTD.dtype), *low]
     return _AdaptedMLP.apply(x_BTD, turned, *flat)  # type: ignore[no-any-return]
 
 
-def _apply(layer: AdaptedLayer, x: Tensor, noise: Noise | None) -> Tensor:
+def _apply(layer: AdaptedLayer, x: Tensor, beside: Beside | None) -> Tensor:
     weight_OI, bias_O, adapter = layer
     if adapter is not None:
-        found: Tensor = adapter(x, weight_OI, bias_O, noise)
+        found: Tensor = adapter(x, weight_OI, bias_O, beside)
         return found
     return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.models.adapters.dora import Dora
+from llmtrainer.models.adapters.gated_lora import GatedLora, chosen
 from llmtrainer.models.adapters.lora import Lora, adaptable, adapters, matches, measure
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_GATED = "GATED_LORA"
+"""Our own type: several adapters in one, see adapters/gated_lora.py."""
 _PREFIX = "base_model.model."
 """What PEFT puts before the name that a module has in the model."""
 
 _PLAIN: dict[str, Any] = {
     "alpha_pattern": {}, "bias": "none", "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
-    "lora_bias": False, "modules_to_save": None, "rank_pattern": {}, "revision": None, "task_type": "CAUSAL_LM",
+    "lora_bias": False, "modules_to_save": None, "rank_pattern": {}, "task_type": "CAUSAL_LM",
     "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
 }  # fmt: skip
 """What PEFT's LoraConfig also says of every adapter of ours."""
@@ -57,14 +60,22 @@ def _parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_config(policy: nn.Module, base: str) -> dict[str, Any]:
-    """adapter_config.json. `base` is the folder or hub id of the model that the adapter stands beside."""
+    """adapter_config.json. `base` is the folder or hub id of the model that the adapter stands beside; what follows
+    the @ of an id is its revision."""
     adapter = policy.adapter
     assert isinstance(adapter, Lora)
+    # PEFT has no such mixture, and must not take it for one adapter of a large rank.
+    gates: dict[str, Any] = {"peft_type": _GATED, "groups": adapter.groups} if isinstance(adapter, GatedLora) else {}
+    return _described(adapter, _target_modules(policy), base) | gates
+
+
+def _described(adapter: Lora, target_modules: list[str], base: str) -> dict[str, Any]:
+    name, _, revision = (base, "", "") if Path(base).is_absolute() else base.partition("@")
     return {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": adapter.rank,
+        "peft_type": "LORA", "base_model_name_or_path": name, "revision": revision or None, "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "lora_dropout": adapter.dropout, "use_rslora": adapter.rslora, "use_dora": adapter.directed,
-        "target_modules": _target_modules(policy), **_PLAIN,
+        "target_modules": target_modules, **_PLAIN,
     }  # fmt: skip
 
 
@@ -72,8 +83,22 @@ def _target_modules(policy: nn.Module) -> list[str]:
     """Last parts of names where they name the adapted matrices and no others, else whole names."""
     adapted = set(adapters(policy))
     last = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = {name for name, _ in adaptable(policy) if any(matches(name, part) for part in last)}
+    meant = {name for name in adaptable(policy) if any(matches(name, part) for part in last)}
     return last if meant == adapted else sorted(adapted)
+
+
+def write_combinations(policy: nn.Module, base: str, out: Path) -> list[str]:
+    """An ordinary adapter of every combination of a mixture's gates, each in a folder of its name below `out`."""
+    gated = policy.adapter
+    assert isinstance(gated, GatedLora)
+    names = []
+    for gate, numbers in gated.combinations():
+        named: dict[str, Tensor] = {}
+        for name, (down_RI, up_OR) in chosen(policy, numbers).items():
+            named |= {f"{_PREFIX}{name}.lora_A.weight": down_RI, f"{_PREFIX}{name}.lora_B.weight": up_OR}
+        write_adapter(named, _described(gated.alone(), _target_modules(policy), base), out / gate)
+        names.append(gate)
+    return names
 
 
 def write_adapter(named: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
@@ -90,7 +115,7 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{CONFIG} cannot be read", where=str(path), why=str(error), fix="copy it again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", _GATED):
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(
             f"this adapter is of the type {kind!r}", where=str(path), why="LORA is the one that is computed here",
@@ -114,11 +139,16 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
         "targets": tuple(sorted(_adapted_names(folder))),
     }  # fmt: skip
     try:
-        adapter = (Dora if config.get("use_dora") else Lora)(**fields)
+        if config["peft_type"] == _GATED:
+            adapter: Lora = GatedLora.model_validate({**fields, "groups": config.get("groups", ())})
+        else:
+            adapter = (Dora if config.get("use_dora") else Lora).model_validate(fields)
     except ValueError as error:
         raise UserError("no adapter has this shape", where=str(path), why=str(error), fix="save it again") from None
-    base = config.get("base_model_name_or_path")
-    return adapter, base if isinstance(base, str) and base else None
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        return adapter, None
+    return adapter, f"{base}@{revision}" if revision and not Path(base).is_dir() else base
 
 
 def load_adapter(policy: nn.Module, folder: Path) -> None:

@@ -10,8 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.foreign import Foreign
+from llmtrainer.models.foreign_loading import read_foreign
 from llmtrainer.models.peft_format import adapter_config, adapter_tensors, load_adapter, write_adapter
 from llmtrainer.models.weights import load_weights, save_tensors, tensors
+
+Policy = Decoder | Foreign
+"""A model that can be trained: of our own families, or of transformers' classes."""
 
 
 class Form(Protocol):
@@ -44,7 +49,7 @@ class WholeModel:
 class AdapterAlone:
     """A PEFT folder: what the adapters have learned, and the name of the model that they stand beside."""
 
-    policy: Decoder
+    policy: Policy
     base: str
 
     def tensors(self) -> dict[str, Tensor]:
@@ -54,9 +59,11 @@ class AdapterAlone:
         write_adapter(named, adapter_config(self.policy, self.base), folder)
 
 
-def read_into(policy: Decoder, folder: Path) -> None:
+def read_into(policy: Policy, folder: Path) -> None:
     """Fill a policy with what its own checkpoint holds. Raises UserError, with nothing changed, if it is another's."""
-    if policy.adapter is None:
+    if policy.adapter is not None:
+        load_adapter(policy, folder)
+    elif isinstance(policy, Decoder):
         load_weights(policy, folder)
     else:
-        load_adapter(policy, folder)
+        read_foreign(policy, folder)

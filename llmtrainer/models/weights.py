@@ -124,7 +124,7 @@ def narrow(decoder: Decoder) -> None:
             setattr(module, own, nn.Parameter(kept, requires_grad=False))
 
 
-def freeze(decoder: Decoder, patterns: Sequence[str]) -> list[str]:
+def freeze(decoder: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Stop training the parameters whose names match; `!pattern` trains them again. Later patterns win.
 
     Returns the frozen names. `["*", "!model.embed_tokens.*"]` trains the embedding alone.

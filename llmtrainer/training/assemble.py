@@ -25,7 +25,7 @@ from llmtrainer.data.open import documents, find
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
-from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.stored import Policy
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.chat import Chat
@@ -76,7 +76,6 @@ def assemble(
     # 2. Vocabulary, text, rows.
     tokenizer_folder, tokenizer = tokenizer_of(recipe)
     rows = rows_of(recipe, tokenizer_folder, tokenizer, engine)
-    source = rows.train
     facts = facts_of(recipe, precision, rows, tokenizer)
     # 3. Where the run continues, before anything large is allocated.
     resumption = find_resumption(run, recipe, warn)
@@ -108,7 +107,7 @@ def assemble(
     if resumption is None and rows.chat is not None:
         look_before(recipe, run, rows, rows.chat, tokenizer, policy, engine, warn)
     parts = Parts(
-        seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
+        seed=recipe.seed, source=rows.train, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
@@ -147,7 +146,7 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
 
 
 def look_before(
-    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Decoder, engine: Engine,
+    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Policy, engine: Engine,
     warn: Callable[[str], None],
 ) -> None:
     """What is held against the rows of a fine-tuning run before its first step."""
@@ -170,7 +169,7 @@ def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callabl
 
 
 def average_of(
-    recipe: Recipe, policy: Decoder, resumption: Resumption | None, warn: Callable[[str], None]
+    recipe: Recipe, policy: Policy, resumption: Resumption | None, warn: Callable[[str], None]
 ) -> MovingAverage | None:
     """The moving average of the weights where the run left it; from the weights themselves where it begins."""
     if recipe.optim.ema is None:
@@ -191,7 +190,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 
 def evaluations_of(
-    recipe: Recipe, run: RunDir, rows: Opened, policy: Decoder, tokenizer: Tokenizer, engine: Engine,
+    recipe: Recipe, run: RunDir, rows: Opened, policy: Policy, tokenizer: Tokenizer, engine: Engine,
     most_documents: int | None, average: MovingAverage | None,
 ) -> Evaluations:
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""

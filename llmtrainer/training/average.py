@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.stored import read_into
+from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training.recipe import Ema
 
 FOLDER = "ema"
@@ -45,7 +44,7 @@ class MovingAverage:
         finally:
             self._exchange()
 
-    def load(self, policy: Decoder, folder: Path) -> None:
+    def load(self, policy: Policy, folder: Path) -> None:
         """Continue from what a checkpoint holds, every tensor by name. Raises UserError, as loading weights does."""
         with self.in_place():
             read_into(policy, folder)

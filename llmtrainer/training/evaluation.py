@@ -15,7 +15,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count
 from llmtrainer.core.protocols import Engine, Tokenizer
 from llmtrainer.core.suite import Read, Suite
-from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.stored import Policy
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Rows
 
@@ -24,7 +24,7 @@ class Evaluations:
     """Runs them all and returns their figures by name. Nothing here moves the training: no state, no draw."""
 
     def __init__(
-        self, policy: Decoder, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
+        self, policy: Policy, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
         suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
     ) -> None:  # fmt: skip

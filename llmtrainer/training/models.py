@@ -12,9 +12,11 @@ import torch
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.precision import DTYPES
-from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.foreign_loading import load_foreign
+from llmtrainer.models.hugging_face import OWN, READABLE
 from llmtrainer.models.peft_format import CONFIG as ADAPTER_CONFIG
 from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
+from llmtrainer.models.stored import Policy
 from llmtrainer.models.weights import load_policy
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
@@ -31,7 +33,7 @@ class Opened:
 
     folder: Path
     """Where its weights are."""
-    policy: Decoder
+    policy: Policy
     tokenizer: FileTokenizer
     precision: str
 
@@ -67,7 +69,7 @@ def open_model(
     return Opened(folder, policy.to(place), words, chosen)
 
 
-def load_model(path: str | Path, precision: Precision = "float32", device: str = "cpu") -> Decoder:
+def load_model(path: str | Path, precision: Precision = "float32", device: str = "cpu") -> Policy:
     """The model of a run directory (its newest checkpoint), of a checkpoint, of a Hugging Face folder or of a
     hub id."""
     folder = model_folder(path)
@@ -75,14 +77,32 @@ def load_model(path: str | Path, precision: Precision = "float32", device: str =
     return load_whole(folder, DTYPES[chosen]).to(find_device(device, chosen))
 
 
-def load_whole(folder: Path, compute: torch.dtype) -> Decoder:
-    """The model of a folder; of an adapter's folder, its base with the adapter beside it."""
+def load_whole(folder: Path, compute: torch.dtype) -> Policy:
+    """The model of a folder; of an adapter's folder, its base with the adapter beside it. What none of our families
+    describes is opened by transformers, and reads one document at a time."""
     if not is_adapter(folder):
-        return load_policy(folder, compute)
-    policy = load_policy(base_of(folder), compute, frozen=True)
+        return load_base(folder, compute)
+    policy = load_base(base_of(folder), compute, frozen=True)
     read_config(folder)[0].insert(policy)
     load_adapter(policy, folder)
     return policy
+
+
+def load_base(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:
+    """A whole model, of one of our families if one describes it. frozen: nothing of it will ever be trained."""
+    if is_ours(folder):
+        return load_policy(folder, compute, frozen=frozen)
+    return load_foreign(folder, compute, frozen=frozen, apart=True)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a family of ours describes the model of a folder; also of one that cannot be read, so that ours says
+    what is wrong with it."""
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return OWN in told or told.get("model_type", READABLE[0]) in READABLE
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def base_of(folder: Path) -> Path:

@@ -11,19 +11,21 @@ from llmtrainer.core.protocols import Tokenizer
 from llmtrainer.core.randomness import derive
 from llmtrainer.models.adapters import lora
 from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.foreign import Foreign
+from llmtrainer.models.foreign_loading import ForeignModel
 from llmtrainer.models.hugging_face import to_config
 from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
-from llmtrainer.models.stored import AdapterAlone, Form, WholeModel
-from llmtrainer.models.weights import freeze, load_policy
+from llmtrainer.models.stored import AdapterAlone, Form, Policy, WholeModel
+from llmtrainer.models.weights import freeze
 from llmtrainer.tokenizer.tokenizer import padded_vocabulary
 from llmtrainer.training.models import base_of, locate_model, model_folder, tokenizer_class
 from llmtrainer.training.recipe import Recipe
 
-_BESIDE_START = {"start_from", "freeze", "adapter"}
+_BESIDE_START = {"start_from", "freeze", "adapter", "apart", "neftune"}
 """Fields of a family that are no shape, so that they may stand beside `start_from`."""
 
 
-def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Decoder:
+def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, continued: Path | None) -> Policy:
     """The model with its first values: drawn from the seed, or those of `start_from`.
 
     A continued run takes the shape from its own checkpoint, so `start_from` may be gone by then; but an adapter
@@ -41,16 +43,19 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
                 fix="use the tokenizer that belongs to the model: tokenizer=" + recipe.model.start_from,
             )
     policy.ids = tokenizer.vocabulary
+    policy.neftune = recipe.model.neftune
     freeze(policy, recipe.model.freeze)
     _require_frozen_base(policy)
     return policy
 
 
-def form_of(policy: Decoder, tokenizer: Tokenizer, tokenizer_folder: Path, base: str | None) -> Form:
+def form_of(policy: Policy, tokenizer: Tokenizer, tokenizer_folder: Path, base: str | None) -> Form:
     """What this run's checkpoints hold. `base`: the model that its adapter stands beside."""
     if policy.adapter is not None:
         assert base is not None
         return AdapterAlone(policy, base)
+    if not isinstance(policy, Decoder):
+        return ForeignModel(policy)
     return WholeModel(policy, to_config(
         policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
         tokenizer_class=tokenizer_class(tokenizer_folder),
@@ -69,7 +74,7 @@ def base_name(recipe: Recipe, continued: Path | None) -> str | None:
     return str(located.folder.resolve()) if Path(recipe.model.start_from).exists() else located.origin
 
 
-def _new(recipe: Recipe, rows: int, compute: torch.dtype, continued: Path | None) -> Decoder:
+def _new(recipe: Recipe, rows: int, compute: torch.dtype, continued: Path | None) -> Policy:
     if recipe.model.adapter is not None:
         raise UserError(
             "an adapter without a model to stand beside", where="model.adapter",
@@ -89,17 +94,17 @@ def _new(recipe: Recipe, rows: int, compute: torch.dtype, continued: Path | None
     return policy
 
 
-def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> Decoder:
+def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> Policy:
     assert recipe.model.start_from is not None
     adapter = recipe.model.adapter
     if adapter is None:
         folder = continued or model_folder(recipe.model.start_from)
         _require_model(folder, recipe.model.start_from)
-        return load_policy(folder, compute)
+        return _loaded(recipe, folder, compute, frozen=False)
     assert isinstance(adapter, lora.Lora)
     folder = base_of(continued) if continued is not None else model_folder(recipe.model.start_from)
     _require_model(folder, recipe.model.start_from)
-    policy = load_policy(folder, compute, frozen=True)
+    policy = _loaded(recipe, folder, compute, frozen=True)
     if adapter.start_from is None:
         adapter.insert(policy)
         lora.initialise(policy, recipe.seed)
@@ -113,6 +118,12 @@ def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> De
     return policy
 
 
+def _loaded(recipe: Recipe, folder: Path, compute: torch.dtype, *, frozen: bool) -> Policy:
+    policy = recipe.model.load(folder, compute, frozen=frozen)
+    assert isinstance(policy, Decoder | Foreign)
+    return policy
+
+
 def _require_model(folder: Path, named: str) -> None:
     if is_adapter(folder):
         raise UserError(
@@ -122,7 +133,7 @@ def _require_model(folder: Path, named: str) -> None:
         )
 
 
-def _require_frozen_base(policy: Decoder) -> None:
+def _require_frozen_base(policy: Policy) -> None:
     trained = [name for name, value in policy.named_parameters() if value.requires_grad and ".adapter." not in name]
     if policy.adapter is not None and trained:
         raise UserError(

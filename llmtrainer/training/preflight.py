@@ -108,19 +108,19 @@ def preflight(
 def look(store: Store, ends: Collection[int], pad: int) -> Seen:
     """One pass over every row of a store."""
     seen, digests = Seen(), np.empty(store.documents, dtype=np.uint64)
-    stops = np.array(sorted(ends), dtype=np.int64)
     for document in range(store.documents):
         tokens = store.read(document)
         targets = learned(store, document)
         seen.rows += 1
         seen.tokens += len(tokens)
         seen.longest = max(seen.longest, len(tokens))
-        seen.targets += int(targets.sum())
-        if not targets.any():
+        wanted = tokens[targets]
+        seen.targets += len(wanted)
+        if not len(wanted):
             seen.first_empty = document if not seen.empty else seen.first_empty
             seen.empty += 1
-        seen.ended += bool(np.isin(tokens[targets], stops).any())
-        seen.padded += len(tokens) > 1 and bool((tokens[-2:] == pad).all())
+        seen.ended += any(bool((wanted == end).any()) for end in ends)
+        seen.padded += len(tokens) > 1 and bool(tokens[-1] == pad == tokens[-2])
         seen.highest = max(seen.highest, int(tokens.max(initial=0)))
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         digests[document] = int.from_bytes(digest, "little")

@@ -20,7 +20,7 @@ from llmtrainer.data.format import Format
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.open import find
 from llmtrainer.data.packed import FATES, Store, is_store
-from llmtrainer.data.records import records
+from llmtrainer.data.records import holding, records
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.cache import built, identity, known_hashes, receipt
 from llmtrainer.training.chats import load_chat
@@ -76,8 +76,8 @@ def look(wish: Wish) -> Found:
     told: dict[str, list[str]] = {}
     empty = []
     for path in wish.paths:
-        for source in find(path, warn):
-            seen = detect(wish.format, records(source, reading))
+        for source in holding(find(path, warn), warn):
+            seen = detect(wish.format, records(source, reading), bad_may_drop=choices.bad_records == "drop")
             if seen is None:
                 empty.append(source.path)
             else:
@@ -189,7 +189,7 @@ def prepare_conversations(preparation: Preparation) -> PreparedExamples:
     cut = (preparation.cut_side, preparation.cut_end)
     length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
     wish = Wish(
-        tuple(part.strip() for part in preparation.data.split(",")), Format.model_validate(preparation.format),
+        tuple(part.strip() for part in preparation.data.split(",")), Format.chosen({"kind": preparation.format})(),
         Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle),
         preparation.max_dropped_share, template, day, left_out, preparation.workers,
         chat=load_chat(folder, template, day, left_out), folder=folder,

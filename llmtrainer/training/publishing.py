@@ -20,6 +20,8 @@ from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.foreign import Foreign
+from llmtrainer.models.foreign_loading import ForeignModel
 from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
 from llmtrainer.models.weights import CONFIG, INDEX, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
@@ -80,6 +82,39 @@ def publish(
             checks |= prove(partial)
         if check:
             checks |= _checked_by_transformers(partial, load_policy(partial).eval(), tokenizer)
+        _rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Published(
+        len(weights), sum(value.nbytes for value in weights.values()), sorted(file.name for file in out.iterdir()),
+        checks, list(differences(source, config)),
+    )  # fmt: skip
+
+
+def publish_foreign(
+    policy: Foreign, tokenizer: FileTokenizer, source: Path, out: Path, precision: str, *, prove: Check, words: Path
+) -> Published:
+    """As `publish`, of a model of transformers' own classes, in the form that they save themselves."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        form = ForeignModel(policy)
+        weights = {
+            name: value.to(DTYPES[precision]) if value.is_floating_point() else value
+            for name, value in form.tensors().items()
+        }
+        form.write(weights, partial)
+        # transformers writes the type of the model it holds, which is not the one of these weights.
+        config = {**read_json(partial / CONFIG), "dtype": precision}
+        _write_json(partial / CONFIG, config)
+        _write_tokenizer(tokenizer, partial)
+        for name, origin in (("chat_template.jinja", words), (GENERATION, source)):
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, partial / name)
+        again = load_tokenizer(partial)
+        _require(again.fingerprint == tokenizer.fingerprint, partial, "tokenizer", "its fingerprint")
+        checks = {"tokenizer": "the same fingerprint", **prove(partial)}
         _rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,7 +205,7 @@ def _proved(
 
 def _meant(family: Llama, key: str) -> object:
     """A field, or what it comes to where it is left out; nothing for a field that changes no function."""
-    if key in ("start_from", "freeze", "dropout", "init_std", "fp32_residual"):
+    if key in ("start_from", "freeze", "adapter", "neftune", "dropout", "init_std", "fp32_residual"):
         return None
     if key == "kv_heads":
         return family.kv_heads or family.heads

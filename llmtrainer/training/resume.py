@@ -14,8 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.core.protocols import Engine
-from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.stored import read_into
+from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER
 from llmtrainer.training.recipe import Recipe
@@ -63,7 +62,7 @@ class Resumption:
         """The folder of the moving average of the weights, if the run keeps one."""
         return self.folder / FOLDER
 
-    def load(self, policy: Decoder, engine: Engine) -> None:
+    def load(self, policy: Policy, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
         read_into(policy, self.folder)
         engine.load_state(load_file(self.folder / "optimizer.safetensors"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.models.decoder import Decoder
+from llmtrainer.models.stored import Policy
 
 LOOKUPS = ("*embed_tokens.weight",)
 """Names of tables that are read, not multiplied with."""
@@ -62,13 +63,17 @@ def multiplied_weights(parameters: Iterable[tuple[str, nn.Parameter]], *, tied_h
     )
 
 
-def flops_per_token(policy: Decoder, sequence_length: int) -> float:
+def flops_per_token(policy: Policy, sequence_length: int) -> float:
     """Floating-point operations to train on one token: forward, input gradient and weight gradient.
 
     Two per weight and product, and for attention two products of width D over the causal half of T positions
     in each of L layers: 6 x weights + 6 x L x D x T. The tokens of both sequences of a preference pair are
     counted as tokens, so nothing is multiplied by a number of sequences.
     """
+    if not isinstance(policy, Decoder):
+        config = policy.model.config.get_text_config()
+        weights = multiplied_weights(policy.named_parameters(), tied_head=bool(config.tie_word_embeddings))
+        return 6.0 * weights + 6.0 * config.num_hidden_layers * config.hidden_size * sequence_length
     family = policy.family
     weights = multiplied_weights(policy.named_parameters(), tied_head=family.tied_head)
     return 6.0 * weights + 6.0 * family.layers * family.heads * family.channels * sequence_length

@@ -15,6 +15,7 @@ from llmtrainer.apps.export import Export, export
 from llmtrainer.apps.merge import Merge, merge
 from llmtrainer.base.errors import UserError
 from llmtrainer.models.adapters.dora import Dora
+from llmtrainer.models.adapters.gated_lora import GatedLora
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.peft_format import adapter_config, adapter_tensors, write_adapter
@@ -150,3 +151,17 @@ def test_transformers_reads_a_merged_folder_and_answers_the_same(base: Path, tmp
     adapter = write(base, tmp_path / "adapter", "dora")
     told = merge(Merge(model=str(adapter), out=str(tmp_path / "merged"), check=True))
     assert {"AutoTokenizer", "greedy text"} <= set(told.checks)
+
+
+def test_a_gated_mixture_is_exported_as_an_adapter_for_every_combination_and_is_no_merge(
+    base: Path, tmp_path: Path
+) -> None:
+    policy = load_policy(base)
+    GatedLora(rank=2).insert(policy)
+    initialise(policy, 4)
+    write_adapter(adapter_tensors(policy), adapter_config(policy, str(base)), tmp_path / "gated")
+    told = export(Export(model=str(tmp_path / "gated"), out=str(tmp_path / "out")))
+    assert len(told.files) == 16 and sorted(path.name for path in (tmp_path / "out").iterdir()) == told.files
+    assert merge(Merge(model=str(tmp_path / "out" / "t1a3"), out=str(tmp_path / "one"))).changed == 0
+    with pytest.raises(UserError, match="which adapters it goes through"):
+        merge(Merge(model=str(tmp_path / "gated"), out=str(tmp_path / "merged")))

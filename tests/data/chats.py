@@ -19,6 +19,7 @@ class ByteChat:
     """`user:text END` for each message; an assistant's text and its END are learned."""
 
     fingerprint = "bytes, no other template"
+    end_ids = (END,)
 
     def rows(self, example: Example) -> tuple[TokenRow, ...]:
         tokens: list[int] = []

@@ -150,7 +150,7 @@ def test_micro_batches_of_a_step_hold_about_the_same_work(store: Store) -> None:
     ("settings", "what", "fix"),
     [
         ({"tokens_per_batch": 39}, "does not fit a micro-batch", "data.tokens_per_batch=40"),
-        ({"sequence_length": 20}, "does not fit a row of 20", "data.sequence_length=38"),
+        ({"sequence_length": 20}, "does not fit a row of 20", "data.sequence_length=38, or prepare the data again"),
         ({"sequences_per_step": 0}, "holds nothing", "1 at least"),
         ({"part": "held_out"}, "data.held_out is 0.0", "data.held_out=0.01"),
         ({"held_out": 1e-12, "part": "held_out"}, "no sequence to learn from", "data.held_out"),

@@ -117,14 +117,14 @@ def sync(handle):
     kept(handle)
 
 def live(name, syncs):
-    global last
-    last = syncs
+    global count, last
+    count, last = 0, syncs
     file = chat_file(folder / "chats.jsonl", records)
     write([file], folder / name, length=LengthPolicy(60, "split"), shard_tokens=300, max_dropped_share=1.0)
 
 shards._sync = sync
 live("whole", 0)
-whole, count = count, 0
+whole = count
 # At the beginning, between shards, while weights are widened, and just before the manifest.
 for syncs in (3, whole // 2, whole - 4, whole):
     if (child := os.fork()) == 0:

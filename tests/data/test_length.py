@@ -19,7 +19,7 @@ def row(tokens: list[int] = TOKENS, weights: list[int] = WEIGHTS) -> Piece:
 
 
 def applied(policy: LengthPolicy, given: Piece | None = None) -> tuple[str, list[tuple[list[int], list[float]]]]:
-    fate, pieces = policy.applied(given or row())
+    fate, pieces = policy.applied(given or row(), (9,))
     return fate, [(piece.tokens.tolist(), piece.weights.tolist()) for piece in pieces]
 
 
@@ -48,6 +48,14 @@ def test_an_end_is_not_put_behind_an_answer_of_which_nothing_is_left_nor_behind_
     assert applied(LengthPolicy(6, "cut")) == ("cut", [(TOKENS[:6], WEIGHTS[:6])])
 
 
+def test_where_everything_is_learned_the_end_is_that_of_the_message_that_is_cut() -> None:
+    everything = row(TOKENS, [1] * len(TOKENS))
+    assert applied(LengthPolicy(5, "cut"), everything)[1][0][0] == [1, 2, 3, 4, 9]
+    assert applied(LengthPolicy(12, "cut"), everything)[1][0][0] == [*TOKENS[:11], 9]
+    assert applied(LengthPolicy(7, "cut"), everything)[1][0][0] == TOKENS[:7], "no second end behind an end"
+    assert applied(LengthPolicy(12, "cut"), row([*TOKENS[:-1], 8]))[1][0][0] == TOKENS[:12], "an answer without an end"
+
+
 def test_a_cut_on_the_left_takes_the_beginning_and_what_it_announced() -> None:
     fate, [(tokens, weights)] = applied(LengthPolicy(10, "cut", "left"))
     assert fate == "cut" and tokens == TOKENS[4:]
@@ -74,11 +82,11 @@ def test_no_cut_is_longer_than_asked_and_no_token_is_overwritten(
     weights: list[float], longest: int, side: CutSide, end: CutEnd
 ) -> None:
     whole = row(list(range(len(weights))), weights)    # type: ignore[arg-type]
-    _, [piece] = LengthPolicy(longest, "cut", side, end).applied(whole)
+    _, [piece] = LengthPolicy(longest, "cut", side, end).applied(whole, (len(weights) - 1,))
     assert len(piece.tokens) == min(longest, len(weights))
     assert (np.diff(piece.tokens) > 0).all(), "tokens of the row in their order, each once"
     kept = [weights[token] for token in piece.tokens]
     assert piece.weights[1:].tolist() == kept[1:], "each with its own weight"
-    _, pieces = LengthPolicy(longest, "split").applied(whole)
+    _, pieces = LengthPolicy(longest, "split").applied(whole, (len(weights) - 1,))
     learned = [token for piece in pieces for token in piece.tokens[1:][piece.weights[1:] > 0]]
     assert learned == [place for place, weight in enumerate(weights) if weight and place]

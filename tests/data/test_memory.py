@@ -125,6 +125,18 @@ for policy in ("stream", "split"):
 print(source.rows_per_epoch, peak() - before)
 """
 
+CUT = PEAK + """
+import sys
+from llmtrainer.data.packed import Store
+from llmtrainer.data.budget_source import BudgetSource
+here, before = Path(sys.argv[1]), peak()
+source = BudgetSource(Store(here), sequence_length=16, tokens_per_step=512, tokens_per_batch=64, seed=0,
+                      held_out=0.1, cache=here.parent / "cache", prefetch=False, rank=1, world_size=4)
+for step in range(60):
+    source.batches(step * 1000)
+print(source.rows_per_step, peak() - before)
+"""
+
 
 @needs_proc
 def test_an_index_of_10_million_documents_stays_on_the_disk(tmp_path: Path) -> None:
@@ -142,4 +154,7 @@ def test_an_index_of_10_million_documents_stays_on_the_disk(tmp_path: Path) -> N
     (store / MANIFEST).write_text(json.dumps(manifest))
     rows, grown = child(DRAW, str(store))
     assert abs(int(rows) / documents - 0.9) < 0.01
+    assert int(grown) < 40, f"{grown} MiB"
+    rows, grown = child(CUT, str(store))
+    assert int(rows) == 512 / (length - 1)
     assert int(grown) < 40, f"{grown} MiB"

@@ -14,10 +14,12 @@ from pyarrow import ipc, parquet
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data import stdlib
+from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading, SourceFile
+from llmtrainer.data.format import Format
 from llmtrainer.data.open import find
 from llmtrainer.data.readers.docstrings import LONGEST, module_of
-from llmtrainer.data.records import Record, records
+from llmtrainer.data.records import Record, holding, records
 
 ROWS = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "x", "input": "", "output": "y"}]
 
@@ -78,6 +80,29 @@ def test_a_file_that_holds_no_records_is_refused_with_its_place(
     with pytest.raises(UserError, match=what) as error:
         read(written(tmp_path / name, content))
     assert error.value.where is not None and name in error.value.where
+
+
+def test_of_a_folder_only_files_of_records_are_taken_and_source_only_alone(tmp_path: Path) -> None:
+    tables(tmp_path)
+    for name in ("README.md", "make.py", "notes.txt"):
+        written(tmp_path / name, "text")
+    heard: list[str] = []
+    names = ("README.md", "make.py", "notes.txt", "rows.jsonl", "rows.csv", "rows.jsonl.gz")
+    files = [SourceFile(tmp_path / name, 1) for name in names]
+    assert [file.path.name for file in holding(files, heard.append)] == ["rows.jsonl", "rows.csv", "rows.jsonl.gz"]
+    assert "3 files" in heard[0] and "README.md" in heard[0]
+    assert [file.path.name for file in holding(files[:3], heard.append)] == ["make.py"]
+    assert holding(files[:1], heard.append) == files[:1], "what is named alone is read or refused, never left out"
+
+
+def test_a_text_among_records_is_for_the_format_to_refuse(tmp_path: Path) -> None:
+    found = read(written(tmp_path / "chats.yml", "conversations:\n- [a, b]\n- only a text\n- [c, d]\n"))
+    assert found[1].value == "only a text"
+    detected = detect(Format.model_validate("auto"), found, bad_may_drop=True)
+    assert detected is not None and detected.format.kind == "turns"
+    with pytest.raises(UserError, match="no format fits") as error:
+        detect(Format.model_validate("auto"), found)
+    assert error.value.where == f"{tmp_path / 'chats.yml'}, line 3"
 
 
 MODULE = '''

@@ -78,9 +78,11 @@ def test_probabilities_computed_again_are_those_kept(monkeypatch: pytest.MonkeyP
 
 def test_blocks_skip_the_keys_that_no_row_needs() -> None:
     lengths = [(b.start, b.earliest) for b in Visible.of(rows([[200, 100], [210, 90]]), None).blocks]
-    assert lengths == [(0, 0), (128, 0), (256, 200)]
+    assert lengths == [(0, 0), (128, 0), (256, 192)], "the first key is rounded down to a multiple of 32"
     windowed = [(b.start, b.earliest) for b in Visible.of(rows([[300]]), 20).blocks]
-    assert windowed == [(0, 0), (128, 109), (256, 237)]
+    assert windowed == [(0, 0), (128, 96), (256, 224)]
+    borders = [(b.start, b.stop, b.earliest) for b in Visible.of(rows([[200, 15, 45, 300]]), None).blocks]
+    assert borders == [(0, 128, 0), (128, 224, 0), (224, 288, 192), (288, 384, 256), (384, 480, 256), (480, 560, 256)]
     plain = Visible.of(rows([[300], [140]]), None)
     assert all(block.hidden_B11QK is None for block in plain.blocks), "padding alone needs no mask"
 

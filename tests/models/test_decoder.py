@@ -182,7 +182,7 @@ def test_dropout_does_not_depend_on_how_a_step_is_cut_into_micro_batches() -> No
 def test_every_place_of_dropout_draws_its_own_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     sites: list[int] = []
 
-    def spy(x: torch.Tensor, rate: float, key: int, place_B: torch.Tensor, site: int) -> torch.Tensor:
+    def spy(x: torch.Tensor, rate: float, key: int, place_B: torch.Tensor, site: int, *_: object) -> torch.Tensor:
         sites.append(site)
         return x
 

@@ -14,7 +14,7 @@ from llmtrainer.core.randomness import dropout
 from llmtrainer.models.adapters.dora import Dora
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.decoder import Decoder, Recompute
-from llmtrainer.models.lora import LowRank, Noise
+from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.weights import narrow, tensors
 from tests.tolerances import FLOAT64_GRADIENT_RELATIVE, FLOAT64_LOGITS
 from tests.worlds import ragged_documents, row_batch, tiny_model
@@ -99,9 +99,9 @@ def test_adapters_give_the_hidden_states_of_the_model_whose_matrices_follow_the_
     assert (policy.hidden(batch) - adapted(kind, fill=False).hidden(batch)).abs().max() > 0.1
 
 
-def by_autograd(low: LowRank, x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise | None) -> Tensor:
+def by_autograd(low: LowRank, x: Tensor, weight: Tensor, bias: Tensor | None, beside: Beside | None) -> Tensor:
     """The definition, operator by operator."""
-    read = x if noise is None else dropout(x, low.rate, noise.key, noise.place_B, low.site)
+    read = x if beside is None else dropout(x, low.rate, beside.key, beside.place, low.site)
     added = low.scale * (read @ low.lora_A.T @ low.lora_B.T)
     y = x @ weight.T if bias is None else x @ weight.T + bias
     if low.lora_magnitude_vector is None:
@@ -126,10 +126,10 @@ def test_the_backward_by_hand_is_the_one_of_autograd(magnitude: bool, bias: bool
     low.lora_B.data.copy_(draw(7, 3))
     if low.lora_magnitude_vector is not None:
         low.lora_magnitude_vector.data.mul_(1.3)
-    noise = Noise(11, torch.tensor([0, 4])) if rate else None
+    beside = Beside(11, torch.tensor([0, 4])) if rate else None
     x, along = draw(2, 6, 5).requires_grad_(), draw(2, 6, 7)
     leaves = [x, *low.parameters()]
-    ours, theirs = low(x, weight, low_bias, noise), by_autograd(low, x, weight, low_bias, noise)
+    ours, theirs = low(x, weight, low_bias, beside), by_autograd(low, x, weight, low_bias, beside)
     torch.testing.assert_close(ours, theirs, rtol=FLOAT64_GRADIENT_RELATIVE, atol=FLOAT64_GRADIENT_RELATIVE)
     for found, right in zip(
         torch.autograd.grad(ours, leaves, along), torch.autograd.grad(theirs, leaves, along), strict=True
@@ -145,18 +145,18 @@ def test_the_mlp_as_one_function_has_the_gradients_of_its_layers_one_by_one(
     policy = adapted(kind, targets=targets, dropout=0.2)
     mlp = next(policy.model.blocks()).mlp
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
-    noise = Noise(3, torch.tensor([7, 8]))
+    beside = Beside(3, torch.tensor([7, 8]))
     leaves = [x, *(value for value in mlp.parameters() if value.requires_grad)]
     along = torch.linspace(-1.0, 1.0, x.numel(), dtype=torch.float64).view_as(x)
 
     def layer(linear: object, x: Tensor) -> Tensor:
         low = linear.adapter  # type: ignore[attr-defined]
         weight = linear.weight.detach()  # type: ignore[attr-defined]
-        return x @ weight.T if low is None else by_autograd(low, x, weight, None, noise)
+        return x @ weight.T if low is None else by_autograd(low, x, weight, None, beside)
 
     gate = layer(mlp.gate_proj, x)
     theirs = layer(mlp.down_proj, gate * torch.sigmoid(gate) * layer(mlp.up_proj, x))
-    ours = mlp(x, noise=noise)
+    ours = mlp(x, beside=beside)
     torch.testing.assert_close(ours, theirs, rtol=FLOAT64_GRADIENT_RELATIVE, atol=FLOAT64_GRADIENT_RELATIVE)
     for found, right in zip(
         torch.autograd.grad(ours, leaves, along), torch.autograd.grad(theirs, leaves, along), strict=True
@@ -233,3 +233,25 @@ def test_targets_choose_by_the_end_of_a_name_or_by_a_pattern() -> None:
     Lora(targets=("q_proj", "model.layers.1.mlp.*")).insert(policy)
     names = {name.removeprefix("model.layers.") for name in adapters(policy)}
     assert names == {"0.self_attn.q_proj", "1.self_attn.q_proj", *(f"1.mlp.{x}_proj" for x in ("gate", "up", "down"))}
+
+
+def test_noise_on_embeddings_is_there_while_training_and_at_no_other_time() -> None:
+    policy, batch = tiny_model(torch.float64), rows()
+    plain = policy.hidden(batch)
+    policy.neftune = 5.0
+    noisy = policy.hidden(batch)
+    assert not torch.allclose(noisy, plain) and torch.equal(noisy, policy.hidden(batch))
+    assert torch.equal(policy.eval().hidden(batch), plain)
+
+
+@pytest.mark.filterwarnings("ignore")     # the compiler's own
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_pieces_hold_adapters_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and differentiated as any compiler would have it; without the minutes of C++.
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, **_: compiler(part, backend="aot_eager", dynamic=True))
+    batch, policy = rows(), adapted(kind, torch.float32)
+    plain = gradients(policy, batch)
+    policy.compile_pieces()
+    for name, value in gradients(policy, batch).items():
+        assert (value - plain[name]).abs().max() <= 1e-4 * plain[name].abs().max(), name

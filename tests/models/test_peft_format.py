@@ -35,6 +35,8 @@ def test_a_folder_read_back_gives_the_same_adapter_and_the_same_bytes(kind: str,
     write(policy, tmp_path / "one", "somebody/base@1")
     adapter, base = read_config(tmp_path / "one")
     assert base == "somebody/base@1"
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/base", "1")
     assert (adapter.kind, adapter.rank, adapter.alpha, adapter.rslora, adapter.dropout) == (kind, 3, 6.0, True, 0.1)
     again = tiny_model(torch.float64, attention_bias=True)
     for name, value in again.named_parameters():

@@ -12,7 +12,7 @@ from llmtrainer.base.kinds import kinds_in
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.objective import Objective, Term, count, loss_of
 from llmtrainer.objectives.causal_lm import CausalLM
-from tests.tolerances import FLOAT64_LOGITS
+from tests.tolerances import FLOAT32_LOSS, FLOAT64_LOGITS
 from tests.worlds import row_batch, tiny_model
 
 
@@ -99,3 +99,28 @@ def test_a_batch_of_padding_gives_zero_and_finite_zero_gradients(kind: str) -> N
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+def critical(logits_TV: torch.Tensor, labels: list[int], tokens: set[int], alpha: float) -> torch.Tensor:
+    """The loss of one row whose targets count alpha where they are critical."""
+    batch = replace(
+        row_batch([[0, *labels]]), weights_BT=torch.tensor([[alpha if label in tokens else 1.0 for label in labels]])
+    )
+    logp_BT = logits_TV.log_softmax(-1)[range(len(labels)), labels][None]
+    return loss_of(CausalLM().terms(Outputs(logp_BT=logp_BT), batch), count([batch]))
+
+
+def test_a_critical_token_counts_alpha_times_in_the_loss_and_in_what_it_is_divided_by() -> None:
+    # log(e + e^2 + 1) = 2.4076060: losses 0.4076060 and 1.4076060; (0.4076060 + 2 * 1.4076060) / 3
+    logits_TV = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]], dtype=torch.float64)
+    assert float(critical(logits_TV, [1, 0], {0}, 2.0)) == pytest.approx(1.0742726, abs=1e-7)
+    assert float(critical(logits_TV, [1, 0], {0}, 1.0)) == pytest.approx(0.9076060, abs=1e-7)
+
+
+def test_critical_tokens_are_torchs_class_weights_and_alpha_1_changes_no_bit() -> None:
+    logits_TV = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    labels = [0, 3, 1, 4, 3, 2, 0, 3, 1]
+    weights_V = torch.tensor([2.5, 1.0, 1.0, 2.5, 1.0])
+    theirs = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(labels), weight=weights_V)
+    assert float(critical(logits_TV, labels, {0, 3}, 2.5)) == pytest.approx(float(theirs), abs=FLOAT32_LOSS)
+    assert torch.equal(critical(logits_TV, labels, {0, 3}, 1.0), critical(logits_TV, labels, set(), 2.5))

@@ -140,3 +140,16 @@ def test_what_an_adapter_cannot_be_is_refused(recipe: Make, base: Path, tmp_path
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is not there"):
         open_model(settings.run)
+
+
+def test_noise_on_embeddings_changes_training_alone(recipe: Make, base: Path, tmp_path: Path) -> None:
+    losses = []
+    for size in (0.0, 5.0):
+        model = f"model={{start_from: {base}, neftune: {size}}}"
+        with open_trainer(recipe(model, "duration=1 steps", f"run={tmp_path / str(size)}")) as trainer:
+            policy = trainer.parts.policy
+            before = policy.eval().hidden(row_batch(ragged_documents([9])))
+            policy.train()
+            losses.append(next(info.loss for info in trainer.steps()))
+        assert torch.equal(before, load_policy(base).hidden(row_batch(ragged_documents([9]))))
+    assert losses[0] != losses[1]

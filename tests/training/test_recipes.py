@@ -14,7 +14,7 @@ from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-TINY, CONTINUE = RECIPES / "pretrain.yaml", RECIPES / "continue.yaml"
+TINY, CONTINUE, ANSWER = (RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft"))
 
 
 def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp_path: Path) -> None:
@@ -64,3 +64,38 @@ def test_a_published_model_goes_on_by_the_recipe_and_its_held_out_loss_falls(tmp
     events = read_events(tmp_path / "run" / "events.jsonl")
     losses = [event["held_out/loss"] for event in events if event["kind"] == "evaluate"]
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.3, losses
+
+
+def test_a_small_base_learns_by_the_recipe_what_functions_do_and_the_loss_on_others_falls(tmp_path: Path) -> None:
+    verbs, things = ("Open", "Close", "Count", "Print"), ("file", "door", "queue", "table", "line", "page")
+    for name, words in (("known", things), ("unknown", ("letter", "window"))):
+        source = [
+            f'def {verb.lower()}_{thing}(it):\n    """{verb} the {thing} that is given."""\n'
+            for verb in verbs for thing in words
+        ]
+        (tmp_path / f"{name}.py").write_text("\n".join(source))
+    base = load(
+        Recipe, TINY,
+        overrides=[
+            f"run={tmp_path / 'base'}", f"cache={tmp_path / 'cache'}", f"data.train={tmp_path / 'known.py'}",
+            "tokenizer.vocabulary=300", "model.hidden_size=64", "model.layers=2", "data.sequence_length=64",
+            "data.tokens_per_step=256", "data.tokens_per_batch=256", "optim.schedule.warmup=0 steps",
+            "duration=2 steps", "evaluate={}",
+        ],
+    )  # fmt: skip
+    train(base)
+    recipe = load(
+        Recipe, ANSWER,
+        overrides=[
+            f"run={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", f"model.start_from={tmp_path / 'base'}",
+            f"tokenizer={tmp_path / 'base'}", f"data.train={tmp_path / 'known.py'}",
+            f"data.evaluate={{questions: {tmp_path / 'unknown.py'}}}", "data.sequence_length=192",
+            "data.sequences_per_step=8", "optim.schedule.peak=3e-3", "optim.schedule.warmup=2 steps",
+            "evaluate.every=4 steps", "evaluate.max_new_tokens=4", "duration=12 steps",
+        ],
+    )  # fmt: skip
+    train(recipe)
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    losses = [event["questions/loss"] for event in events if event["kind"] == "evaluate"]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.3, losses
+    assert (tmp_path / "run" / "samples" / "step-00000012.json").is_file()

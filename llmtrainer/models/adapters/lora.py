@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.protocols import Adapter
 from llmtrainer.core.randomness import derive
-from llmtrainer.models.layers import Linear
 from llmtrainer.models.lora import LowRank
 
 _FIRST_SITE = 1 << 20
@@ -46,6 +45,11 @@ class Lora(Adapter):
     """Whether a magnitude for every row is learned beside the low-rank direction."""
 
     @property
+    def members(self) -> int:
+        """How many adapters of this rank stand beside a matrix."""
+        return 1
+
+    @property
     def scale(self) -> float:
         """s, the factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -60,13 +64,18 @@ class Lora(Adapter):
         for number, (_, linear) in enumerate(self._chosen(policy)):
             wide = torch.promote_types(linear.weight.dtype, torch.float32)
             linear.adapter = LowRank(
-                linear.weight, self.rank, self.scale, rate=self.dropout, site=_FIRST_SITE + number,
+                linear.weight, self.rank * self.members, self.scale, rate=self.dropout, site=_FIRST_SITE + number,
                 magnitude=self.directed, master=wide,
             )  # fmt: skip
         policy.adapter = self    # type: ignore[assignment]
 
-    def _chosen(self, policy: nn.Module) -> list[tuple[str, Linear]]:
-        found = dict(adaptable(policy))
+    def _chosen(self, policy: nn.Module) -> list[tuple[str, Adaptable]]:
+        found = adaptable(policy)
+        if not found:
+            raise UserError(
+                "the model has no linear layer of torch's to stand beside", where="model.adapter",
+                why="its class multiplies by layers of its own kind", fix="train it whole: remove model.adapter",
+            )
         for target in self.targets:
             if not any(matches(name, target) for name in found):
                 near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in found}, n=1, cutoff=0.3)
@@ -82,11 +91,21 @@ class Lora(Adapter):
         ]  # fmt: skip
 
 
-def adaptable(policy: nn.Module) -> Iterator[tuple[str, Linear]]:
+class Adaptable(Protocol):
+    """A linear layer with room for an adapter."""
+
+    weight: nn.Parameter
+    adapter: LowRank | None
+
+    def merged(self) -> Tensor:
+        """The one matrix that does what weight and adapter do."""
+        ...
+
+
+def adaptable(policy: nn.Module) -> dict[str, Adaptable]:
     """Every linear layer but the head, by name, in the order of the model."""
-    for name, module in policy.named_modules():
-        if isinstance(module, Linear) and name != "lm_head":
-            yield name, module
+    layers: Callable[[], Iterator[tuple[str, Adaptable]]] = policy.adaptable_layers    # type: ignore[assignment]
+    return dict(layers())
 
 
 def matches(name: str, target: str) -> bool:
@@ -94,9 +113,9 @@ def matches(name: str, target: str) -> bool:
     return name.endswith(f".{target}") or fnmatchcase(name, target)
 
 
-def adapters(policy: nn.Module) -> dict[str, Linear]:
+def adapters(policy: nn.Module) -> dict[str, Adaptable]:
     """Every layer that has an adapter, by name."""
-    return {name: linear for name, linear in adaptable(policy) if linear.adapter is not None}
+    return {name: linear for name, linear in adaptable(policy).items() if linear.adapter is not None}
 
 
 def initialise(policy: nn.Module, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -98,6 +99,11 @@ class Llama(Family):
     def mlp_size(self) -> int:
         """Width F of the gated MLP."""
         return self.intermediate_size or intermediate_size(self.hidden_size)
+
+    def load(self, folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Decoder:
+        from llmtrainer.models.weights import load_policy  # which reads a family out of config.json
+
+        return load_policy(folder, compute, frozen=frozen)
 
     def build(self, vocabulary: int, compute: torch.dtype = torch.float32) -> Decoder:
         """A decoder with unset weights: `initialise(seed)` or load them. Under torch.device("meta") it costs no

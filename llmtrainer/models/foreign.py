@@ -1,0 +1,349 @@
+"""Models of transformers' own classes as policies: our attention inside them, our head on top of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core import vocab_head
+from llmtrainer.core.arrangement import Arranged, Arrangement
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.protocols import Adapter
+from llmtrainer.core.randomness import embedding_noise
+from llmtrainer.models import paths
+from llmtrainer.models.attention import Path as AttentionPath
+from llmtrainer.models.attention import Visible
+from llmtrainer.models.lora import Beside, LowRank
+
+ATTENTION = "llmtrainer"
+"""What our attention is called among those of transformers."""
+_NOW: ContextVar[_Reading] = ContextVar("reading")
+
+
+class _Reading:
+    """One forward pass: what its tokens may see, for every attention layer that asks."""
+
+    def __init__(self, batch: Batch, path: AttentionPath, compute: torch.dtype) -> None:
+        self.path, self.compute = path, compute
+        self.batch = batch
+        self._visible: dict[int | None, Visible] = {}
+        self.calls = 0
+
+    def visible(self, window: int | None) -> Visible:
+        if window not in self._visible:
+            self._visible[window] = Visible.of(self.batch, window)
+        return self._visible[window]
+
+
+def attend_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None,
+    position_bias: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query [B, H, T, C], key and value [B, K, T, C] -> [B, T, H, C].
+
+    What may be seen follows from the documents of the batch that is being read; the mask that the model's class
+    makes knows nothing of them and is not looked at.
+    """
+    reading = _NOW.get()
+    reading.calls += 1
+    if is_causal is False or position_bias is not None:
+        raise UserError(
+            f"{type(module).__name__} is no causal softmax attention", where="model.kind hf",
+            why="it looks ahead" if position_bias is None else "it adds a bias for every pair of places",
+            fix="model.apart=true, or another model",
+        )
+    visible = reading.visible(sliding_window)
+    q_BTHC, k_BTKC, v_BTKC = (x.transpose(1, 2).to(reading.compute).contiguous() for x in (query, key, value))
+    scale = q_BTHC.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        if softcap or s_aux is not None or dropout or v_BTKC.shape[-1] != q_BTHC.shape[-1]:
+            return _by_definition(q_BTHC, k_BTKC, v_BTKC, visible, scale, softcap, s_aux, dropout), None
+        # Our paths scale by the root of C.
+        factor = scale * math.sqrt(q_BTHC.shape[-1])
+        return reading.path(q_BTHC if factor == 1.0 else q_BTHC * factor, k_BTKC, v_BTKC, visible), None
+
+
+def _by_definition(
+    q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible, scale: float, softcap: float | None,
+    sinks_H: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention with what only some models have: capped scores (arXiv:2408.00118, section 2), a score that no key
+    has (sinks), dropout of probabilities."""
+    groups = q_BTHC.shape[2] // k_BTKC.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores_BHTT = q @ k.transpose(2, 3) * scale
+    if softcap:
+        scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
+    scores_BHTT = scores_BHTT.masked_fill(~visible.mask_BTT[:, None], -math.inf)
+    wide = torch.promote_types(scores_BHTT.dtype, torch.float32)
+    if sinks_H is not None:
+        column = sinks_H.to(scores_BHTT.dtype)[None, :, None, None].expand(*scores_BHTT.shape[:3], 1)
+        scores_BHTT = torch.cat([scores_BHTT, column], dim=-1)
+    p = scores_BHTT.softmax(-1, dtype=wide).to(v.dtype)
+    if sinks_H is not None:
+        p = p[..., :-1]
+    return (F.dropout(p, dropout) @ v).transpose(1, 2)
+
+
+class AdaptedLinear(nn.Linear):
+    """torch's linear layer, with room for an adapter."""
+
+    adapter: LowRank | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.adapter is None:
+            return super().forward(x)
+        beside, rows = None, x if x.ndim == 3 else x.flatten(0, -2)[None]
+        if self.training and self.adapter.rate:
+            # transformers' modules carry no places of rows: masks are drawn from the seed of the step.
+            key = int(torch.randint(2**62, ()))
+            beside = Beside(key, torch.arange(len(rows), device=x.device))
+        read: Tensor = self.adapter(rows, self.weight, self.bias, beside)
+        return read.view(*x.shape[:-1], -1)
+
+    def merged(self) -> Tensor:
+        """The one matrix that does what weight and adapter do."""
+        return self.weight.detach() if self.adapter is None else self.adapter.merged(self.weight)
+
+
+class Foreign(nn.Module):
+    """A policy around a model of transformers. Names of parameters are the model's own.
+
+    Trained whole, weights are float32 (or wider) and 16-bit products run under autocast; frozen, they are kept in
+    the type that computes.
+    """
+
+    def __init__(self, model: Any, compute: torch.dtype, *, apart: bool, frozen: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.compute, self.apart, self.frozen = compute, apart, frozen
+        self.adapter: Adapter | None = None
+        self.ids: int | None = None
+        self.path: str | None = None
+        self.chunk: int | None = None
+        config = model.config.get_text_config()
+        self.context_length = int(
+            next(filter(None, (getattr(config, key, None) for key in _CONTEXTS)), 2048)
+        )
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self.neftune = 0.0
+        """Size of the noise on embeddings while training."""
+        self.calls = 0
+        """How often the last pass asked for our attention."""
+        self.own_logits = False
+        """Whether the class does more behind its head than a product, so that whole logits are needed."""
+
+        model.get_input_embeddings().register_forward_hook(self._noisy)
+
+    def _noisy(self, embedding: nn.Module, inputs: Any, x_BTD: Tensor) -> Tensor:
+        if not self.neftune or not self.training:
+            return x_BTD
+        batch = _NOW.get().batch
+        return embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, *batch.places)
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters(*arguments, **named)  # type: ignore[no-any-return]
+
+    def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self.model.named_modules(*arguments, **named)  # type: ignore[no-any-return]
+
+    def adaptable_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        """Every linear layer but the head, by name."""
+        head = self.model.get_output_embeddings()
+        for name, module in self.model.named_modules():
+            if isinstance(module, AdaptedLinear) and module is not head:
+                yield name, module
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        chosen_N = vocab_head.weighted_positions(batch)
+        if self.own_logits:
+            logits_NV = vocab_head.gather(self._read(batch, logits=True), chosen_N)
+            return vocab_head.score_logits(logits_NV, batch, chosen_N, wants, self.ids)
+        hidden_ND, weight_VD = self._with_bias(vocab_head.gather(self.hidden(batch), chosen_N))
+        return vocab_head.score_gathered(
+            hidden_ND, weight_VD, batch, chosen_N, wants, self.chunk, None, self.ids
+        )
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """What the head reads: [B, T, D] in the compute type."""
+        return self._read(batch, logits=False)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, V], for those who read a few places."""
+        if self.own_logits:
+            return self._read(batch, logits=True)
+        hidden, weight_VD = self._with_bias(self.hidden(batch))
+        return hidden @ weight_VD.to(hidden.dtype).t()
+
+    def _with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        if bias_V is None:
+            return hidden, head.weight
+        # The bias is the weight of one more input, which is always 1.
+        one = hidden.new_ones(*hidden.shape[:-1], 1)
+        return torch.cat([hidden, one], dim=-1), torch.cat([head.weight, bias_V[:, None]], dim=1)
+
+    def _read(self, batch: Batch, logits: bool) -> Tensor:
+        if self.adapter is not None:
+            self.adapter.require_one()      # gates are known to our own families alone
+        if not self.apart:
+            return self._read_rows(batch, logits)
+        single, places = _apart(batch)
+        place_BT = batch.place_B[:, None].expand(batch.tokens_BT.shape) if batch.place_BT is None else batch.place_BT
+        first_N = single.position_BT.flatten()[single.document_BT.flatten() >= 0] == 0
+        # Several documents of a row have its place; where each begins tells them apart.
+        begins = places[first_N]
+        place_B = place_BT.flatten()[begins] + (begins % batch.tokens_BT.shape[1] << 32)
+        single = replace(single, dropout_key=batch.dropout_key, place_B=place_B)
+        found = self._read_rows(single, logits)
+        whole = found.new_zeros(batch.tokens_BT.numel(), found.shape[-1])
+        real = single.document_BT.flatten() >= 0
+        return whole.index_copy(0, places, found.flatten(0, 1)[real]).unflatten(0, batch.tokens_BT.shape)
+
+    def _read_rows(self, batch: Batch, logits: bool) -> Tensor:
+        device = batch.tokens_BT.device
+        path = paths.PATHS[self.path or paths.default_for(device)]
+        reading = _Reading(batch, path, self.compute)
+        token = _NOW.set(reading)
+        named: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
+        if self._takes_positions:
+            named["position_ids"] = batch.position_BT.long().clamp(max=self.context_length - 1)
+        try:
+            with self._autocast(device):
+                if logits:
+                    found: Tensor = self.model(**named).logits
+                else:
+                    found = self.model.base_model(**named).last_hidden_state
+        finally:
+            _NOW.reset(token)
+        self.calls = reading.calls
+        return found.to(self.compute)
+
+    @property
+    def _takes_positions(self) -> bool:
+        return not self.apart or "position_ids" in self.model.forward.__code__.co_varnames
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        if self.frozen or self.compute not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.compute)  # type: ignore[return-value]
+
+    def arrange(self, asked: Arrangement) -> Arranged:
+        """Compute as an engine asks. Raises UserError for what only our own families do."""
+        for name, given, only in (
+            ("kernels", asked.kernels == "liger", "engine.kernels=torch"),
+            ("recompute_every", asked.recompute_every is not None, "remove engine.recompute_every"),
+        ):
+            if given:
+                raise UserError(
+                    f"engine.{name} is for our own families", where="model.kind hf",
+                    why="a class of transformers computes as it is written", fix=only,
+                )
+        device = self.head_weight.device
+        path, told = paths.choose(asked.attention, device, self.compute, asked.fallback)
+        self.path = path
+        if any(_drops(module) for module in self.model.modules()):
+            told += ("dropout inside a class of transformers is drawn from the seed of the step, not of each row",)
+        if self.own_logits:
+            told += (f"{type(self.model).__name__} does more than a product behind its head: logits exist whole",)
+        return Arranged({"attention": f"{path} inside {type(self.model).__name__}"}, told)
+
+    def compile_pieces(self, mode: str | None = None) -> None:
+        raise UserError(
+            "a class of transformers is not compiled here", where="engine.compile",
+            why="our attention inside it decides by each batch what is computed", fix="engine.compile=false",
+        )
+
+    def cache(self, rows: int, capacity: int) -> Rows:
+        """See Decoder.cache. Tokens are kept, not keys: every read computes the whole rows again."""
+        return Rows(rows, capacity, self.head_weight.device)
+
+    @torch.no_grad()
+    def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Rows) -> Tensor:
+        """See Decoder.read."""
+        cache.append(tokens_BT, lengths_B)
+        last_B = (cache.lengths_B - 1).clamp(min=0)
+        logits_BTV = self.logits(rows_of(cache.tokens, self.head_weight.device))
+        found: Tensor = logits_BTV[torch.arange(len(last_B), device=last_B.device), last_B]
+        return found.to(torch.promote_types(self.compute, torch.float32))
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = (module.rate if isinstance(module, LowRank) else 0.0, module.p if isinstance(module, nn.Dropout) else 0.0)
+    return max(rates) > 0.0
+
+
+_CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+class Rows:
+    """The tokens read so far, per row."""
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was."""
+        self.tokens = [list(self.tokens[row]) for row in rows]
+        self.lengths_B = self.lengths_B[list(rows)]
+
+    def append(self, tokens_BT: Tensor, lengths_B: Tensor) -> None:
+        for held, ids, length in zip(self.tokens, tokens_BT.tolist(), lengths_B.tolist(), strict=True):
+            held += ids[:length]
+        self.lengths_B = self.lengths_B + lengths_B.to(self.lengths_B.device)
+        assert int(self.lengths_B.max()) <= self.capacity, f"the cache holds {self.capacity} tokens a row"
+
+
+def rows_of(documents: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    """One document a row, padded to the longest, nothing of it a target."""
+    T = max(1, *map(len, documents))
+    tokens_BT = torch.tensor([[*ids, *[0] * (T - len(ids))] for ids in documents], device=device)
+    real_BT = torch.arange(T, device=device) < torch.tensor([len(ids) for ids in documents], device=device)[:, None]
+    owner_BT = torch.where(real_BT, 0, -1).to(torch.int32)
+    position_BT = torch.arange(T, dtype=torch.int32, device=device).expand(tokens_BT.shape)
+    return Batch(
+        tokens_BT, tokens_BT, torch.zeros(tokens_BT.shape, device=device), owner_BT, position_BT, owner_BT,
+        torch.arange(len(documents), device=device),
+    )  # fmt: skip
+
+
+def _apart(batch: Batch) -> tuple[Batch, Tensor]:
+    """Every document of every row as a row of its own, and the flat places [N] that its tokens came from."""
+    B, T = batch.tokens_BT.shape
+    documents: list[list[int]] = []
+    places: list[int] = []
+    owner_BT = batch.document_BT.tolist()
+    for row in range(B):
+        start = 0
+        for place in range(1, T + 1):
+            if place == T or owner_BT[row][place] != owner_BT[row][start]:
+                if owner_BT[row][start] >= 0:
+                    documents.append(batch.tokens_BT[row, start:place].tolist())
+                    places += range(row * T + start, row * T + place)
+                start = place
+    device = batch.tokens_BT.device
+    return rows_of(documents, device), torch.tensor(places, device=device)

@@ -1,0 +1,224 @@
+"""Folders of transformers' own classes: opened without their code, proved before anything is trained, and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import Batch
+from llmtrainer.core.randomness import derive
+from llmtrainer.models import proof
+from llmtrainer.models.foreign import ATTENTION, AdaptedLinear, Foreign, attend_packed, rows_of
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers that our attention computes."""
+_LENGTHS = (11, 7)
+"""Documents of the row that packing is proved with."""
+
+
+def load_foreign(
+    folder: Path, compute: torch.dtype = torch.float32, *, frozen: bool = False, apart: bool = False
+) -> Foreign:
+    """The model of a folder, in any class of transformers that predicts the next token. No code of the folder runs.
+
+    UserError where packed rows could not be exact (and they are not read apart), or where a proof fails.
+    """
+    transformers = _transformers()
+    where, silent = str(folder), _Silence(transformers)
+    with silent:
+        config, model_class = _described(transformers, folder)
+        lack = unpackable(model_class, config)
+        if lack is not None and not apart:
+            raise UserError(
+                f"packed rows are not exact in {model_class.__name__}", where=where, why=lack,
+                fix="model.apart=true, which reads every document by itself",
+            )
+        master = torch.float64 if compute == torch.float64 else torch.float32
+        # Where documents are read one by one, the class' own attention sees all there is to see.
+        named = {} if apart else {"attn_implementation": ATTENTION}
+        if master == torch.float64:
+            named["experts_implementation"] = "eager"     # their grouped products know no float64
+        try:
+            model = model_class.from_pretrained(
+                str(folder), config=config, dtype=compute if frozen else master, local_files_only=True,
+                use_safetensors=True, trust_remote_code=False, **named,
+            )  # fmt: skip
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"transformers does not open this folder as {model_class.__name__}", where=where,
+                why=str(error).strip().partition("\n")[0], fix="copy the model again, with its safetensors files",
+            ) from None
+    if frozen:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = AdaptedLinear
+                module.adapter = None   # type: ignore[assignment]
+    policy = Foreign(model, compute, apart=apart, frozen=frozen)
+    training = policy.training
+    policy.eval()
+    if not apart:
+        require_packing(policy, where)
+    policy.own_logits = not _is_product(policy)
+    policy.train(training)
+    policy.requires_grad_(not frozen)
+    policy.train()
+    return policy
+
+
+def unpackable(model_class: Any, config: Any) -> str | None:
+    """Why packed rows cannot be exact in a class, for people; None if they may be."""
+    text = config.get_text_config()
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if strange:
+        return f"it has layers of {', '.join(strange)}, and only softmax attention can be told where documents end"
+    if getattr(text, "attention_chunk_size", None):
+        return f"its attention sees chunks of {text.attention_chunk_size} places, wherever documents begin"
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return "its class computes what mixes places by itself, so that nothing can tell it where documents end"
+    return None
+
+
+@torch.no_grad()
+def require_packing(policy: Foreign, where: str) -> None:
+    """Read two documents in one row and apart: every state must be the same, or a UserError names the class."""
+    draw = torch.Generator().manual_seed(derive(0, "packing"))
+    documents = [
+        torch.randint(0, policy.vocabulary, (length,), generator=draw).tolist() for length in _LENGTHS
+    ]
+    device = policy.head_weight.device
+    packed = policy.hidden(_packed(documents, device))[0]
+    alone = torch.cat([policy.hidden(rows_of([ids], device))[0] for ids in documents])
+    off = proof.difference(packed, alone)
+    if policy.calls and off <= proof.ALLOWED[policy.compute]:
+        return
+    raise UserError(
+        f"packed rows are not exact in {type(policy.model).__name__}", where=where,
+        why=f"a document beside another is read as something else, off by {off:.1e}" if policy.calls
+        else "its class never asked for our attention",
+        fix="model.apart=true, which reads every document by itself",
+    )  # fmt: skip
+
+
+def _packed(documents: list[list[int]], device: torch.device) -> Batch:
+    tokens_BT = torch.tensor([[token for ids in documents for token in ids]], device=device)
+    owners = [number for number, ids in enumerate(documents) for _ in ids]
+    owner_BT = torch.tensor([owners], dtype=torch.int32, device=device)
+    position_BT = torch.tensor([[place for ids in documents for place in range(len(ids))]], dtype=torch.int32)
+    return Batch(
+        tokens_BT, tokens_BT, torch.zeros(tokens_BT.shape, device=device), owner_BT, position_BT.to(device), owner_BT,
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _is_product(policy: Foreign) -> bool:
+    """Whether logits are hidden states times the head's rows, and nothing else."""
+    row = rows_of([[index % policy.vocabulary for index in range(3, 12)]], policy.head_weight.device)
+    policy.own_logits = True
+    right = policy.logits(row)
+    policy.own_logits = False
+    return proof.difference(policy.logits(row), right) <= proof.ALLOWED[policy.compute]
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A folder as transformers saves it."""
+
+    policy: Foreign
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and every buffer that is kept, by name; what is tied, once."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, value in self.policy.model.state_dict().items():
+            if ".adapter." not in name and value.data_ptr() not in seen:
+                seen.add(value.data_ptr())
+                found[name] = value.detach()
+        return found
+
+    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+        model = self.policy.model
+        tied = {name: value for name, value in model.state_dict().items() if name not in named}
+        owners = {value.data_ptr(): name for name, value in model.state_dict().items() if name in named}
+        whole = {**named, **{name: named[owners[value.data_ptr()]] for name, value in tied.items()}}
+        with _Silence(_transformers()):
+            model.save_pretrained(str(folder), state_dict=whole)
+
+
+def read_foreign(policy: Foreign, folder: Path) -> None:
+    """Fill a policy from a folder that it wrote."""
+    transformers = _transformers()
+    with _Silence(transformers):
+        _, model_class = _described(transformers, folder)
+        stored = model_class.from_pretrained(
+            str(folder), dtype=policy.head_weight.dtype, local_files_only=True, use_safetensors=True
+        )
+    wanted, found = dict(policy.model.named_parameters()), dict(stored.named_parameters())
+    wrong = sorted(
+        name for name in {*wanted, *found}
+        if name not in wanted or name not in found or wanted[name].shape != found[name].shape
+    )  # fmt: skip
+    if wrong:
+        raise UserError(
+            "the stored weights are not this model's", where=str(folder), why=f"so {', '.join(wrong[:4])}",
+            fix="name the folder of a model of the same shape and vocabulary",
+        )
+    policy.model.load_state_dict(stored.state_dict())
+
+
+def _described(transformers: Any, folder: Path) -> tuple[Any, Any]:
+    """The configuration of a folder and the class that reads it."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        return config, mapping[type(config)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            "transformers has no class that predicts the next token for this folder", where=str(folder),
+            why=str(error).strip().partition("\n")[0],
+            fix="name a model that transformers knows by itself: code that lies in a folder is never run",
+        ) from None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise UserError(
+            "this model needs transformers", where="model.kind hf", why=str(error),
+            fix="pip install 'llmtrainer[hf]'",
+        ) from None
+    AttentionInterface.register(ATTENTION, attend_packed)
+    # Who may see whom is our attention's business; a mask would be made and thrown away.
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    return transformers
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+class _Silence:
+    """Without transformers' progress bars and advice, which are for people who use it by hand."""
+
+    def __init__(self, transformers: Any) -> None:
+        self._logging = transformers.utils.logging
+
+    def __enter__(self) -> None:
+        self._level = self._logging.get_verbosity()
+        self._bars = self._logging.is_progress_bar_enabled()
+        self._logging.set_verbosity_error()
+        self._logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self._logging.set_verbosity(self._level)
+        if self._bars:
+            self._logging.enable_progress_bar()
