@@ -17,7 +17,7 @@ from llmtrainer.tokenizer.template import built_in
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from tests.tokenizer.chats import THINKING, TRUTHS, conversations, encoded, with_every_token
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TEMPLATES = built_in()
 ENDS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "smollm2": "<|im_end|>", "role_end": "<|im_end|>",
         "tags": "</s>", "llama3": "<|eot_id|>"}  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_built_in_template_names_the_command_that_adds_what_the_tokenizer_lack
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_plain_example_is_prompt_and_response_encoded_apart(trained: FileTokenizer, ask: str, answer: str) -> None:
     (row,) = Chat(trained, "chatml").rows(Example((Message("user", ask), Message("assistant", answer)), plain=True))
     prompt, response = trained.encode(ask), trained.encode_continuation(answer)

@@ -123,7 +123,7 @@ def test_every_answer_is_learned_once_behind_its_own_prompt(
 ) -> None:
     made = chat(trained, source, tmp_path, leave_out=["thinking"])
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(conversations([name for name in trained.control if name != OPEN], thinking=True, system=False))
     def holds(messages: tuple[Message, ...]) -> None:
         rows = made.rows(Example(messages))
