@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.data import stdlib
 from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading
 from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
@@ -79,7 +80,7 @@ def look(wish: Wish) -> Found:
         for source in holding(find(path, warn), warn):
             seen = detect(wish.format, records(source, reading), bad_may_drop=choices.bad_records == "drop")
             if seen is None:
-                empty.append(source.path)
+                empty += [] if path.startswith(stdlib.PREFIX) else [source.path]    # a module without docstrings
             else:
                 files.append(ExampleFile(source, seen.format))
                 told.setdefault(seen.format.kind, []).append(seen.how)
