@@ -76,7 +76,6 @@ def assemble(
     # 2. Vocabulary, text, rows.
     tokenizer_folder, tokenizer = tokenizer_of(recipe)
     rows = rows_of(recipe, tokenizer_folder, tokenizer, engine)
-    source = rows.train
     facts = facts_of(recipe, precision, rows, tokenizer)
     # 3. Where the run continues, before anything large is allocated.
     resumption = find_resumption(run, recipe, warn)
@@ -108,7 +107,7 @@ def assemble(
     if resumption is None and rows.chat is not None:
         look_before(recipe, run, rows, rows.chat, tokenizer, policy, engine, warn)
     parts = Parts(
-        seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
+        seed=recipe.seed, source=rows.train, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
