@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,170 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmtrainer.core.batch import Batch
 from llmtrainer.models.joint import joint_linear
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
 from llmtrainer.models.lora import Beside
-
-BLOCK = 128
-"""Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
-_GRAIN = 32
-"""Blocks of a row of several documents, and their keys, begin at multiples of it, so that few shapes occur: on a CPU
-the first product of a shape costs as much as thirty others."""
+from llmtrainer.models.visible import BLOCK, Block, Visible
 
 RotaryTable = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which keys each query of a batch may see; made once for all layers.
-
-    A key must not be later, must be of the same document, within the sliding window by position, and either
-    shared by all sequences of its document (-1: a prompt with several answers) or of the query's own.
-    Padding is a document of its own.
-    """
-
-    document_BT: Tensor
-    sequence_BT: Tensor
-    position_BT: Tensor
-    window: int | None = None
-    """A query sees at most this many positions, its own included."""
-    made: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What a path made of this once for all layers, by the path's name."""
-
-    @classmethod
-    def of(cls, batch: Batch, window: int | None) -> Visible:
-        return cls(batch.document_BT, batch.sequence_BT, batch.position_BT, window)
-
-    @cached_property
-    def mask_BTT(self) -> Tensor:
-        """bool [B, query, key]."""
-        T = self.document_BT.shape[1]
-        seen = self.document_BT[:, :, None] == self.document_BT[:, None, :]
-        seen &= torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
-        query_BT1, key_B1T = self.sequence_BT[:, :, None], self.sequence_BT[:, None, :]
-        seen &= (key_B1T == -1) | (key_B1T == query_BT1)
-        if self.window is not None:
-            seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < self.window
-        return seen
-
-    @cached_property
-    def branching(self) -> bool:
-        """Whether some document holds several sequences, so that what a query sees is no unbroken range."""
-        same = self.document_BT[:, 1:] == self.document_BT[:, :-1]
-        return bool((same & (self.sequence_BT[:, 1:] != self.sequence_BT[:, :-1])).any())
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether causality alone decides for every real token: one document a row, no window that bites."""
-        short = self.window is None or self.document_BT.shape[1] <= self.window
-        return short and not self.branching and bool((self.document_BT <= 0).all())
-
-    @cached_property
-    def first_BT(self) -> Tensor:
-        """The earliest key a query may see, never falling along a row.
-
-        Padding goes on with the document before it: nothing reads what it sees, and plain rows need no mask.
-        """
-        T = self.document_BT.shape[1]
-        place_T = torch.arange(T, device=self.document_BT.device)
-        starts_BT = torch.zeros_like(self.document_BT, dtype=torch.bool)
-        starts_BT[:, 1:] = (self.document_BT[:, 1:] != self.document_BT[:, :-1]) & (self.document_BT[:, 1:] >= 0)
-        first_BT = (starts_BT * place_T).cummax(dim=1).values
-        if self.window is not None and not self.branching:
-            first_BT = torch.maximum(first_BT, place_T - (self.window - 1))
-        return first_BT
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The queries in blocks, each with the one range of keys that its rows need."""
-        return tuple(self._block(start, stop) for start, stop in itertools.pairwise(self._borders()))
-
-    def _borders(self) -> list[int]:
-        """Where blocks begin, and the end of the last. One row of several documents is cut where they begin: a block
-        across two would multiply each with the other's keys. Short neighbours share a block all the same."""
-        T = self.document_BT.shape[1]
-        changes = self.document_BT[0, 1:] != self.document_BT[0, :-1]
-        if len(self.document_BT) > 1 or self.branching or not bool(changes.any()):
-            return [*range(0, T, BLOCK), T]
-        # Not below a document's begin: the block's first rows would need the keys of the document before.
-        ends = sorted({min(-(-place // _GRAIN) * _GRAIN, T) for place in [*(1 + changes.nonzero()[:, 0]).tolist(), T]})
-        borders, whole = [0], 0
-        for end in ends:
-            if end - borders[-1] > BLOCK:
-                if whole > borders[-1]:
-                    borders.append(whole)    # the documents before it fill a block of their own
-                while end - borders[-1] > BLOCK:
-                    pieces = -(-(end - borders[-1]) // BLOCK)
-                    borders.append(borders[-1] + -(-(end - borders[-1]) // (pieces * _GRAIN)) * _GRAIN)
-            whole = end
-        return [*borders, T]
-
-    def _block(self, start: int, stop: int) -> Block:
-        earliest = int(self.first_BT[:, start].min()) // _GRAIN * _GRAIN
-        if self.branching:
-            hidden = ~self.mask_BTT[:, start:stop, earliest:stop]
-            return Block(start, stop, earliest, stop, hidden[:, None, None])
-        if int(self.first_BT[:, stop - 1].max()) <= earliest:
-            return Block(start, stop, earliest, stop, None)
-        place_k = torch.arange(earliest, stop, device=self.document_BT.device)
-        hidden = place_k < self.first_BT[:, start:stop, None]
-        hidden |= place_k > place_k[start - earliest :, None]
-        return Block(start, stop, earliest, stop, hidden[:, None, None])
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries start..stop against keys earliest..latest, ends not included."""
-
-    start: int
-    stop: int
-    earliest: int
-    latest: int
-    hidden_B11QK: Tensor | None
-    """What may not be seen, bool. None: the last key stands at the last query, and only what is later is
-    hidden."""
-    made: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.earliest, self.latest)
-
-    def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """0 where a key may be seen and -inf where not, of the block's last keys: [B or 1, 1, 1, Q, their number].
-
-        To be added: that is many times faster than to fill by a mask, and 0 changes no bit. Made once for all layers.
-        """
-        if dtype not in self.made:
-            if self.hidden_B11QK is None:
-                n = self.stop - self.start    # only the square on the diagonal holds later keys
-                self.made[dtype] = torch.full((1, 1, 1, n, n), -math.inf, dtype=dtype, device=device).triu(1)
-            else:
-                bias = torch.zeros(self.hidden_B11QK.shape, dtype=dtype, device=device)
-                self.made[dtype] = bias.masked_fill_(self.hidden_B11QK, -math.inf)
-        return self.made[dtype]
-
-
-def cached_blocks(read_B: Tensor, T: int, window: int | None, capacity: int) -> tuple[Block, ...]:
-    """T new tokens of each row, of which `read_B` were read before, against all keys up to them."""
-    shortest, longest = int(read_B.min()), int(read_B.max())
-    blocks = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        latest = min(longest + stop, capacity)
-        # Padding past the capacity is taken to stand at its last place: every query must see some key.
-        earliest = 0 if window is None else max(0, min(shortest + start, capacity - 1) - window + 1)
-        hidden = None
-        if shortest != longest or window is not None or latest != longest + stop:
-            key_k = torch.arange(earliest, latest, device=read_B.device)
-            query_BQ1 = (read_B[:, None] + torch.arange(start, stop, device=read_B.device))[:, :, None]
-            query_BQ1 = query_BQ1.clamp(max=capacity - 1)
-            hidden = key_k > query_BQ1
-            if window is not None:
-                hidden |= key_k <= query_BQ1 - window
-            hidden = hidden[:, None, None]
-        blocks.append(Block(start, stop, earliest, latest, hidden))
-    return tuple(blocks)
 
 
 def attend_cached(q_BTHC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, blocks: tuple[Block, ...]) -> Tensor:
@@ -233,9 +74,10 @@ class _Blocks(torch.autograd.Function):
         k_ZTC, v_ZTC = _by_head(k_BTKC), _by_head(v_BTKC)
         queries, out = _cut(q_BTHC, K, blocks), _Room(q_BTHC, K, blocks)
         keep = any(ctx.needs_input_grad) and B * H * T * T * q_BTHC.element_size() // 2 <= _KEPT_BYTES
+        scores, again = (_Scratch.of(q_BTHC, blocks, B * H) for _ in range(2))
         kept = []
         for block, q_ZQC, out_ZQC in zip(blocks, queries, out.blocks(), strict=True):
-            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B)
+            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B, scores, None if keep else again)
             torch.bmm(p_ZQK, v_ZTC[:, block.keys], out=out_ZQC)
             kept.append(p_ZQK if keep else None)
         # Through autograd, so that whoever recomputes activations drops these too.
@@ -247,21 +89,24 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         k_ZTC, v_ZTC, *saved = ctx.saved_tensors
-        B, T, _, C = ctx.shape
+        B, T, H, C = ctx.shape
         K, dtype = k_ZTC.shape[0] // B, k_ZTC.dtype
         gradients, dq = _cut(grad_BTHC, K, ctx.blocks), _Room(grad_BTHC, K, ctx.blocks)
         # Every block adds to the keys before it; in bfloat16 these sums would lose digits with the row's length.
         wide = torch.promote_types(dtype, torch.float32)
         dk_ZTC, dv_ZTC = (torch.zeros(k_ZTC.shape, dtype=wide, device=k_ZTC.device) for _ in range(2))
         queries, probabilities = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        first, second, third = (_Scratch.of(grad_BTHC, ctx.blocks, B * H) for _ in range(3))
         for block, q_ZQC, kept, g_ZQC, dq_ZQC in zip(
             ctx.blocks, queries, probabilities, gradients, dq.blocks(), strict=True
         ):  # fmt: skip
             keys = block.keys
-            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B) if kept is None else kept
+            p_ZQK = _probabilities(q_ZQC, k_ZTC, block, B, first, second) if kept is None else kept
             dv_ZTC[:, keys] += torch.bmm(p_ZQK.transpose(1, 2), g_ZQC)
-            dp_ZQK = torch.bmm(g_ZQC, v_ZTC[:, keys].transpose(1, 2))
-            ds_ZQK = torch._softmax_backward_data(dp_ZQK, p_ZQK, -1, p_ZQK.dtype)
+            dp_ZQK = torch.bmm(g_ZQC, v_ZTC[:, keys].transpose(1, 2), out=first.room(p_ZQK.shape))
+            ds_ZQK = torch.ops.aten._softmax_backward_data(
+                dp_ZQK, p_ZQK, -1, p_ZQK.dtype, grad_input=third.room(p_ZQK.shape)
+            )
             _scaled(ds_ZQK, k_ZTC[:, keys], C, out=dq_ZQC)
             dk_ZTC[:, keys] += _scaled(ds_ZQK.transpose(1, 2), q_ZQC, C)
         dk_BTKC, dv_BTKC = (x.view(B, K, T, C).transpose(1, 2).to(dtype) for x in (dk_ZTC, dv_ZTC))
@@ -270,6 +115,22 @@ class _Blocks(torch.autograd.Function):
 
 _KEPT_BYTES = 64 * 2**20
 """Probabilities of one layer up to this size wait for backward; larger ones are computed again."""
+
+
+class _Scratch:
+    """Memory for the scores of one block at a time, the same for all. They grow along a row, so what one block
+    freed would never be enough for the next, and a process would come to hold several times what it needs."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+
+    @classmethod
+    def of(cls, x: Tensor, blocks: tuple[Block, ...], heads: int) -> _Scratch:
+        most = max((block.stop - block.start) * (block.latest - block.earliest) for block in blocks)
+        return cls(x.new_empty(heads * most))
+
+    def room(self, shape: Sequence[int]) -> Tensor:
+        return self._flat[: math.prod(shape)].view(*shape)
 
 
 def _by_head(x_BTKC: Tensor) -> Tensor:
@@ -338,13 +199,18 @@ def _write_queries(out_BTHC: Tensor, x_ZQC: Tensor, block: Block, K: int) -> Non
     part.copy_(x_ZQC.view(B, K, H // K, n, C).permute(0, 3, 1, 2, 4))
 
 
-def _probabilities(q_ZQC: Tensor, k_ZTC: Tensor, block: Block, B: int) -> Tensor:
-    """softmax over the visible keys of a block: [Z, Q, keys]; reduced in float32 inside torch's kernel."""
-    scores_ZQK = _scaled(q_ZQC, k_ZTC[:, block.keys].transpose(1, 2), q_ZQC.shape[-1])
+def _probabilities(
+    q_ZQC: Tensor, k_ZTC: Tensor, block: Block, B: int, scores: _Scratch | None = None, room: _Scratch | None = None
+) -> Tensor:
+    """softmax over the visible keys of a block: [Z, Q, keys]; reduced in float32 inside torch's kernel. `scores` and
+    `room`: where the scores and the result may lie."""
+    shape = *q_ZQC.shape[:2], block.latest - block.earliest
+    keys_ZCK = k_ZTC[:, block.keys].transpose(1, 2)
+    scores_ZQK = _scaled(q_ZQC, keys_ZCK, q_ZQC.shape[-1], None if scores is None else scores.room(shape))
     bias, n = block.bias(q_ZQC.dtype, q_ZQC.device), block.stop - block.start
-    by_row = scores_ZQK.view(B, -1, scores_ZQK.shape[1] // n, n, scores_ZQK.shape[2])
+    by_row = scores_ZQK.view(B, -1, shape[1] // n, n, shape[2])
     by_row[..., -bias.shape[-1] :] += bias
-    return scores_ZQK.softmax(-1)
+    return torch.softmax(scores_ZQK, -1) if room is None else torch.softmax(scores_ZQK, -1, out=room.room(shape))
 
 
 class Attention(nn.Module):

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrainer.models.attention import attend_cached, cached_blocks
+from llmtrainer.models.attention import attend_cached
 from llmtrainer.models.prepacked import Product
+from llmtrainer.models.visible import cached_blocks
 
 if TYPE_CHECKING:
     from llmtrainer.models.attention import Attention

@@ -18,11 +18,12 @@ from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.protocols import Adapter
 from llmtrainer.core.randomness import derive, dropout, embedding_noise
 from llmtrainer.models import kernels, paths, proof
-from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable, Visible
+from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.rotary import Rotary
+from llmtrainer.models.visible import Visible
 
 if TYPE_CHECKING:
     from llmtrainer.models.families.llama import Llama

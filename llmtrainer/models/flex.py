@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrainer.models.attention import Visible
+from llmtrainer.models.visible import Visible
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:

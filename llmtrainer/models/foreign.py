@@ -21,8 +21,8 @@ from llmtrainer.core.protocols import Adapter
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import paths
 from llmtrainer.models.attention import Path as AttentionPath
-from llmtrainer.models.attention import Visible
 from llmtrainer.models.lora import Beside, LowRank
+from llmtrainer.models.visible import Visible
 
 ATTENTION = "llmtrainer"
 """What our attention is called among those of transformers."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from llmtrainer.base.errors import UserError
 from llmtrainer.core import vocab_head
 from llmtrainer.models import kernels, paths
-from llmtrainer.models.attention import AttentionShape, Visible, attend_reference
+from llmtrainer.models.attention import AttentionShape, attend_reference
+from llmtrainer.models.visible import Visible
 
 ALLOWED = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1.5e-2, torch.bfloat16: 1e-1}
 """Largest difference of any row of a result or gradient, as a share of the root mean square row. Three to ten times

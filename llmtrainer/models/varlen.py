@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.models.attention import Visible
+from llmtrainer.models.visible import Visible
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 """(q_NHC, k_NKC, v_NKC, first places of documents and the end, tokens of the longest, window or -1) -> out_NHC."""

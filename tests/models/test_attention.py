@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llmtrainer.core.batch import Batch
-from llmtrainer.models.attention import BLOCK, PATHS, Visible
+from llmtrainer.models.attention import PATHS
 from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.visible import BLOCK, Visible
 from tests.models.rows import rows, shared_prompt
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_HIDDEN, FLOAT64_LOGITS
 

@@ -16,7 +16,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import EngineConfig
 from llmtrainer.models import attention, flex, paths, varlen
-from llmtrainer.models.attention import Visible
+from llmtrainer.models.visible import Visible
 from tests.models.rows import rows, shared_prompt
 from tests.tolerances import FLOAT32_GRADIENT, FLOAT32_HIDDEN, HALF_RELATIVE
 

@@ -13,10 +13,11 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arrangement
 from llmtrainer.models import decoder as decoder_module
 from llmtrainer.models import kernels, paths, proof
-from llmtrainer.models.attention import Visible, attend_blocks
+from llmtrainer.models.attention import attend_blocks
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.layers import TORCH
+from llmtrainer.models.visible import Visible
 from tests.models.rows import rows
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -14,7 +14,8 @@ from torch import Tensor
 import llmtrainer as lt
 from llmtrainer.base.errors import UserError
 from llmtrainer.models import paths
-from llmtrainer.models.attention import Visible, attend_blocks
+from llmtrainer.models.attention import attend_blocks
+from llmtrainer.models.visible import Visible
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import open_trainer
 
