@@ -108,7 +108,7 @@ def prepare(folder: Path, wish: Any) -> Figures:
             "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
             "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
         },
-        "engine": {"kind": "single", "device": "cpu", "compile": wish.compile, "recompute_every": 1},
+        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager, "recompute_every": 1},
         "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
     }  # fmt: skip
     with (folder / "recipe.yaml").open("w") as file:
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
     parser.add_argument("--data", help="a text of 8,193 tokens or more; else this Python's own library")
     parser.add_argument("--recompute", choices=("both", "ours"), default="both", help="who computes activations again")
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    parser.add_argument("--eager", action="store_true", help="ours without torch.compile")
     wish = parser.parse_args()
     if wish.side:
         turns.serve(ours if wish.side == "ours" else trl, wish.settings)
@@ -140,7 +140,9 @@ def main() -> None:
     told = turns.fact(result, "first_loss")
     if abs(told["peers"]["trl"] - told["ours"]) > LARGEST_DIFFERENCE:
         turns.refuse(f"the first losses differ: {told}", "this is not one work")
-    turns.tell({**result, "first_loss": told, "recompute": wish.recompute, "threads": wish.threads})
+    turns.tell({
+        **result, "first_loss": told, "recompute": wish.recompute, "compiled": not wish.eager, "threads": wish.threads,
+    })
 
 
 if __name__ == "__main__":
