@@ -2,71 +2,58 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import itertools
-import lzma
 import math
 import shutil
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import zstandard
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from llmtrainer.base.config import Config, load
-from llmtrainer.base.errors import RunStopped
+from llmtrainer.base.config import Config
+from llmtrainer.base.events import read_events
 from llmtrainer.base.events import steps as steps_of
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.data.open import documents, find
+from llmtrainer.evals.compressors import COMPRESSORS, bits_per_byte_of
 from llmtrainer.training.cache import receipt
-from llmtrainer.training.console import bar, say, voice
+from llmtrainer.training.console import bar, say
+from llmtrainer.training.datasets.examples import Examples
 from llmtrainer.training.figures import amount, short, span
+from llmtrainer.training.models import model_folder
+from llmtrainer.training.pace import begun_steps, steps_within, train_within
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.run import open_trainer
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
 
-Stage = Literal["tokenizer", "prepare", "train", "evaluate", "compress", "sample", "plot"]
-STAGES: tuple[Stage, ...] = ("tokenizer", "prepare", "train", "evaluate", "compress", "sample", "plot")
+Stage = Literal["tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "plot"]
+STAGES: tuple[Stage, ...] = (
+    "tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "plot",
+)
 
-WARM_STEPS, TIMED_STEPS = 3, 9
-"""Steps before and during the measurement of speed: the first ones load kernels and fill caches."""
-SPARE = 0.88
-"""Share of the time that is planned for: the rest is for saving, evaluating and a machine that slows down."""
-
-AGAIN = 0.4
-"""Share of the first step's time that it takes once more in the run: compiled kernels come from torch's cache."""
-
-TIME_IS_UP = "the time is up"
-"""Why a demo stops its own training: the machine became slower than it was when it was measured."""
-
-COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": lambda text: gzip.compress(text, 9, mtime=0),
-    "xz": lambda text: lzma.compress(text, preset=9),
-    "zstd": lambda text: zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text),
-}
-"""`gzip -9`, `xz -9` and `zstd -19`, each on a whole file."""
+ANSWER_SHARE = 0.2
+"""Share of the training time in which the model learns to answer."""
+QUESTIONS = "questions"
+"""The name of the held-out questions in the events."""
 
 
 class Demo(Config):
-    """Learn a vocabulary, prepare text, train, evaluate and write: `llmtrainer demo`, at most six minutes."""
+    """Learn a vocabulary, prepare text, train, evaluate, write and answer: `llmtrainer demo`, at most six minutes."""
 
     run: str = "runs/demo"
-    """The run directory. Run again, the demo goes on where it was; a finished one shows its figures again."""
+    """The run directory; `answer` trains in a second one, named so with `-answers` behind it. Run again, the demo
+    goes on where it was; a finished one shows its figures again."""
 
     stages: tuple[Stage, ...] = STAGES
     """Which parts of the demo to run, in their own order. What a part needs from an earlier one is made if it
-    is not there, except the model: `train` comes before `evaluate` and `sample`."""
+    is not there, except the model: `train` comes before `evaluate`, `sample` and `answer`."""
 
     data: str = "stdlib:train"
     """The text to learn from."""
@@ -74,20 +61,31 @@ class Demo(Config):
     held_out: str = "stdlib:held_out"
     """Text that the model never sees: what it is measured on, and the compressors beside it."""
 
+    questions: str = "stdlib:questions"
+    """Conversations to learn answering from: here, what functions and classes do, answered by their docstrings."""
+
+    held_out_questions: str = "stdlib:held_out_questions"
+    """Conversations that it never sees, to measure how well it answers."""
+
     vocabulary: int = Field(default=4096, ge=269)
     """Number of different pieces that text is cut into."""
 
     seconds: float = Field(default=200.0, gt=0.0)
-    """Most seconds to spend on training. The speed is measured first, then the number of steps is fixed."""
+    """Most seconds to spend on training, a fifth of them on answering. The speed is measured first, then the number
+    of steps is fixed."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Train exactly so many steps instead of measuring; two machines then do the same work."""
+    """Train exactly so many steps, and a quarter as many on answering, instead of measuring; two machines then do the
+    same work."""
 
     prompt: str = 'def read_lines(path):\n    """'
     """How the function begins that the model is to write."""
 
+    ask: tuple[str, ...] = ("What does dumps in json do?", "What does Thread.join in threading do?")
+    """What it is asked in the end."""
+
     new_tokens: int = Field(default=120, ge=1)
-    """Length of what it writes, in tokens."""
+    """Length of what it writes, in tokens; an answer may end before."""
 
     cache: str = ".llmtrainer/cache"
     """Where the vocabulary and the tokens are kept, by content."""
@@ -110,11 +108,14 @@ class Told(Result):
     training: dict[str, float | None] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     sample: dict[str, str] | None = None
+    answers: dict[str, Any] | None = None
+    """How the model learned to answer: `run`, `rows`, `held_out_rows`, `steps`, `seconds`, `loss_before` and
+    `loss_after` on held-out questions, and what was `said`: prompt, text and finish of each answer."""
     plot: str | None = None
 
     def text(self) -> str:
         """The figures, with a line on what each of them means."""
-        parts = [_figures(self), _comparison(self), _written(self), _where_to_go(self)]
+        parts = [_figures(self), _comparison(self), _written(self), _answered(self), _where_to_go(self)]
         return "\n\n".join(part for part in parts if part)
 
 
@@ -132,6 +133,7 @@ def demo(settings: Demo) -> Told:
         "evaluate": ("measure the model on files it has never seen", _evaluate),
         "compress": ("measure three compressors on the same files", _compress),
         "sample": ("let the model write", _sample),
+        "answer": ("teach the model to answer questions, and ask it two", _answer),
         "plot": ("draw the curves", _plot),
     }
     chosen = [stage for stage in STAGES if stage in settings.stages]
@@ -163,44 +165,12 @@ def _prepare(settings: Demo) -> dict[str, Any]:
 def _train(settings: Demo) -> dict[str, Any]:
     if not _has_compiler():
         say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
-    recipe = _recipe(settings, _steps(settings))
-    started = time.perf_counter()
-    with open_trainer(recipe) as trainer:
-        stop = trainer.parts.stop
-        for _ in trainer.steps():
-            if settings.steps is None and time.perf_counter() - started > settings.seconds:
-                stop.request(TIME_IS_UP)
-        progress, reason = trainer.progress, stop.requested
-    if not trainer.finished:
-        if reason != TIME_IS_UP:
-            raise RunStopped(f"stopped at step {progress.step:,} ({reason}); the same command goes on from there")
-        say(f"the time is up at step {progress.step:,} of {recipe.duration}: this machine slowed down meanwhile")
-    loss = steps_of(RunDir(Path(settings.run)).events)[-1]["loss"]
-    seconds = time.perf_counter() - started
-    return {"training": {"steps": progress.step, "tokens": progress.tokens, "loss": loss, "seconds": seconds}}
-
-
-def _steps(settings: Demo) -> int:
-    """How many steps the run has: as it began, or as given, or as many as fit the time on this machine."""
-    if settings.steps is not None:
-        return settings.steps
-    begun = RunDir(Path(settings.run)).recipe
-    if begun.is_file():
-        return int(load(Recipe, str(begun)).duration.value)
-    trials = WARM_STEPS + TIMED_STEPS
-    with bar("measuring the speed", trials, "steps") as advance, tempfile.TemporaryDirectory() as place:
-        laps = []
-        trial = _recipe(settings, 10_000).model_copy(update={"run": place})
-        # The bar stands for this run: its own view would promise 10,000 steps.
-        with voice(quiet=True), open_trainer(trial) as trainer:
-            for info in itertools.islice(trainer.steps(), trials):
-                laps.append(info.seconds["total"])
-                advance(1)
-    # The lower quartile: a moment in which something else ran must not decide how long the model learns.
-    lap = statistics.quantiles(laps[WARM_STEPS:], n=4)[0]
-    steps = max(int((SPARE * settings.seconds - AGAIN * laps[0]) / lap), 1)
-    say(f"one step takes {lap * 1000:,.0f} ms here, so {steps:,} steps fit {span(settings.seconds)}")
-    return steps
+    share = 1.0 - ANSWER_SHARE if "answer" in settings.stages else 1.0
+    seconds = share * settings.seconds
+    steps = settings.steps or begun_steps(settings.run) or steps_within(_recipe(settings, 10_000), seconds)
+    done = train_within(_recipe(settings, steps), None if settings.steps else seconds)
+    progress, loss = done.progress, steps_of(RunDir(Path(settings.run)).events)[-1]["loss"]
+    return {"training": {"steps": progress.step, "tokens": progress.tokens, "loss": loss, "seconds": done.seconds}}
 
 
 def _recipe(settings: Demo, steps: int) -> Recipe:
@@ -248,22 +218,10 @@ def _evaluate(settings: Demo) -> dict[str, Any]:
 
 def _compress(settings: Demo) -> dict[str, Any]:
     texts = [document.text.encode() for document in documents(find(settings.held_out))]
-    return {
-        "corpus": {"held_out_files": len(texts), "held_out_bytes": sum(map(len, texts))},
-        "bits_per_byte": bits_per_byte_of(texts),
-    }
-
-
-def bits_per_byte_of(texts: list[bytes]) -> dict[str, float]:
-    """Compressed bits per byte of text, by compressor: each text is compressed alone."""
     total = sum(map(len, texts))
-    packed = dict.fromkeys(COMPRESSORS, 0)
     with bar("compress", total, "bytes") as advance:
-        for text in texts:
-            for name, compress in COMPRESSORS.items():
-                packed[name] += len(compress(text))
-            advance(len(text))
-    return {name: 8 * size / max(total, 1) for name, size in packed.items()}
+        bits = bits_per_byte_of(texts, advance)
+    return {"corpus": {"held_out_files": len(texts), "held_out_bytes": total}, "bits_per_byte": bits}
 
 
 def _sample(settings: Demo) -> dict[str, Any]:
@@ -277,6 +235,62 @@ def _sample(settings: Demo) -> dict[str, Any]:
     text = completion["prompt"] + completion["text"]
     (samples / "function.txt").write_bytes(text.encode())    # as it is: a text file would turn its line ends
     return {"sample": {"prompt": completion["prompt"], "text": completion["text"]}}
+
+
+def _answer(settings: Demo) -> dict[str, Any]:
+    run, seconds = f"{settings.run}-answers", ANSWER_SHARE * settings.seconds
+    trial = _answer_recipe(settings, run, 10_000)
+    assert isinstance(trial.data, Examples)
+    # Before the speed is measured, so that a person sees what is prepared.
+    learned, held = trial.data.prepared(model_folder(settings.run), Path(settings.cache))
+    steps = max(settings.steps // 4, 1) if settings.steps else begun_steps(run) or steps_within(trial, seconds)
+    done = train_within(
+        _answer_recipe(settings, run, steps), None if settings.steps else seconds, evaluate_first=True
+    )
+    losses = [
+        event[f"{QUESTIONS}/loss"] for event in read_events(RunDir(Path(run)).events) if event["kind"] == "evaluate"
+    ]
+    said = [_asked(settings, run, question) for question in settings.ask]
+    return {"answers": {
+        "run": run, "rows": learned.documents, "held_out_rows": held[QUESTIONS].documents,
+        "steps": done.progress.step, "seconds": done.seconds, "loss_before": losses[0], "loss_after": losses[-1],
+        "said": said,
+    }}  # fmt: skip
+
+
+def _answer_recipe(settings: Demo, run: str, steps: int) -> Recipe:
+    """As recipes/tiny/sft.yaml, for as long as there is time."""
+    return Recipe.model_validate({
+        "run": run,
+        "model": {"start_from": settings.run},
+        "tokenizer": settings.run,
+        "data": {
+            "kind": "examples", "train": settings.questions, "evaluate": {QUESTIONS: settings.held_out_questions},
+            "template": "chatml", "sequence_length": 256, "too_long": "drop", "tokens_per_batch": 2048,
+            "sequences_per_step": 32,
+        },
+        "optim": {
+            "rule": {"kind": "adamw", "weight_decay": 0.0},
+            "schedule": {
+                "kind": "cosine", "peak": 1e-3, "warmup": f"{min(steps // 10, 20)} steps", "final_ratio": 0.1,
+            },
+        },
+        # Uncompiled: rows of many lengths would be compiled again and again, and the run is short.
+        "engine": {"kind": "single", "compile": False},
+        "duration": Duration(steps, "steps"),
+        "evaluate": {"every": Every(Duration(max(steps // 4, 1), "steps"))},
+        "save": {"keep_newest": 1, "keep_best": 0},
+        "seed": settings.seed,
+        "cache": settings.cache,
+    })  # fmt: skip
+
+
+def _asked(settings: Demo, run: str, question: str) -> dict[str, str]:
+    wish = Generation(
+        model=run, prompt=question, chat=True, max_new_tokens=settings.new_tokens, temperature=0.0, stream=False,
+    )
+    (completion,) = generate(wish).json()["completions"]
+    return {name: completion[name] for name in ("prompt", "text", "finish")}
 
 
 def _plot(settings: Demo) -> dict[str, Any]:
@@ -325,10 +339,28 @@ def _comparison(told: Told) -> str:
 def _written(told: Told) -> str:
     if told.sample is None:
         return ""
-    # A young model also writes control characters, which a terminal would obey.
-    text = (told.sample["prompt"] + told.sample["text"]).expandtabs(4)
-    lines = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).split("\n")
-    return "\n".join(["A function, as the model writes it:", *(f"    {line}" for line in lines)])
+    return "\n".join(["A function, as the model writes it:", *_lines(told.sample["prompt"] + told.sample["text"])])
+
+
+def _answered(told: Told) -> str:
+    if told.answers is None:
+        return ""
+    found = told.answers
+    lines = [
+        f"Fine-tuned on {found['rows']:,} questions about the library ({found['steps']:,} steps in "
+        f"{span(found['seconds'])}), it answers. Its loss on {found['held_out_rows']:,} questions",
+        f"about modules that it never saw went from {found['loss_before']:.3f} to {found['loss_after']:.3f} nats:",
+    ]
+    for said in found["said"]:
+        unfinished = "" if said["finish"] == "end" else " ..."
+        lines += [*_lines(said["prompt"]), *(f"    {line}" for line in _lines(said["text"].strip() + unfinished))]
+    return "\n".join(lines)
+
+
+def _lines(text: str) -> list[str]:
+    """A model's text for a screen. A young model also writes control characters, which a terminal would obey."""
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text.expandtabs(4))
+    return [f"    {line}" for line in shown.split("\n")]
 
 
 def _where_to_go(told: Told) -> str:
@@ -336,7 +368,11 @@ def _where_to_go(told: Told) -> str:
     if told.plot:
         rows.append(("the curves", told.plot, ""))
     rows.append(("let it write", f"llmtrainer generate {told.run} 'import '", ""))
+    if told.answers:
+        question = "What does Lock.acquire in threading do?"
+        rows.append(("ask it", f"llmtrainer generate {told.answers['run']} --chat '{question}'", ""))
     rows.append(("train on your text", "llmtrainer train recipes/tiny/pretrain.yaml data.train=FOLDER", ""))
+    rows.append(("or on your chats", "llmtrainer train recipes/tiny/sft.yaml data.train=FILE data.evaluate='{}'", ""))
     return _table(rows)
 
 

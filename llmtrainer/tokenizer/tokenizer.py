@@ -29,6 +29,8 @@ COMPANIONS = (CONFIG_FILE, MAP_FILE, "added_tokens.json", TEMPLATE_FILE)
 
 LONG_TEXT = 1_000_000
 """Characters at a time: the library keeps more than a hundred bytes for each token until its text is done."""
+FEW_CHARACTERS = 2_048
+"""Texts that have fewer together are cut by the thread that asks: waking others takes longer than the work."""
 
 
 class FileTokenizer:
@@ -195,10 +197,12 @@ class FileTokenizer:
 
     def _encoded(self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         parts = [list(cut(text, LONG_TEXT)) if self._ours else [text] for text in texts]
+        flat = [piece for part in parts for piece in part]
         try:
-            done = iter(
-                tokenizer.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False)
-            )
+            if sum(map(len, flat)) < FEW_CHARACTERS:
+                done = iter([tokenizer.encode(piece, add_special_tokens=False) for piece in flat])
+            else:
+                done = iter(tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         except (TypeError, UnicodeEncodeError) as error:
             raise not_unicode(texts, error) from error
         batches: list[list[int]] = []

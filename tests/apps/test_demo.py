@@ -13,11 +13,15 @@ from types import SimpleNamespace
 import pytest
 
 from llmtrainer.apps import demo as module
-from llmtrainer.apps.demo import Demo, bits_per_byte_of, demo
+from llmtrainer.apps.demo import Demo, demo
 from llmtrainer.base.config import load
+from llmtrainer.base.events import read_events
+from llmtrainer.evals.compressors import bits_per_byte_of
+from llmtrainer.training import pace
 from llmtrainer.training.console import voice
 from llmtrainer.training.recipe import Recipe
 
+_QUESTIONS = {"questions": "stdlib:questions", "held_out_questions": "stdlib:held_out_questions"}
 TEXTS = [b"def f(x):\n    return x + 1\n" * 40, b"import os\n" * 3, bytes(range(32, 127)) * 20]
 PROGRAMS = {"gzip": ["gzip", "-9", "-n"], "xz": ["xz", "-9"], "zstd": ["zstd", "-19", "-q"]}
 
@@ -37,8 +41,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
         (tmp_path / part).mkdir()
         for number in range(count):
             body = "".join(f"def f{line}(x):\n    return x * {number + line}\n\n" for line in range(30))
+            body += f'def multiplied{number}(x):\n    """The number {number}, multiplied by what is given."""\n'
             (tmp_path / part / f"{part}{number}.py").write_text(body)
-    return Demo(data="train", held_out="held_out", vocabulary=320, steps=4, new_tokens=8)
+    return Demo(
+        data="train", held_out="held_out", questions="train", held_out_questions="held_out", vocabulary=320, steps=4,
+        new_tokens=8,
+    )
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -70,7 +78,14 @@ def test_the_whole_demo_leaves_everything_it_promises(small: Demo) -> None:
     assert set(found["bits_per_byte"]) == {"model", "gzip", "xz", "zstd"}
     assert all(bits > 0 for bits in found["bits_per_byte"].values())
     assert found["training"]["steps"] == 4
+    answers = found["answers"]
+    assert answers["run"] == "runs/demo-answers" and answers["steps"] == 1
+    assert answers["rows"] == 40 and answers["held_out_rows"] == 3
+    assert [said["prompt"] for said in answers["said"]] == list(small.ask)
+    assert {said["finish"] for said in answers["said"]} <= {"end", "length"}
     text = told.text()
+    assert f"from {answers['loss_before']:.3f} to {answers['loss_after']:.3f}" in text
+    assert "llmtrainer generate runs/demo-answers --chat" in text
     for name in ("this model", "gzip -9", "xz -9", "zstd -19"):
         assert name in text
     assert f"{found['bits_per_byte']['model']:.3f}" in text and "4 steps" in text
@@ -102,9 +117,9 @@ def test_the_number_of_steps_follows_from_the_measured_speed(small: Demo, monkey
     def opened(recipe: Recipe):
         yield SimpleNamespace(steps=lambda: (SimpleNamespace(seconds={"total": lap}) for lap in laps))
 
-    monkeypatch.setattr(module, "open_trainer", opened)
-    steps = module._steps(small.model_copy(update={"steps": None, "seconds": 100.0}))
-    assert steps == int((module.SPARE * 100.0 - module.AGAIN * 9.0) / 0.5)
+    monkeypatch.setattr(pace, "open_trainer", opened)
+    steps = pace.steps_within(module._recipe(small, 10_000), 100.0)
+    assert steps == int((pace.SPARE * 100.0 - pace.AGAIN * 9.0) / 0.5)
 
 
 def test_a_demo_whose_time_is_up_saves_and_goes_on_the_next_time(
@@ -112,8 +127,8 @@ def test_a_demo_whose_time_is_up_saves_and_goes_on_the_next_time(
 ) -> None:
     clock = iter(range(0, 10_000, 10))
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_steps", lambda settings: 6)
-        patched.setattr(module.time, "perf_counter", lambda: float(next(clock)))
+        patched.setattr(module, "steps_within", lambda recipe, seconds: 6)
+        patched.setattr(pace.time, "perf_counter", lambda: float(next(clock)))
         told = demo(small.model_copy(update={"steps": None, "seconds": 25.0, "stages": ("train",)}))
     assert 0 < told.training["steps"] < 6
     saved = Path("runs/demo/checkpoints") / f"step-{told.training['steps']:08d}"
@@ -125,3 +140,31 @@ def test_the_saved_recipe_is_the_run(small: Demo) -> None:
     demo(small.model_copy(update={"stages": ("train",)}))
     saved = load(Recipe, "runs/demo/recipe.yaml")
     assert saved.duration.value == 4 and saved.data.train.path == "train" and saved.tokenizer.vocabulary == 320
+
+
+def test_the_answers_are_learned_as_the_recipe_of_that_name_says(small: Demo) -> None:
+    told = load(Recipe, str(Path(__file__).parents[2] / "recipes/tiny/sft.yaml")).plain()
+    ours = module._answer_recipe(small.model_copy(update=_QUESTIONS), told["run"], 484).plain()
+    for name in ("data", "model", "tokenizer", "objective", "optim", "engine"):
+        assert ours[name] == told[name], name
+
+
+def test_learning_to_answer_lowers_the_loss_on_questions_about_what_was_not_seen(small: Demo) -> None:
+    told = demo(small.model_copy(update={"steps": 40, "stages": ("train", "answer"), "ask": ()}))
+    assert told.answers and told.answers["loss_after"] < 0.8 * told.answers["loss_before"]
+    events = [event for event in read_events(Path("runs/demo-answers/events.jsonl")) if event["kind"] == "evaluate"]
+    assert events[0]["step"] == 0
+    assert events[0]["questions/loss"] == told.answers["loss_before"]
+    assert events[-1]["questions/loss"] == told.answers["loss_after"]
+
+
+def test_the_time_of_training_is_shared_between_writing_and_answering(
+    small: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    monkeypatch.setattr(module, "steps_within", lambda recipe, seconds: planned.append((recipe.run, seconds)) or 2)
+    timed = small.model_copy(update={"steps": None, "seconds": 100.0, "ask": ()})
+    demo(timed.model_copy(update={"stages": ("train", "answer")}))
+    assert planned == [("runs/demo", 80.0), ("runs/demo-answers", 20.0)]
+    demo(timed.model_copy(update={"run": "runs/other", "stages": ("train",)}))
+    assert planned[2:] == [("runs/other", 100.0)]

@@ -6,6 +6,7 @@ import ast
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
@@ -30,21 +31,30 @@ class Docstrings(Reader):
         module = module_of(path)
         if any(part in _TESTS or part.startswith("_") for part in module.split(".")):
             return
-        text = text_in(stream.read(), reading, path)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")    # of a backslash in somebody's source
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError) as error:
-            # Some modules of the library are broken on purpose; any other is somebody's data.
-            if module_of(path) != Path(path.name).stem:
-                return
-            raise UserError("the file is no Python source", where=str(path), why=str(error)) from error
-        for name, node in _definitions(tree):
-            answer = first_paragraph(ast.get_docstring(node) or "")
-            if SHORTEST <= len(answer) <= LONGEST:
-                said = {"user": f"What does {name} in {module} do?", "assistant": answer}
-                yield {"messages": [{"role": role, "content": content} for role, content in said.items()]}, node.lineno
+        yield from _questions(text_in(stream.read(), reading, path), module, str(path))
+
+
+@lru_cache(maxsize=2_048)
+def _questions(text: str, module: str, path: str) -> tuple[tuple[dict[str, Any], int], ...]:
+    """The records of a module's source, each with its line. Kept, since a file is read twice, to tell its format and
+    to learn from it, and parsing takes longer than all the rest."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # of a backslash in somebody's source
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        # Some modules of the library are broken on purpose; any other is somebody's data.
+        if module != Path(path).stem:
+            return ()
+        raise UserError("the file is no Python source", where=path, why=str(error)) from error
+    found = []
+    for name, node in _definitions(tree):
+        answer = first_paragraph(ast.get_docstring(node) or "")
+        if SHORTEST <= len(answer) <= LONGEST:
+            said = {"user": f"What does {name} in {module} do?", "assistant": answer}
+            messages = [{"role": role, "content": content} for role, content in said.items()]
+            found.append(({"messages": messages}, node.lineno))
+    return tuple(found)
 
 
 def module_of(path: AnyPath) -> str:

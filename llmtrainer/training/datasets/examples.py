@@ -16,6 +16,7 @@ from llmtrainer.data.format import Format
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.packed import Store
+from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.chats import load_chat
 from llmtrainer.training.dataset import Dataset, Opened, Rows, Setting
 from llmtrainer.training.prepare_examples import Wish, prepared_examples
@@ -116,13 +117,8 @@ class Examples(Dataset):
         # A format reads its own keys when a file is prepared, which the cache may spare; here they count as read.
         for name in type(self.format).model_fields:
             getattr(self.format, name)
-        chat = load_chat(setting.folder, self.template, self.date, self.leave_out)
-        shared: dict[str, Any] = {
-            "format": self.format, "choices": self._choices(), "max_dropped_share": self.max_dropped_share,
-            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
-            "chat": chat, "folder": setting.folder,
-        }  # fmt: skip
-        store = prepared_examples(Wish(self.train, **shared), setting.cache)
+        store, measured = self.prepared(setting.folder, setting.cache)
+        chat = self._chat(setting.folder)
         engine = setting.engine
         per_step = self.tokens_per_step or (None if self.sequences_per_step else 32_768)
         train = BudgetSource(
@@ -130,12 +126,23 @@ class Examples(Dataset):
             shuffle=self.shuffle, rank=engine.rank, world_size=engine.world_size, held_out=self.held_out,
             **self._budget(store, setting),
         )  # fmt: skip
-        measured = {
-            name: prepared_examples(Wish((path,), **shared), setting.cache) for name, path in self._sets().items()
-        }
         return Opened(
             train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat
         )
+
+    def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
+        """The rows of the training set and of each evaluation set, made now unless the cache has them. `folder`: the
+        tokenizer's."""
+        shared: dict[str, Any] = {
+            "format": self.format, "choices": self._choices(), "max_dropped_share": self.max_dropped_share,
+            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
+            "chat": self._chat(folder), "folder": folder,
+        }  # fmt: skip
+        train = prepared_examples(Wish(self.train, **shared), cache)
+        return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self._sets().items()}
+
+    def _chat(self, folder: Path) -> Chat:
+        return load_chat(folder, self.template, self.date, self.leave_out)
 
     def _choices(self) -> Choices:
         cut = (self.cut_side, self.cut_end) if self.too_long == "cut" else ()
