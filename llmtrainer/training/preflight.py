@@ -223,7 +223,8 @@ def longest_batch(store: Store, tokens_per_batch: int) -> Batch:
     rows = []
     for place, document in enumerate(order[:fit].tolist()):
         tokens = store.read(document)
-        rows.append(Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, store.weights(document)))
+        one = np.zeros(len(tokens), dtype=np.int32)
+        rows.append(Row(tokens, one, place, store.weights(document), store.gates(document)))
     return end_to_end(rows)
 
 
