@@ -154,7 +154,8 @@ def look_before(
     """What is held against the rows of a fine-tuning run before its first step."""
     preflight(
         run, rows.train.store, tokenizer, policy.vocabulary, recipe.objective, engine,
-        ends=sorted({*chat.end_ids, tokenizer.end}),
+        ends=sorted({*chat.end_ids, tokenizer.end}), context=policy.context_length,
+        max_dropped_share=rows.max_dropped_share,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
 

@@ -15,6 +15,9 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import read_events
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.data.packed import Store
+from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.weights import save_weights
+from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.check import check
 from llmtrainer.training.datasets.examples import Examples
@@ -221,11 +224,56 @@ def test_more_losses_than_allowed_stop_a_run_before_its_first_step(recipe: Make,
     with pytest.raises(UserError, match="records would be dropped") as error:
         train(recipe("data.sequence_length=24"))
     assert "too long" in str(error.value.why) and "a.jsonl, line" in str(error.value.why)
-    allowed = ("data.max_dropped_share=1", "data.evaluate={}", "duration=1 steps", "allow=[truncation]")
+    allowed = ("data.max_dropped_share=1", "data.evaluate={}", "duration=1 steps")
     assert train(recipe("data.sequence_length=24", *allowed)).step == 1
     # What is in the cache by now does not get around the limit.
     with pytest.raises(UserError, match="records would be dropped"):
         train(recipe("data.sequence_length=24", f"run={files}/other"))
+
+
+def test_a_row_that_is_kept_beyond_the_context_of_a_loaded_model_is_refused_by_name(
+    recipe: Make, files: Path, world: Path
+) -> None:
+    policy = Llama(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=40).build(330)
+    policy.initialise(9)
+    save_weights(policy, files / "base")
+    load_tokenizer(world / "tokenizer").save(files / "base")
+    with (files / "a.jsonl").open("a") as file:
+        file.write(json.dumps(as_messages("abcdefgh " * 40, "ok")) + "\n")
+    keep = ("data.too_long=keep", "data.tokens_per_batch=1024", "data.evaluate={}", "duration=1 steps")
+    start = f"model={{start_from: {files}/base}}"
+    with pytest.raises(UserError, match="a guard: context") as error:
+        train(recipe(start, *keep))
+    assert "the model's context is 40" in str(error.value.why)
+    assert train(recipe(start, *keep, "allow=[context]")).step == 1
+    assert train(recipe(start, "data.evaluate={}", "duration=1 steps", "data.sequence_length=41",
+                        f"run={files}/short")).step == 1    # fmt: skip
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_one_row_of_a_conversation_where_the_last_answer_is_learned(
+    recipe: Make, files: Path
+) -> None:
+    template = files / "forgets.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}"
+        "({{ m.reasoning_content }}){% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    said = [("a", "bb"), ("c", "dd"), ("e", "ff")]
+    messages = [
+        message for asked, answered in said for message in (
+            {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "thinking": "hm"},
+        )
+    ]  # fmt: skip
+    (files / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    given = (f"data.template={template}", f"data.train={files}/a.jsonl", "data.evaluate={}", "data.sequence_length=96")
+    tokenizer = tokenizer_of(recipe())[1]
+    all_of_them, last = store_of(recipe(*given)), store_of(recipe(*given, "data.learn=last_answer"))
+    assert all_of_them.documents == 3 and last.documents == 1
+    tokens, weights = last.read(0).tolist(), last.weights(0)
+    assert weights is not None and tokens == all_of_them.read(2).tolist()
+    learned = [token for token, weight in zip(tokens, weights, strict=True) if weight]
+    assert tokenizer.decode(learned) == "(hm)ff<|im_end|>"
 
 
 @pytest.mark.parametrize(

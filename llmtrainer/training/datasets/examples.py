@@ -141,7 +141,8 @@ class Examples(Dataset):
             name: prepared_examples(Wish((path,), **shared), setting.cache) for name, path in self._sets().items()
         }
         return Opened(
-            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat
+            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
+            self.max_dropped_share,
         )
 
     def _choices(self) -> Choices:
