@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from llmtrainer.training.datasets.examples import Examples
 from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
-from tests.training.test_resume import curve, hashes, train_until
+from tests.training.test_resume import curve, hashes, process, train_until
 
 RECIPE = """
 run: {folder}/run
@@ -129,6 +132,58 @@ def test_stopping_in_the_middle_of_an_epoch_changes_no_bit(recipe: Make, files: 
     train_until(recipe(), 7)
     train(recipe())
     assert hashes(files / "run", 9) == hashes(files / "whole", 9) and curve(files / "run") == curve(files / "whole")
+
+
+def test_a_run_that_is_killed_in_the_middle_of_an_epoch_ends_like_one_that_never_was(
+    recipe: Make, files: Path, world: Path
+) -> None:
+    """kill -9, while a checkpoint is saved after every step; 33 rows, 7 a step: no step up to 33 ends an epoch."""
+    settings = ("duration=36 steps", "save.every=1 steps", "evaluate.every=never")
+    train(recipe(*settings, f"run={files / 'whole'}"))
+    run = RunDir(files / "run")
+    for number in range(2):
+        with process(files / "recipe.yaml", *settings) as child:
+            assert child.stdout is not None
+            lines = [child.stdout.readline() for _ in range(4)]
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL and all(line.strip().isdigit() for line in lines)
+        newest = max(int(folder.name[5:]) for folder in run.whole_checkpoints())
+        assert 0 < newest < 33 and newest * 7 % 33, f"kill {number}"
+    train(recipe(*settings))
+    assert hashes(files / "run", 36) == hashes(files / "whole", 36) and curve(files / "run") == curve(files / "whole")
+
+
+BUILDER = """
+import sys
+import llmtrainer as lt
+from llmtrainer.training import prepare_examples as module
+from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
+write = module.write_examples
+def counted(*arguments, **settings):
+    print("made", flush=True)
+    sys.stdin.readline()
+    return write(*arguments, **settings)
+module.write_examples = counted
+recipe = lt.load(lt.Recipe, sys.argv[1], overrides=["data.evaluate={}"])
+engine, _ = engine_of(recipe)
+print(rows_of(recipe, *tokenizer_of(recipe), engine).train.store.path, flush=True)
+"""
+
+
+def test_two_processes_that_want_the_same_rows_make_them_once(recipe: Make, files: Path) -> None:
+    command = [sys.executable, "-c", BUILDER, str(files / "recipe.yaml")]
+    both = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) for _ in range(2)
+    ]  # fmt: skip
+    told = [child.communicate("\n", timeout=120)[0].split() for child in both]
+    assert [child.returncode for child in both] == [0, 0]
+    assert sum(words.count("made") for words in told) == 1 and told[0][-1] == told[1][-1]
+    found = Store(told[0][-1])
+    found.verify()
+    alone = store_of(recipe("data.evaluate={}", f"cache={files}/alone"))
+    assert found.fingerprint == alone.fingerprint and found.path.name == alone.path.name
 
 
 def test_only_answers_are_learned_and_the_count_is_of_what_is_read(recipe: Make, files: Path) -> None:

@@ -24,8 +24,8 @@ RECIPE = """
 run: {folder}/run
 model: {{start_from: {folder}/base, adapter: {{kind: gated_lora, rank: 2}}}}
 tokenizer: {world}/tokenizer
-data: {{kind: examples, train: {folder}/chats.jsonl, gate: gate, template: chatml, sequence_length: 64, tokens_per_batch: 128,
-  sequences_per_step: 6, workers: 1}}
+data: {{kind: examples, train: {folder}/chats.jsonl, gate: gate, template: chatml, sequence_length: 64,
+  tokens_per_batch: 128, sequences_per_step: 6, workers: 1}}
 optim: {{rule: {{weight_decay: 0.0}}, schedule: {{peak: 1e-2, warmup: 0 steps}}}}
 precision: float32
 duration: 3 steps

@@ -100,7 +100,10 @@ class Flight:
         """What preflight.json says afterwards."""
         preflight(
             self.run, store, ByteTokenizer(), self.policy.vocabulary, OBJECTIVE, self.engine,
-            **{"ends": [END], "context": 32, "tokens_per_batch": 64, "allow": allow, "warn": self.warned.append, **settings},
+            **{
+                "ends": [END], "context": 32, "tokens_per_batch": 64, "allow": allow, "warn": self.warned.append,
+                **settings,
+            },
         )  # fmt: skip
         found: dict[str, Any] = json.loads((self.run.path / FILE).read_text())
         return found
