@@ -36,6 +36,10 @@ FLOAT32_FREQUENCY_RELATIVE = 1e-5
 """Rotary frequencies against a library that works them out in float32."""
 TRANSFORMERS_FLOAT64_LOGITS = 1e-6
 """Against transformers' own classes as they are: beside float64 weights they keep float32 angles and norms."""
+SFT_GRADIENT_RELATIVE = 1e-10
+"""Gradients of packed rows against transformers' on padded ones, float64, relative to each tensor's largest."""
+TRANSFORMERS_FLOAT32_LOSS = 1e-6
+"""transformers' own loss takes logits in float32, whatever they are."""
 PEFT_FLOAT64 = 1e-10
 """Logits with adapters against PEFT's, float64 (saved adapters are the same numbers on both sides)."""
 PEFT_GRADIENT_RELATIVE = 1e-10

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from llmtrainer.data.records import records
 from llmtrainer.data.rows_first import find_plan
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.training.chats import day_of
 from llmtrainer.training.console import warn
 from llmtrainer.training.models import load_tokenizer
 
@@ -63,6 +64,12 @@ class BatchPlanning(Config):
     template: str = "auto"
     """What conversations become before they are tokens: auto is the tokenizer's own chat template; or the name of a
     built-in one, or a path to a .jinja file."""
+
+    date: str | None = None
+    """The date that a template with a clock shows: `2026-11-22`."""
+
+    leave_out: tuple[Literal["thinking", "tools"], ...] = ()
+    """What the template may leave out of a conversation without being refused."""
 
     fields: tuple[str, ...] = ("text", "content")
     """For text: where a record's text is, the first of these fields that it has."""
@@ -190,7 +197,7 @@ def _counted(settings: BatchPlanning, files: list[SourceFile], name: str) -> Ite
     tokenizer = load_tokenizer(name)
     whole = Reading(warn=warn, whole=True)
     if not has_text(files, settings.fields):
-        chat = Chat(tokenizer, settings.template)
+        chat = Chat(tokenizer, settings.template, day=day_of(settings.date), leave_out=settings.leave_out)
         for file in files:
             if told := detect(Auto(), records(file, whole)):
                 for record in records(file, whole):

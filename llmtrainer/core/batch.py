@@ -11,6 +11,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llmtrainer.core.objective import Term
 
+GATES = "gates_BTG"
+"""A signal: for each token the number of its gate in every group of a mixture of adapters, -1 for none; int64."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -178,6 +178,13 @@ class Adapter(Kind):
     start_from: str | None = None
     """A run directory, a checkpoint or a PEFT folder with an adapter to go on with. Its shape comes from there."""
 
+    gated: ClassVar[bool] = False
+    """Whether every sample names which of several adapters it goes through."""
+
+    def numbers(self, gate: str) -> tuple[int, ...]:
+        """What a sample's name of its gates means: a number for each group, -1 for none of it."""
+        raise NotImplementedError
+
     def insert(self, policy: nn.Module) -> None:
         """Freeze the policy and put adapters into it, without values yet."""
         raise NotImplementedError

@@ -131,14 +131,15 @@ class BudgetSource:
         return [
             # Every rank joins every collective: one that has run out of sequences gets a row of padding.
             end_to_end([self._row(place, draws[place][1]) for place in places.tolist()])
-            if len(places) else collate([filler(self.rows_per_step + self._rank)])
+            if len(places) else collate([filler(self.rows_per_step + self._rank, self.store.gate_groups)])
             for places in mine
         ]  # fmt: skip
 
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)
         tokens = self.store.read(document)
-        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, self.store.weights(document))
+        one = np.zeros(len(tokens), dtype=np.int32)
+        return Row(tokens, one, place, self.store.weights(document), self.store.gates(document))
 
     def _document(self, row: int) -> int:
         (piece,) = self._plan.pieces(row, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmtrainer.core.batch import Batch
+from llmtrainer.core.batch import GATES, Batch
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Row:
     """Place of the row in its optimizer step."""
     counts: NDArray[np.float32] | None = None
     """How much each token counts where something announces it, [n + 1]. None: 1."""
+    gates: NDArray[np.int64] | None = None
+    """The number of the row's gate in each group of a mixture of adapters, [G]. None: nobody asks."""
 
     @property
     def inputs(self) -> int:
@@ -57,13 +59,16 @@ def collate(rows: Sequence[Row]) -> Batch:
     tokens, targets = np.zeros((B, T), dtype=np.int64), np.zeros((B, T), dtype=np.int64)
     weights, position = np.zeros((B, T), dtype=np.float32), np.zeros((B, T), dtype=np.int32)
     document, sequence = np.full((B, T), -1, dtype=np.int32), np.full((B, T), -1, dtype=np.int32)
-    sequences = 0
+    sequences, G = 0, _groups(rows)
+    gates = np.full((B, T, G), -1, dtype=np.int64)
     for b, row in enumerate(rows):
         n = row.inputs
         if n == 0:
             continue
         tokens[b, :n], targets[b, :n] = row.tokens[:-1], row.tokens[1:]
         weights[b, :n], position[b, :n] = row.weights[1:], row.positions[:-1]
+        if row.gates is not None:
+            gates[b, :n] = row.gates
         document[b, :n] = row.document[:-1]
         sequence[b, :n] = row.document[:-1] + sequences
         sequences = int(sequence[b, n - 1]) + 1
@@ -75,6 +80,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         position_BT=torch.from_numpy(position),
         sequence_BT=torch.from_numpy(sequence),
         place_B=torch.tensor([row.place for row in rows], dtype=torch.int64),
+        signals={GATES: torch.from_numpy(gates)} if G else {},
     )
 
 
@@ -84,10 +90,12 @@ def end_to_end(rows: Sequence[Row]) -> Batch:
     Each token keeps the place of the row that it came in, so that dropout does not depend on who shares the batch.
     """
     assert all(row.inputs and not row.document.any() for row in rows)
+    G = _groups(rows)
 
     def joined(parts: Sequence[NDArray[Any]], dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(dtype)[None])
 
+    gates = [np.tile(row.gates, (row.inputs, 1)) for row in rows if row.gates is not None]
     number_BT = joined([np.full(row.inputs, number) for number, row in enumerate(rows)], np.int32)
     return Batch(
         tokens_BT=joined([row.tokens[:-1] for row in rows], np.int64),
@@ -98,9 +106,18 @@ def end_to_end(rows: Sequence[Row]) -> Batch:
         sequence_BT=number_BT.clone(),
         place_B=torch.tensor([rows[0].place], dtype=torch.int64),
         place_BT=joined([np.full(row.inputs, row.place) for row in rows], np.int64),
+        signals={GATES: joined(gates, np.int64)} if G else {},
     )
 
 
-def filler(place: int) -> Row:
-    """A row of nothing: one token of padding with weight 0."""
-    return Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), place)
+def filler(place: int, groups: int = 0) -> Row:
+    """A row of nothing: one token of padding with weight 0; beside rows with gates, with none of each group open."""
+    gates = np.full(groups, -1, dtype=np.int64) if groups else None
+    return Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), place, gates=gates)
+
+
+def _groups(rows: Sequence[Row]) -> int:
+    """G, how many gates each row names; 0 where none is asked for."""
+    found = {0 if row.gates is None else len(row.gates) for row in rows}
+    assert len(found) <= 1, "rows with gates and rows without in one batch"
+    return next(iter(found), 0)

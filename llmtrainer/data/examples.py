@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.example import Example, TokenRow
+from llmtrainer.core.example import Example, Message, TokenRow
 from llmtrainer.data.detect import placed
 from llmtrainer.data.document import Reading, SourceFile
 from llmtrainer.data.encode import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:    # core imports torch, which a process that only tokenises w
     from llmtrainer.core.protocols import Tokenizer
 
 BATCH_RECORDS = 128
+Learn = Literal["answers", "last_answer", "everything"]
 _BLOCK = 2**14
 
 
@@ -79,14 +80,17 @@ class Choices:
     """What a record that its format or the template refuses does: end the preparation, or become a fate."""
     allow_truncated: bool = False
     allow_pickle: bool = False
-    learn: Literal["answers", "everything"] = "answers"
-    """Which tokens are targets: those of the answers, or all of the last row that a record becomes."""
+    learn: Learn = "answers"
+    """Which tokens are targets: those of the answers, of the last one alone, or all of the last row of a record."""
+    gate: str | None = None
+    """The key of a record under which it names the adapters of a mixture that it goes through."""
 
     def facts(self) -> list[Any]:
         length = self.length
         cut = [length.cut_side, length.cut_end] if length.too_long == "cut" else []
         found = [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
-        return found if self.learn == "answers" else [*found, self.learn]
+        found += [] if self.learn == "answers" else [self.learn]
+        return found if self.gate is None else [*found, ["gate", self.gate]]
 
 
 @dataclass
@@ -111,6 +115,8 @@ class _Made:
     """UTF-8 bytes of what is said in each record; 0 where it is not in the store."""
     runs: list[list[Any]]
     """The fate of each record, as `Run.plain`."""
+    gates: list[str]
+    """What each row calls the adapters that it goes through; empty where that is not asked for."""
 
 
 def write_examples(
@@ -241,6 +247,7 @@ def _append(writer: ShardWriter, batch: _Batch, made: _Made) -> None:
         writer.add(
             made.ids[tokens], made.lengths[rows], np.repeat(batch.sources[at:stop], made.rows[at:stop]),
             made.sizes[at:stop], made.weights[tokens], [run.plain() for run in joined(made.runs[at:stop])],
+            made.gates[rows],
         )  # fmt: skip
         at = stop
 
@@ -278,9 +285,10 @@ def _made(
     maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: int, ends: frozenset[int], batch: _Batch
 ) -> _Made:
     pieces: list[Piece] = []
-    rows, sizes, runs = [], [], []
+    rows, sizes, runs, gates = [], [], [], []
     for record, source in zip(batch.records, batch.sources, strict=True):
-        fate, why, said, found = _fate(maker, formats[source], choices, ends, record)
+        fate, why, said, gate, found = _fate(maker, formats[source], choices, ends, record)
+        gates += [] if gate is None else [gate] * len(found)
         place = None if fate == "kept" else record.place
         pieces += found
         rows.append(len(found))
@@ -291,21 +299,22 @@ def _made(
     return _Made(
         ids, np.concatenate([np.zeros(0, np.float32), *(piece.weights for piece in pieces)]),
         np.array([len(piece.tokens) for piece in pieces], dtype=np.int64), np.array(rows, dtype=np.int64),
-        np.array(sizes, dtype=np.int64), runs,
+        np.array(sizes, dtype=np.int64), runs, gates,
     )  # fmt: skip
 
 
 def _fate(
     maker: RowMaker, format: Format, choices: Choices, ends: frozenset[int], record: Record
-) -> tuple[str, str | None, int, list[Piece]]:
-    """(fate, why, bytes of text, rows) of a record."""
+) -> tuple[str, str | None, int, str | None, list[Piece]]:
+    """(fate, why, bytes of text, gates, rows) of a record."""
     try:
         example = placed(format, record)
+        gate = _gate(example, record, choices.gate)
         rows = _rows(maker, example, record, choices.learn)
     except UserError as error:
         if choices.bad_records == "stop":
             raise
-        return "bad record", error.what, 0, []
+        return "bad record", error.what, 0, None, []
     said = sum(len(message.content.encode(errors="replace")) for message in example.messages)
     fates, kept = [], []
     for row in rows:
@@ -316,7 +325,22 @@ def _fate(
     lost = any(fate not in KEPT for fate in other)
     fate = "kept in part" if kept and lost else other[0] if other else "kept"
     longest = max(len(row.tokens) for row in rows)
-    return fate, None if fate == "kept" else f"{longest:,} tokens", said, kept
+    return fate, None if fate == "kept" else f"{longest:,} tokens", said, gate, kept
+
+
+def _gate(example: Example, record: Record, key: str | None) -> str | None:
+    """What a record calls the adapters that it goes through; None where nobody asks."""
+    if key is None:
+        return None
+    gate = example.facts.get(key)
+    if not isinstance(gate, str):
+        raise UserError(
+            "a record names no gates", where=f"{record.place}, key `{key}`",
+            why="every sample of a gated mixture names its adapters in a text, such as `t1a3`; an empty one: none"
+            if gate is None else f"it is {gate!r} where a text is wanted",
+            fix="mend the record, or name the key that has them (data.gate=KEY)",
+        )
+    return gate
 
 
 def _shortened(row: Piece, length: LengthPolicy, ends: frozenset[int]) -> tuple[str, list[Piece]]:
@@ -329,6 +353,8 @@ def _shortened(row: Piece, length: LengthPolicy, ends: frozenset[int]) -> tuple[
 
 
 def _rows(maker: RowMaker, example: Example, record: Record, learn: str) -> list[Piece]:
+    if learn == "last_answer":
+        example = _with_one_answer(example)
     try:
         rows = maker.rows(example)
     except UserError as error:
@@ -338,3 +364,17 @@ def _rows(maker: RowMaker, example: Example, record: Record, learn: str) -> list
     if learn == "everything":
         rows = [TokenRow(rows[-1].tokens, (1.0,) * len(rows[-1].tokens))]
     return [Piece(np.array(row.tokens, dtype=np.int64), np.array(row.weights, dtype=np.float32)) for row in rows]
+
+
+def _with_one_answer(example: Example) -> Example:
+    """The conversation, of which the last answer that counts is learned and what lies before it is only read."""
+    counting = [place for place, message in enumerate(example.messages) if _counts(message)]
+    earlier = counting[:-1]
+    messages = [
+        replace(message, weight=0.0) if place in earlier else message for place, message in enumerate(example.messages)
+    ]
+    return replace(example, messages=tuple(messages))
+
+
+def _counts(message: Message) -> bool:
+    return message.role == "assistant" and (message.weight is None or message.weight > 0)

@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmtrainer.base.errors import UserError
 
 VERSION = 1
-MANIFEST, DOCUMENTS, FATES = "manifest.json", "documents.bin", "fates.jsonl"
+MANIFEST, DOCUMENTS, FATES, GATES = "manifest.json", "documents.bin", "fates.jsonl", "gates.bin"
 _STRIDE = 4096
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
@@ -69,8 +69,14 @@ class Store:
         self._weight_shard = lru_cache(OPEN_SHARDS)(
             lambda index: _Shard(self.path / weights_name(index), np.dtype(self.weight_dtype))
         )
+        self.gate_names: list[str] = self.manifest.get("gates", [])
+        """What rows call the adapters of a mixture that they go through; empty where no row says."""
+        self._gate_D = np.memmap(self.path / GATES, "<i4", "r") if self.gate_names else np.zeros(0, dtype="<i4")
+        self._gates_NG: NDArray[np.int64] | None = None
         if len(self.offsets) != self.documents + 1 or self.offsets[-1] != self.tokens:
             raise self._damaged(DOCUMENTS, "its offsets do not match the counts of the manifest")
+        if self.gate_names and len(self._gate_D) != self.documents:
+            raise self._damaged(GATES, "it does not hold a number for each document")
         if self._first_token[-1] != self.tokens:
             raise self._damaged(MANIFEST, "the sizes of the shards do not add up to its count of tokens")
 
@@ -79,7 +85,8 @@ class Store:
         """SHA-256 of what the store holds: ids, weights, borders and tokenizer, wherever the folder lies."""
         held = {name: facts["sha256"] for name, facts in sorted(self._files.items()) if name != FATES}
         weights = [] if self.weight_dtype is None else [self.weight_dtype.str]
-        facts = [*weights, self.dtype.str, self.tokenizer, self.vocabulary, self.end, held]
+        gates = [self.gate_names] if self.gate_names else []
+        facts = [*weights, *gates, self.dtype.str, self.tokenizer, self.vocabulary, self.end, held]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def length(self, document: int) -> int:
@@ -103,6 +110,31 @@ class Store:
         stop = last - first if stop is None else stop
         assert 0 <= start <= stop <= last - first
         return self._span(self._weight_shard, self.weight_dtype, first + start, first + stop).astype(np.float32)
+
+    def gate(self, document: int) -> str | None:
+        """What a row calls the adapters that it goes through; None in a store whose rows do not say."""
+        return self.gate_names[self._gate_D[document]] if self.gate_names else None
+
+    def number_gates(self, numbers: Callable[[str], Sequence[int]]) -> None:
+        """Say what the names of gates mean: from now on `gates` gives these numbers. UserError, with the first row
+        of that name, for one that `numbers` refuses."""
+        found = []
+        for number, name in enumerate(self.gate_names):
+            try:
+                found.append(list(numbers(name)))
+            except UserError as error:
+                error.where = self.origin(int(np.flatnonzero(self._gate_D == number)[0]))
+                raise
+        self._gates_NG = np.array(found, dtype=np.int64)
+
+    def gates(self, document: int) -> NDArray[np.int64] | None:
+        """The gates of a row as `number_gates` had them, a number for each group: [G]. None before that."""
+        return None if self._gates_NG is None else self._gates_NG[self._gate_D[document]]
+
+    @property
+    def gate_groups(self) -> int:
+        """G, the length of what `gates` gives; 0 where that is None."""
+        return 0 if self._gates_NG is None else self._gates_NG.shape[1]
 
     def span(self, start: int, stop: int) -> NDArray[Any]:
         """Tokens start..stop of the stream of all documents, across shards: a copy in the store's dtype."""

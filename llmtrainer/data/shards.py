@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import sync_folder
-from llmtrainer.data.packed import DOCUMENTS, FATES, MANIFEST, VERSION, sha256_of, shard_name, weights_name
+from llmtrainer.data.packed import DOCUMENTS, FATES, GATES, MANIFEST, VERSION, sha256_of, shard_name, weights_name
 
 _JOURNAL, _GROWING, _GROWING_WEIGHTS = "journal.jsonl", ".growing", ".growing-weights"
 _SWITCH, _FLOAT = np.dtype("|u1"), np.dtype("<f4")
@@ -102,11 +102,14 @@ class ShardWriter:
 
     def add(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], sources: NDArray[np.int64], sizes: NDArray[np.int64],
-        weights: NDArray[np.float32] | None = None, notes: Sequence[Any] = (),
+        weights: NDArray[np.float32] | None = None, notes: Sequence[Any] = (), gates: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Add documents that are not to be torn apart to the open shard, and close it if they fill it. `notes` are
-        written into the journal with the shard: what the writer of the documents must know to go on behind them."""
+        written into the journal with the shard: what the writer of the documents must know to go on behind them.
+        `gates`: what each document calls the adapters that it goes through, of all documents or of none."""
         assert (weights is not None) == self.weighted and (weights is None or len(weights) == len(ids))
+        assert len(gates) in (0, len(lengths))
+        self._gates += gates
         self._write(ids.astype(self.dtype, copy=False))
         if weights is not None:
             self._shard_weights.write(weights.astype(_FLOAT, copy=False).tobytes())
@@ -143,11 +146,15 @@ class ShardWriter:
             for index, line in enumerate(self.closed)
         }
         weights, kept = self._finish_weights(), self._finish_fates(fates)
+        gates = [gate for line in self.closed for gate in line.get("gates", ())]
+        names = sorted(set(gates))
+        kept |= self._finish_gates(gates, names)
         offsets = {"bytes": 8 * (self.documents + 1), "sha256": sha256_of(self.partial / DOCUMENTS)}
         manifest = {
             "version": VERSION,
             "dtype": self.dtype.str,
             **({"weights": self._weight_type.str} if self.weighted else {}),
+            **({"gates": names} if names else {}),
             **facts,
             "documents": self.documents,
             "tokens": self.tokens,
@@ -183,12 +190,22 @@ class ShardWriter:
     def _finish_fates(self, fates: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         if not fates:
             return {}
-        content = "".join(json.dumps(fate, ensure_ascii=False) + "\n" for fate in fates).encode()
-        with (self.partial / FATES).open("wb") as file:
+        return self._finish_file(FATES, "".join(json.dumps(fate, ensure_ascii=False) + "\n" for fate in fates).encode())
+
+    def _finish_gates(self, gates: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The number of each document's name among all of them."""
+        if not names:
+            return {}
+        assert len(gates) == self.documents
+        places = {name: place for place, name in enumerate(names)}
+        return self._finish_file(GATES, np.array([places[gate] for gate in gates], dtype="<i4").tobytes())
+
+    def _finish_file(self, name: str, content: bytes) -> dict[str, dict[str, Any]]:
+        with (self.partial / name).open("wb") as file:
             file.write(content)
             file.flush()
             _sync(file.fileno())
-        return {FATES: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        return {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
 
     def abandon(self) -> None:
         """Let go of the files. What is closed counts; the open shard will be written again."""
@@ -200,6 +217,7 @@ class ShardWriter:
         self._shard_count = self._shard_bytes = 0
         self._of_source: dict[int, int] = {}
         self._notes: list[Any] = []
+        self._gates: list[str] = []
         if self.weighted:
             self._shard_weights = (self.partial / _GROWING_WEIGHTS).open("wb")
             self._fractions = False
@@ -226,6 +244,7 @@ class ShardWriter:
             "sha256": self._digest.hexdigest(),
             "sources": sorted(self._of_source.items()),
             **({"fractions": self._fractions, "notes": self._notes} if self.weighted else {}),
+            **({"gates": self._gates} if self._gates else {}),
         }
         # Only now does the shard count: what this line vouches for is on the disk before it.
         self._journal.write(json.dumps(line).encode() + b"\n")
@@ -271,7 +290,7 @@ def _retype(source: Path, target: Path, old: np.dtype[Any], new: np.dtype[Any]) 
 
 def _start(partial: Path, key: str) -> None:
     for item in partial.iterdir():
-        known = (_JOURNAL, _GROWING, _GROWING_WEIGHTS, MANIFEST, DOCUMENTS, FATES)
+        known = (_JOURNAL, _GROWING, _GROWING_WEIGHTS, MANIFEST, DOCUMENTS, FATES, GATES)
         if item.name in known or item.match("tokens-*.bin") or item.match("weights-*.bin"):
             item.unlink()
     (partial / DOCUMENTS).write_bytes(np.zeros(1, dtype="<i8").tobytes())

@@ -22,6 +22,7 @@ from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Engine, Tokenizer, opening
 from llmtrainer.data.open import documents, find
+from llmtrainer.data.packed import Store
 from llmtrainer.generation.loop import complete
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
@@ -85,6 +86,7 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     continued = resumption.folder if resumption else None
     policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
+    require_gates(policy, rows.train.store, "data.train")
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     facts |= arranged.facts
@@ -152,7 +154,8 @@ def look_before(
     """What is held against the rows of a fine-tuning run before its first step."""
     preflight(
         run, rows.train.store, tokenizer, policy.vocabulary, recipe.objective, engine,
-        ends=sorted({*chat.end_ids, tokenizer.end}),
+        ends=sorted({*chat.end_ids, tokenizer.end}), context=policy.context_length,
+        max_dropped_share=rows.max_dropped_share,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
 
@@ -222,7 +225,7 @@ def evaluations_of(
 
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
-        measured=measured_of(recipe, rows), sample=sample if settings.prompts else None,
+        measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
         average=average if settings.ema else None,
     )  # fmt: skip
 
@@ -270,9 +273,31 @@ def _held_out_rows(recipe: Recipe) -> int:
     return recipe.evaluate.held_out_rows if recipe.data.held_out else 1
 
 
-def measured_of(recipe: Recipe, rows: Opened) -> Mapping[str, Rows]:
+def require_gates(policy: Policy, store: Store, where: str) -> None:
+    """Have the rows' names of gates mean adapters of this policy. UserError where one of the two has gates and the
+    other has not."""
+    adapter = policy.adapter
+    if adapter is not None and adapter.gated:
+        if not store.gate_names:
+            raise UserError(
+                "the rows do not say which adapters they go through", where=where,
+                why="every sample of a gated mixture names its gates, such as `t1a3`",
+                fix="data.gate=KEY names the key of the records that has them; or model.adapter.kind=lora",
+            )
+        store.number_gates(adapter.numbers)
+    elif store.gate_names:
+        raise UserError(
+            f"the rows name gates ({', '.join(store.gate_names[:4])}) and the model has none", where=where,
+            why="only a gated mixture of adapters asks for them; they would be ignored silently",
+            fix="model.adapter.kind=gated_lora, or remove data.gate (a store: prepare it again without gate)",
+        )
+
+
+def measured_of(recipe: Recipe, rows: Opened, policy: Policy) -> Mapping[str, Rows]:
     """What is evaluated by name, as one step each. UserError where a suite has the same name."""
     found = rows.measured()
+    for name, measured in found.items():
+        require_gates(policy, measured.store, f"the evaluation set {name}")
     titles = [suite.title for suite in recipe.evaluate.suites]
     if twice := sorted(set(titles) & found.keys()):
         raise UserError(

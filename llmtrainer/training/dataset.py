@@ -82,6 +82,8 @@ class Opened:
     chat: Chat | None = None
     """The template of the conversations, if the rows are such: what is saved carries it, and what is asked of the
     model on the way is asked in its form."""
+    max_dropped_share: float = 0.0
+    """How much of the training set the recipe lets be lost."""
 
 
 class Dataset(Kind):

@@ -28,7 +28,7 @@ FILE = "preflight.json"
 ALL = "preflight"
 """Under this name in `allow`, nothing is looked at."""
 MOST_CUT = 0.2
-"""Share of the records that may be cut, split or dropped for their length."""
+"""Share of the records that may be cut, split or dropped for their length, unless the recipe lets more be dropped."""
 MOST_DUPLICATES = 0.1
 """Share of the rows that may be the same as an earlier one."""
 LEAST_ENDED = 0.5
@@ -75,12 +75,14 @@ class Seen:
 
 def preflight(
     run: RunDir, store: Store, tokenizer: Tokenizer, policy_rows: int, objective: Objective, engine: Engine, *,
-    ends: Collection[int], tokens_per_batch: int, allow: Sequence[str], warn: Callable[[str], None],
+    ends: Collection[int], context: int, tokens_per_batch: int, allow: Sequence[str], warn: Callable[[str], None],
+    max_dropped_share: float = 0.0,
 ) -> None:
     """Write what is found to `preflight.json` in the run folder. Raises UserError, on every rank, where a guard trips
     that `allow` does not name.
 
-    `policy_rows`: embedding rows of the model. `ends`: ids at which an answer stops.
+    `policy_rows`: embedding rows of the model. `context`: the most tokens it reads. `ends`: ids at which an answer
+    stops. `max_dropped_share`: what the recipe lets be lost; where that is more, as much may also be cut.
     """
     if ALL in allow:
         return
@@ -88,10 +90,12 @@ def preflight(
     figures: dict[str, Any] = {}
     if engine.rank == 0:
         seen = look(store, ends, tokenizer.pad)
-        guards = list(guards_of(seen, store, tokenizer, policy_rows, ends))
+        most_cut = max(MOST_CUT, max_dropped_share)
+        guards = list(guards_of(seen, store, tokenizer, policy_rows, ends, context, most_cut))
         figures = asdict(seen)
-    # An id without an embedding would end the process before anybody could read why.
-    if engine.sum({"bad": float(any(guard.name == "vocabulary" and not guard.ok for guard in guards))})["bad"] == 0:
+    # An id without an embedding, or a place without one, would end the process before anybody could read why.
+    fatal = {"vocabulary", *({"context"} - set(allow))}
+    if engine.sum({"bad": float(any(guard.name in fatal and not guard.ok for guard in guards))})["bad"] == 0:
         guards.append(_memory(store, objective, engine, tokens_per_batch, skip="memory" in allow))
     guards = [replace(guard, allowed=guard.name in allow) for guard in guards]
     if engine.rank == 0:
@@ -141,7 +145,8 @@ def learned(store: Store, document: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def guards_of(
-    seen: Seen, store: Store, tokenizer: Tokenizer, policy_rows: int, ends: Collection[int]
+    seen: Seen, store: Store, tokenizer: Tokenizer, policy_rows: int, ends: Collection[int], context: int,
+    most_cut: float,
 ) -> Iterator[Guard]:
     """What the rows are held to."""
     rows = max(seen.rows, 1)
@@ -160,7 +165,13 @@ def guards_of(
         f"an end token ({names}) is learned in {seen.ended / rows:.1%} of the rows: where it is not, the model is not "
         f"taught to stop{same}",
     )  # fmt: skip
-    yield _truncation(store)
+    yield _truncation(store, most_cut)
+    read = max(seen.longest - 1, 0)
+    yield Guard(
+        "context", read <= context,
+        f"the longest row reads {read:,} tokens, the model's context is {context:,}"
+        + ("; data.sequence_length and data.too_long say what becomes of longer rows" if read > context else ""),
+    )
     yield Guard(
         "padding", seen.padded <= MOST_PADDED * seen.rows,
         f"{seen.padded / rows:.1%} of the rows end in two padding tokens or more: packing needs no padding, and what "
@@ -181,7 +192,7 @@ def guards_of(
     )  # fmt: skip
 
 
-def _truncation(store: Store) -> Guard:
+def _truncation(store: Store, most: float) -> Guard:
     if not (store.path / FATES).is_file():
         return Guard("truncation", True, "the store does not say what became of its records")
     told = fates_of(store)
@@ -189,8 +200,9 @@ def _truncation(store: Store) -> Guard:
     share = sum(by_fate.values()) / max(told.records, 1)
     which = ", ".join(f"{number:,} {fate}" for fate, number in by_fate.items()) or "none"
     return Guard(
-        "truncation", share <= MOST_CUT,
-        f"{share:.1%} of {told.records:,} records did not fit ({which}): answers that break off teach to break off",
+        "truncation", share <= most,
+        f"{share:.1%} of {told.records:,} records did not fit ({which}), {most:.0%} may: answers that break off teach "
+        "to break off",
     )
 
 
@@ -223,7 +235,8 @@ def longest_batch(store: Store, tokens_per_batch: int) -> Batch:
     rows = []
     for place, document in enumerate(order[:fit].tolist()):
         tokens = store.read(document)
-        rows.append(Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, store.weights(document)))
+        one = np.zeros(len(tokens), dtype=np.int32)
+        rows.append(Row(tokens, one, place, store.weights(document), store.gates(document)))
     return end_to_end(rows)
 
 

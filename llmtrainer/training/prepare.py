@@ -18,6 +18,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Bytes
 from llmtrainer.data.document import AnyPath, Document, SourceFile
 from llmtrainer.data.encode import write_store
+from llmtrainer.data.examples import Learn
 from llmtrainer.data.megatron import write_pair
 from llmtrainer.data.open import documents, find, is_container
 from llmtrainer.data.packed import Store, is_store
@@ -38,7 +39,7 @@ SAMPLE_BYTES = 4 * 2**20
 TEXT_FIELDS = ("text", "content")
 CONVERSATIONS = frozenset({
     "template", "date", "leave_out", "max_length", "too_long", "cut_side", "cut_end", "max_dropped_share",
-    "bad_records",
+    "bad_records", "learn", "gate",
 })  # fmt: skip
 """Settings of `prepare` that plain text has no use for."""
 RawIds = Literal["uint16", "uint32"]
@@ -132,6 +133,12 @@ class Preparation(Config):
 
     bad_records: Literal["stop", "drop"] = "stop"
     """For conversations: what a record that cannot be read or rendered does."""
+
+    learn: Learn = "answers"
+    """For conversations: which tokens are targets, those of all answers, of the last answer alone, or everything."""
+
+    gate: str | None = None
+    """For conversations: the key under which a record names the adapters of a gated mixture that it goes through."""
 
     raw_ids: RawIds = "uint16"
     """How a raw .bin stores a token id."""

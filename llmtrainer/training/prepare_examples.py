@@ -191,7 +191,8 @@ def prepare_conversations(preparation: Preparation) -> PreparedExamples:
     length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
     wish = Wish(
         tuple(part.strip() for part in preparation.data.split(",")), Format.chosen({"kind": preparation.format})(),
-        Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle),
+        Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle,
+                preparation.learn, preparation.gate),
         preparation.max_dropped_share, template, day, left_out, preparation.workers,
         chat=load_chat(folder, template, day, left_out), folder=folder,
     )  # fmt: skip

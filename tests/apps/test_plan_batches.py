@@ -127,6 +127,28 @@ def test_conversations_are_counted_as_their_rows(folder: Path) -> None:
     assert isinstance(found, BatchPlan) and found.tokens == sum(len(row.tokens) - 1 for row in rows)
 
 
+def test_a_template_with_a_clock_and_one_that_drops_reasoning_are_counted_as_the_recipe_says(folder: Path) -> None:
+    train_vocabulary(iter(["a b"]), 300).save(folder / "small")
+    clocked = "{% for m in messages %}<|im_start|>{{ strftime_now('%B') }}{{ m.role }}\n{{ m.content }}<|im_end|>" \
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{{ strftime_now('%B') }}assistant\n{% endif %}"
+    (folder / "clock.jinja").write_text(clocked)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thinking": "hm"}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    settings = {
+        "data": str(folder / "chats.jsonl"), "tokenizer": str(folder / "small"), "group_size": 1, "batch_size": 1,
+        "template": str(folder / "clock.jinja"),
+    }  # fmt: skip
+    with pytest.raises(UserError):
+        plan_batches(BatchPlanning.model_validate({**settings, "date": "2026-05-01"}))
+    counted = {}
+    for month, name in ((5, "May"), (9, "September")):
+        more = {"date": f"2026-{month:02}-01", "leave_out": ("thinking",)}
+        found = plan_batches(BatchPlanning.model_validate({**settings, **more}))
+        assert isinstance(found, BatchPlan)
+        counted[name] = found.tokens
+    assert counted["September"] - counted["May"] == 2 * (len("September") - len("May"))
+
+
 @pytest.mark.parametrize("line", ['{"length": "12"}', '{"tokens": 3}', '{"length": 0}', '{"length": true}'])
 def test_a_record_without_a_length_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "data.jsonl").write_text('{"length": 12}\n' + line + "\n")

@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 def write(
     files: list[ExampleFile], out: Path, *, length: LengthPolicy | None = None, bad_records: Any = "stop",
-    **settings: Any,
+    gate: str | None = None, **settings: Any,
 ) -> Store:  # fmt: skip
-    choices = Choices(length or LengthPolicy(10_000), bad_records)
+    choices = Choices(length or LengthPolicy(10_000), bad_records, gate=gate)
     return write_examples(files, make_chat, ByteTokenizer(), out, choices=choices, **settings)
 
 
@@ -106,8 +106,8 @@ from llmtrainer.data.length import LengthPolicy
 from tests.data.chats import chat_file, dialogue
 from tests.data.test_examples import many, write
 folder, kept, count, last = Path(sys.argv[1]), shards._sync, 0, 0
-records = many(30)
-records[11] = dialogue("half", "counts", weight=0.5)
+records = [{**record, "gate": f"t{number % 4}"} for number, record in enumerate(many(30))]
+records[11] = {**dialogue("half", "counts", weight=0.5), "gate": "t0a1"}
 
 def sync(handle):
     global count
@@ -120,13 +120,13 @@ def live(name, syncs):
     global count, last
     count, last = 0, syncs
     file = chat_file(folder / "chats.jsonl", records)
-    write([file], folder / name, length=LengthPolicy(60, "split"), shard_tokens=300, max_dropped_share=1.0)
+    write([file], folder / name, length=LengthPolicy(60, "split"), shard_tokens=300, max_dropped_share=1.0, gate="gate")
 
 shards._sync = sync
 live("whole", 0)
 whole = count
 # At the beginning, between shards, while weights are widened, and just before the manifest.
-for syncs in (3, whole // 2, whole - 4, whole):
+for syncs in (3, whole // 2, whole - 5, whole):
     if (child := os.fork()) == 0:
         live(f"killed-{syncs}", syncs)
         os._exit(0)
@@ -140,7 +140,7 @@ def test_a_store_that_was_killed_at_any_sync_ends_with_the_same_bytes(tmp_path: 
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=True)
     whole = contents(tmp_path / "whole")
     killed = sorted(tmp_path.glob("killed-*"))
-    assert len(killed) == 4 and len(whole) > 8
+    assert len(killed) == 4 and len(whole) > 8 and "gates.bin" in whole
     assert all(contents(folder) == whole for folder in killed)
 
 
@@ -248,3 +248,40 @@ def test_runs_of_one_fate_are_joined_and_a_record_without_one_is_a_defect() -> N
     assert totals(runs).by_fate == {"kept": 5, "too long": 1} and totals(runs).rows == 6
     with pytest.raises(AssertionError):
         joined([kept[0], kept[2]])
+
+
+def test_gates_are_kept_row_by_row_and_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    records = [{**dialogue(f"q{number}", "a" * 30), "gate": f"t{number % 3}"} for number in range(20)]
+    files = [chat_file(tmp_path / "chats.jsonl", records)]
+    found = []
+    for name, workers in (("one", 0), ("two", 2)):
+        choices = Choices(LengthPolicy(25, "split"), gate="gate")
+        store = write_examples(
+            files, make_chat, ByteTokenizer(), tmp_path / name, choices=choices, workers=workers, shard_tokens=100
+        )
+        rows = [str(store.gate(document)) for document in range(store.documents)]
+        assert store.documents > 20 and sorted(set(rows)) == store.gate_names == ["t0", "t1", "t2"]
+        begins = [store.read(document)[:6].tolist() == [*b"user:q"] for document in range(store.documents)]
+        first = [gate for gate, begin in zip(rows, begins, strict=True) if begin]
+        assert first == [record["gate"] for record in records]
+        store.verify()
+        found.append(contents(tmp_path / name))
+    assert found[0] == found[1] and "gates.bin" in found[0]
+    plain = write(files, tmp_path / "plain", length=LengthPolicy(25, "split"))
+    assert plain.gate(0) is None and "gates" not in plain.manifest and plain.fingerprint != store.fingerprint
+
+
+def test_of_a_conversation_only_the_last_answer_is_learned_where_that_was_asked_for(tmp_path: Path) -> None:
+    turns = [("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "dd"), ("user", "e")]
+    more = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    unlearned = {"messages": [*more["messages"][:3], {"role": "assistant", "content": "dd", "weight": 0}]}
+    files = [chat_file(tmp_path / "chats.jsonl", [more, dialogue("f", "gg"), unlearned])]
+    choices = Choices(LengthPolicy(100), learn="last_answer")
+    store = write_examples(files, make_chat, ByteTokenizer(), tmp_path / "store", choices=choices)
+    learned = []
+    for document in range(store.documents):
+        weights = store.weights(document)
+        assert weights is not None
+        learned.append(store.read(document)[weights > 0].tolist())
+    assert learned == [[*b"dd", END], [*b"gg", END], [*b"bb", END]]
+    assert choices.facts() != Choices(LengthPolicy(100)).facts()

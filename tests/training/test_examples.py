@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import read_events
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.data.packed import Store
+from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.weights import save_weights
+from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.check import check
 from llmtrainer.training.datasets.examples import Examples
 from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
-from tests.training.test_resume import curve, hashes, train_until
+from tests.training.test_resume import curve, hashes, process, train_until
 
 RECIPE = """
 run: {folder}/run
@@ -128,6 +134,58 @@ def test_stopping_in_the_middle_of_an_epoch_changes_no_bit(recipe: Make, files: 
     assert hashes(files / "run", 9) == hashes(files / "whole", 9) and curve(files / "run") == curve(files / "whole")
 
 
+def test_a_run_that_is_killed_in_the_middle_of_an_epoch_ends_like_one_that_never_was(
+    recipe: Make, files: Path, world: Path
+) -> None:
+    """kill -9, while a checkpoint is saved after every step; 33 rows, 7 a step: no step up to 33 ends an epoch."""
+    settings = ("duration=36 steps", "save.every=1 steps", "evaluate.every=never")
+    train(recipe(*settings, f"run={files / 'whole'}"))
+    run = RunDir(files / "run")
+    for number in range(2):
+        with process(files / "recipe.yaml", *settings) as child:
+            assert child.stdout is not None
+            lines = [child.stdout.readline() for _ in range(4)]
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL and all(line.strip().isdigit() for line in lines)
+        newest = max(int(folder.name[5:]) for folder in run.whole_checkpoints())
+        assert 0 < newest < 33 and newest * 7 % 33, f"kill {number}"
+    train(recipe(*settings))
+    assert hashes(files / "run", 36) == hashes(files / "whole", 36) and curve(files / "run") == curve(files / "whole")
+
+
+BUILDER = """
+import sys
+import llmtrainer as lt
+from llmtrainer.training import prepare_examples as module
+from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
+write = module.write_examples
+def counted(*arguments, **settings):
+    print("made", flush=True)
+    sys.stdin.readline()
+    return write(*arguments, **settings)
+module.write_examples = counted
+recipe = lt.load(lt.Recipe, sys.argv[1], overrides=["data.evaluate={}"])
+engine, _ = engine_of(recipe)
+print(rows_of(recipe, *tokenizer_of(recipe), engine).train.store.path, flush=True)
+"""
+
+
+def test_two_processes_that_want_the_same_rows_make_them_once(recipe: Make, files: Path) -> None:
+    command = [sys.executable, "-c", BUILDER, str(files / "recipe.yaml")]
+    both = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) for _ in range(2)
+    ]  # fmt: skip
+    told = [child.communicate("\n", timeout=120)[0].split() for child in both]
+    assert [child.returncode for child in both] == [0, 0]
+    assert sum(words.count("made") for words in told) == 1 and told[0][-1] == told[1][-1]
+    found = Store(told[0][-1])
+    found.verify()
+    alone = store_of(recipe("data.evaluate={}", f"cache={files}/alone"))
+    assert found.fingerprint == alone.fingerprint and found.path.name == alone.path.name
+
+
 def test_only_answers_are_learned_and_the_count_is_of_what_is_read(recipe: Make, files: Path) -> None:
     store = store_of(recipe())
     tokenizer = tokenizer_of(recipe())[1]
@@ -221,11 +279,56 @@ def test_more_losses_than_allowed_stop_a_run_before_its_first_step(recipe: Make,
     with pytest.raises(UserError, match="records would be dropped") as error:
         train(recipe("data.sequence_length=24"))
     assert "too long" in str(error.value.why) and "a.jsonl, line" in str(error.value.why)
-    allowed = ("data.max_dropped_share=1", "data.evaluate={}", "duration=1 steps", "allow=[truncation]")
+    allowed = ("data.max_dropped_share=1", "data.evaluate={}", "duration=1 steps")
     assert train(recipe("data.sequence_length=24", *allowed)).step == 1
     # What is in the cache by now does not get around the limit.
     with pytest.raises(UserError, match="records would be dropped"):
         train(recipe("data.sequence_length=24", f"run={files}/other"))
+
+
+def test_a_row_that_is_kept_beyond_the_context_of_a_loaded_model_is_refused_by_name(
+    recipe: Make, files: Path, world: Path
+) -> None:
+    policy = Llama(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=40).build(330)
+    policy.initialise(9)
+    save_weights(policy, files / "base")
+    load_tokenizer(world / "tokenizer").save(files / "base")
+    with (files / "a.jsonl").open("a") as file:
+        file.write(json.dumps(as_messages("abcdefgh " * 40, "ok")) + "\n")
+    keep = ("data.too_long=keep", "data.tokens_per_batch=1024", "data.evaluate={}", "duration=1 steps")
+    start = f"model={{start_from: {files}/base}}"
+    with pytest.raises(UserError, match="a guard: context") as error:
+        train(recipe(start, *keep))
+    assert "the model's context is 40" in str(error.value.why)
+    assert train(recipe(start, *keep, "allow=[context]")).step == 1
+    assert train(recipe(start, "data.evaluate={}", "duration=1 steps", "data.sequence_length=41",
+                        f"run={files}/short")).step == 1    # fmt: skip
+
+
+def test_a_template_that_rewrites_earlier_turns_makes_one_row_of_a_conversation_where_the_last_answer_is_learned(
+    recipe: Make, files: Path
+) -> None:
+    template = files / "forgets.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}"
+        "({{ m.reasoning_content }}){% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    said = [("a", "bb"), ("c", "dd"), ("e", "ff")]
+    messages = [
+        message for asked, answered in said for message in (
+            {"role": "user", "content": asked}, {"role": "assistant", "content": answered, "thinking": "hm"},
+        )
+    ]  # fmt: skip
+    (files / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    given = (f"data.template={template}", f"data.train={files}/a.jsonl", "data.evaluate={}", "data.sequence_length=96")
+    tokenizer = tokenizer_of(recipe())[1]
+    all_of_them, last = store_of(recipe(*given)), store_of(recipe(*given, "data.learn=last_answer"))
+    assert all_of_them.documents == 3 and last.documents == 1
+    tokens, weights = last.read(0).tolist(), last.weights(0)
+    assert weights is not None and tokens == all_of_them.read(2).tolist()
+    learned = [token for token, weight in zip(tokens, weights, strict=True) if weight]
+    assert tokenizer.decode(learned) == "(hm)ff<|im_end|>"
 
 
 @pytest.mark.parametrize(

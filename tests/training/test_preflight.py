@@ -68,6 +68,11 @@ def the_same(rows: Rows) -> Rows:
     return rows
 
 
+def too_long(rows: Rows) -> Rows:
+    rows[0][6], rows[1][6] = [97] * 33 + [END], [0.0] * 3 + [1.0] * 31
+    return rows
+
+
 def foreign(rows: Rows) -> Rows:
     rows[0][3][4] = 300
     return rows
@@ -79,6 +84,7 @@ TRIPS: dict[str, tuple[str, Callable[[Rows], Rows], str]] = {
     "no end": ("end_token", ends_not_learned, "learned in 25.0% of the rows"),
     "padding": ("padding", padded, "read as text; the tokenizer pads with its end token"),
     "twice": ("duplicates", the_same, "25.0% of the rows are the same as an earlier one, such as row 6, the same as"),
+    "beyond the context": ("context", too_long, "the longest row reads 33 tokens, the model's context is 32; data.seq"),
     "an id too many": ("vocabulary", foreign, "the largest id is 300; the tokenizer has 257 ids"),
 }
 
@@ -94,7 +100,10 @@ class Flight:
         """What preflight.json says afterwards."""
         preflight(
             self.run, store, ByteTokenizer(), self.policy.vocabulary, OBJECTIVE, self.engine,
-            **{"ends": [END], "tokens_per_batch": 64, "allow": allow, "warn": self.warned.append, **settings},
+            **{
+                "ends": [END], "context": 32, "tokens_per_batch": 64, "allow": allow, "warn": self.warned.append,
+                **settings,
+            },
         )  # fmt: skip
         found: dict[str, Any] = json.loads((self.run.path / FILE).read_text())
         return found
@@ -128,7 +137,7 @@ def test_rows_with_learned_answers_trip_nothing_and_are_written_down(flight: Fli
     write_fates(store, [("kept", 36), ("cut", 2), ("too long", 2)])
     told = flight.over(store)
     assert [guard["name"] for guard in told["guards"]] == [
-        "zero_targets", "end_token", "truncation", "padding", "duplicates", "vocabulary", "memory",
+        "zero_targets", "end_token", "truncation", "context", "padding", "duplicates", "vocabulary", "memory",
     ]  # fmt: skip
     assert all(guard["ok"] and not guard["allowed"] for guard in told["guards"]) and not flight.warned
     assert told["figures"]["rows"] == 40 and told["figures"]["tokens"] == sum(map(len, rows[0]))
@@ -161,7 +170,14 @@ def test_answers_that_were_cut_are_counted_by_the_fates_of_their_records(flight:
     write_fates(store, [("kept", 30), ("cut", 8), ("too long", 1), ("targets cut away", 1)])
     with pytest.raises(UserError, match="truncation") as error:
         flight.over(store)
-    assert "25.0% of 40 records did not fit (1 too long, 8 cut, 1 targets cut away)" in str(error.value.why)
+    assert "25.0% of 40 records did not fit (1 too long, 8 cut, 1 targets cut away), 20% may" in str(error.value.why)
+    with pytest.raises(UserError, match="truncation"):
+        flight.over(store, max_dropped_share=0.24)
+    assert flight.over(store, max_dropped_share=0.25)["guards"][2] == {
+        "name": "truncation", "ok": True, "allowed": False,
+        "detail": "25.0% of 40 records did not fit (1 too long, 8 cut, 1 targets cut away), 25% may: answers that "
+        "break off teach to break off",
+    }
     assert flight.over(store, "truncation")["guards"][2]["allowed"]
     write_fates(store, [("kept", 40)])
     assert flight.over(store)["guards"][2]["ok"]

@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import Batch
+from llmtrainer.core.batch import GATES, Batch
 from llmtrainer.models.adapters.lora import Lora, adapters
-
-SIGNAL = "gates_BTG"
-"""What a batch must carry: for each token the number of its gate in every group, -1 for none; int64."""
 
 
 class GatedLora(Lora):
@@ -24,6 +22,8 @@ class GatedLora(Lora):
 
     groups: tuple[tuple[str, ...], ...] = Field(default=(("t0", "t1", "t2", "t3"), ("a0", "a1", "a2", "a3")))
     """Names of gates, group by group. A sample names at most one of each, such as `t1a3`."""
+
+    gated: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _has_names_of_their_own(self) -> GatedLora:
@@ -41,9 +41,9 @@ class GatedLora(Lora):
 
     def gates(self, batch: Batch) -> Tensor:
         """0 or 1 for each token and adapter: [B, T, E]. UserError where the batch names no gates."""
-        if SIGNAL not in batch.signals:
+        if GATES not in batch.signals:
             self.require_one()
-        named_BTG = batch.signals[SIGNAL]
+        named_BTG = batch.signals[GATES]
         parts = []
         for group, names in enumerate(self.groups):
             numbers = torch.arange(len(names), device=named_BTG.device)

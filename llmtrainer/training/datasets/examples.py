@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.budget_source import BudgetSource
-from llmtrainer.data.examples import Choices
+from llmtrainer.data.examples import Choices, Learn
 from llmtrainer.data.format import Format
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy
@@ -46,9 +46,15 @@ class Examples(Dataset):
     date: str | None = None
     """The date that a template with a clock shows: `2026-11-22`."""
 
-    learn: Literal["answers", "everything"] = "answers"
-    """Which tokens are targets: those of the answers with the token that ends them; or everything, prompts and the
-    template's own text too."""
+    learn: Learn = "answers"
+    """Which tokens are targets: those of the answers with the token that ends them; those of the last answer of each
+    conversation alone (last_answer); or everything, prompts and the template's own text too. A template that shows
+    earlier turns otherwise than they were written makes a row for every answer; with last_answer it makes one for a
+    conversation."""
+
+    gate: str | None = None
+    """The key under which a record names the adapters it goes through, such as `t1a3`, for
+    `model.adapter.kind=gated_lora`. Left out: records name none."""
 
     leave_out: tuple[Literal["thinking", "tools"], ...] = ()
     """What the template may leave out of a conversation without being refused."""
@@ -68,7 +74,8 @@ class Examples(Dataset):
     that the model does not learn to stop in mid-sentence. No token of the answer is overwritten."""
 
     max_dropped_share: float = Field(default=0.1, ge=0.0, le=1.0)
-    """If more than this share of a set's records is dropped, the run stops and shows why."""
+    """If more than this share of a set's records is dropped, the run stops and shows why. Above 0.2 it is also the
+    share of the training set's records that may be cut or split for their length (the preflight's `truncation`)."""
 
     bad_records: Literal["stop", "drop"] = "stop"
     """What a record that cannot be read or rendered does: stop the run with its file and line, or be dropped and
@@ -127,7 +134,8 @@ class Examples(Dataset):
             **self._budget(store, setting),
         )  # fmt: skip
         return Opened(
-            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat
+            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
+            self.max_dropped_share,
         )
 
     def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
@@ -147,7 +155,7 @@ class Examples(Dataset):
     def _choices(self) -> Choices:
         cut = (self.cut_side, self.cut_end) if self.too_long == "cut" else ()
         length = LengthPolicy(self.sequence_length, self.too_long, *cut)
-        return Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle, self.learn)
+        return Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle, self.learn, self.gate)
 
     def _measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
         """The held-out part and the named sets, each as one step of all its rows."""
