@@ -88,7 +88,7 @@ class Choices:
     def facts(self) -> list[Any]:
         length = self.length
         cut = [length.cut_side, length.cut_end] if length.too_long == "cut" else []
-        found = [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
+        found: list[Any] = [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
         found += [] if self.learn == "answers" else [self.learn]
         return found if self.gate is None else [*found, ["gate", self.gate]]
 

@@ -83,8 +83,8 @@ def assemble(
     if resumption is not None:
         require_same(resumption, recipe, {name: facts[name] for name in (*MUST_MATCH, *rows.facts)})
         checkpoint.set_aside_newer(run, resumption.folder)
-    # 4. The model, its optimizer, and their state.
     continued = resumption.folder if resumption else None
+    # 4. The model, its optimizer, and their state.
     policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
     require_gates(policy, rows.train.store, "data.train")
     policy.to(engine.device)
@@ -92,12 +92,11 @@ def assemble(
     facts |= arranged.facts
     for text in arranged.fallbacks:
         warn(text)
-    if resumption is not None:
+    if resumption:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
     # 5. How long, and at which rate.
-    length = schedule_length(recipe, resumption, warn)
-    recipe.optim.schedule.require_fit(length)
+    recipe.optim.schedule.require_fit(length := schedule_length(recipe, resumption, warn))
     # 6. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
@@ -119,8 +118,8 @@ def assemble(
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
     )  # fmt: skip
-    progress = resumption.progress if resumption else Progress()
-    return Assembled(Trainer(parts, progress, resumption.figures if resumption else {}), resumption, facts)
+    progress, figures = (resumption.progress, resumption.figures) if resumption else (Progress(), {})
+    return Assembled(Trainer(parts, progress, figures), resumption, facts)
 
 
 def _require_trackers(recipe: Recipe) -> None:
