@@ -69,6 +69,8 @@ bench-install: $(VENV)/core.stamp benchmarks/.venv-peers/stamp benchmarks/.venv-
 bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER names the model for generation
 	$(BIN)/python benchmarks/pretrain.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/lora_long.py
 
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
