@@ -21,8 +21,8 @@ from llmtrainer.base.events import steps as steps_of
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
+from llmtrainer.data.compressors import COMPRESSORS, bits_per_byte_of
 from llmtrainer.data.open import documents, find
-from llmtrainer.evals.compressors import COMPRESSORS, bits_per_byte_of
 from llmtrainer.training.cache import receipt
 from llmtrainer.training.console import bar, say
 from llmtrainer.training.datasets.examples import Examples

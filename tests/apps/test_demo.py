@@ -16,7 +16,7 @@ from llmtrainer.apps import demo as module
 from llmtrainer.apps.demo import Demo, demo
 from llmtrainer.base.config import load
 from llmtrainer.base.events import read_events
-from llmtrainer.evals.compressors import bits_per_byte_of
+from llmtrainer.data.compressors import bits_per_byte_of
 from llmtrainer.training import pace
 from llmtrainer.training.console import voice
 from llmtrainer.training.recipe import Recipe
