@@ -129,6 +129,14 @@ def test_a_continuation_is_encoded_as_if_alone_and_joins_to_the_exact_text(
         assert trained.encode_batch([text[:place], text[place:]])[1] == answer
 
 
+def test_texts_that_this_thread_encodes_and_texts_that_all_do_become_the_same_ids(trained: FileTokenizer) -> None:
+    for text in ("", "a", "def f(x):\n    return x\n", "你好，世界 \N{SNOWMAN} e\u0301", "x" * 2000):
+        alone = trained.encode(text)
+        crowded = trained.encode_batch([text, " filler" * 1000])[0]
+        assert alone == crowded
+
+
+
 def test_encoding_does_not_depend_on_how_much_is_encoded_at_a_time(
     trained: FileTokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
