@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
 )
 
 ANSWER_SHARE = 0.2
-"""Share of the training time in which the model learns to answer."""
+"""Time in which the model learns to answer, as a share of what training took before."""
 QUESTIONS = "questions"
 """The name of the held-out questions in the events."""
 
@@ -71,8 +71,8 @@ class Demo(Config):
     """Number of different pieces that text is cut into."""
 
     seconds: float = Field(default=200.0, gt=0.0)
-    """Most seconds to spend on training, a fifth of them on answering. The speed is measured first, then the number
-    of steps is fixed."""
+    """Most seconds to spend on training, and a fifth as many on answering afterwards. The speed is measured first, then
+    the number of steps is fixed."""
 
     steps: int | None = Field(default=None, ge=1)
     """Train exactly so many steps, and a quarter as many on answering, instead of measuring; two machines then do the
@@ -165,9 +165,8 @@ def _prepare(settings: Demo) -> dict[str, Any]:
 def _train(settings: Demo) -> dict[str, Any]:
     if not _has_compiler():
         say("no C++ compiler on the path: the model runs uncompiled, which is slower and as right")
-    share = 1.0 - ANSWER_SHARE if "answer" in settings.stages else 1.0
-    seconds = share * settings.seconds
-    steps = settings.steps or begun_steps(settings.run) or steps_within(_recipe(settings, 10_000), seconds)
+    trial, seconds = _recipe(settings, 10_000), settings.seconds
+    steps = settings.steps or begun_steps(settings.run) or steps_within(trial, seconds)
     done = train_within(_recipe(settings, steps), None if settings.steps else seconds)
     progress, loss = done.progress, steps_of(RunDir(Path(settings.run)).events)[-1]["loss"]
     return {"training": {"steps": progress.step, "tokens": progress.tokens, "loss": loss, "seconds": done.seconds}}

@@ -158,13 +158,13 @@ def test_learning_to_answer_lowers_the_loss_on_questions_about_what_was_not_seen
     assert events[-1]["questions/loss"] == told.answers["loss_after"]
 
 
-def test_the_time_of_training_is_shared_between_writing_and_answering(
+def test_answering_takes_a_fifth_of_the_time_of_training_on_top_of_it(
     small: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = []
     monkeypatch.setattr(module, "steps_within", lambda recipe, seconds: planned.append((recipe.run, seconds)) or 2)
     timed = small.model_copy(update={"steps": None, "seconds": 100.0, "ask": ()})
     demo(timed.model_copy(update={"stages": ("train", "answer")}))
-    assert planned == [("runs/demo", 80.0), ("runs/demo-answers", 20.0)]
+    assert planned == [("runs/demo", 100.0), ("runs/demo-answers", 20.0)]
     demo(timed.model_copy(update={"run": "runs/other", "stages": ("train",)}))
     assert planned[2:] == [("runs/other", 100.0)]
