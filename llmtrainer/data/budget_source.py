@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.collate import Row, collate, end_to_end, filler
+from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
 from llmtrainer.data.plan import Part, plan
-from llmtrainer.data.rows_first import Draws
+from llmtrainer.data.read_ahead import ReadAhead
 
 _BLOCK = 2**17
 """Documents whose lengths are looked at at a time."""
@@ -79,61 +79,49 @@ class BudgetSource:
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         """SHA-256 of the store and of every setting that decides the sequences of a step."""
         self._draws = Draws(self.rows_per_epoch, self.rows_per_step, seed, shuffle)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows") if prefetch else None
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead = ReadAhead(self._batches, prefetch)
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.rows_per_epoch / self.rows_per_step
+        return self._draws.steps_per_epoch
 
     def epochs(self, step: int) -> float:
-        """Passes over the data after so many steps. One division of whole numbers: a whole epoch is exact."""
-        return step * self.rows_per_step / self.rows_per_epoch
+        """Passes over the data after so many steps."""
+        return self._draws.epochs(step)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step; the next step's are made ready on a thread."""
-        if self._ahead is None:
-            return self._batches(step)
-        expected, self._next = self._next, None
-        found = expected[1].result() if expected is not None and expected[0] == step else self._batches(step)
-        self._next = step + 1, self._ahead.submit(self._batches, step + 1)
-        return found
+        return self._ahead(step)
 
     def draws(self, step: int) -> list[tuple[int, int]]:
         """(epoch, sequence of the plan) at each place of a step, of all ranks."""
-        epochs, rows = self._draws.of_steps(step, step + 1)
-        return list(zip(epochs[0].tolist(), rows[0].tolist(), strict=True))
+        return self._draws.of_step(step)
 
     def cut(self, step: int) -> list[list[Numbers]]:
         """The places of each micro-batch of each rank."""
-        documents = [self._document(row) for _, row in self.draws(step)]
-        read = np.array([self.store.length(document) - 1 for document in documents], dtype=np.int64)
-        return cut_step(read, self.tokens_per_batch, self._world_size, self._pair_cost)
+        return self._cut(self.draws(step))
 
     def row(self, step: int, place: int) -> dict[str, list[Any]]:
-        """One sequence as the model sees it: `tokens` (n + 1 of them), and for each how much it counts as a target
-        (`weights`), its place in its document (`positions`) and the number of its `document`, which is 0."""
-        row = self._row(place, self.draws(step)[place][1])
-        return {
-            "tokens": row.tokens.tolist(),
-            "weights": row.weights.tolist(),
-            "positions": row.positions.tolist(),
-            "document": row.document.tolist(),
-        }
+        """One sequence as the model sees it, see `Row.shown`; its document is 0."""
+        return self._row(place, self.draws(step)[place][1]).shown()
 
     def close(self) -> None:
         """End the thread that reads ahead."""
-        if self._ahead is not None:
-            self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
 
     def _batches(self, step: int) -> list[Batch]:
-        draws, mine = self.draws(step), self.cut(step)[self._rank]
+        draws = self.draws(step)
         return [
             # Every rank joins every collective: one that has run out of sequences gets a row of padding.
             end_to_end([self._row(place, draws[place][1]) for place in places.tolist()])
             if len(places) else collate([filler(self.rows_per_step + self._rank, self.store.gate_groups)])
-            for places in mine
+            for places in self._cut(draws)[self._rank]
         ]  # fmt: skip
+
+    def _cut(self, draws: list[tuple[int, int]]) -> list[list[Numbers]]:
+        documents = [self._document(row) for _, row in draws]
+        read = np.array([self.store.length(document) - 1 for document in documents], dtype=np.int64)
+        return cut_step(read, self.tokens_per_batch, self._world_size, self._pair_cost)
 
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)

@@ -49,6 +49,16 @@ class Row:
         first[1:] = np.where(self.document[1:] != self.document[:-1], index[1:], 0)
         return index - np.maximum.accumulate(first)
 
+    def shown(self) -> dict[str, list[Any]]:
+        """The row as the model sees it: `tokens` (n + 1 of them), and for each how much it counts as a target
+        (`weights`), its place in its document (`positions`) and the number of its `document` in the row."""
+        return {
+            "tokens": self.tokens.tolist(),
+            "weights": self.weights.tolist(),
+            "positions": self.positions.tolist(),
+            "document": self.document.tolist(),
+        }
+
 
 def collate(rows: Sequence[Row]) -> Batch:
     """One Batch of B rows, T the longest; padding has document -1, sequence -1, position 0 and weight 0.

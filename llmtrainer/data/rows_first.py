@@ -1,45 +1,22 @@
-"""Rows first: which sequences each step draws, and the smallest micro-batch that its share of them fits."""
+"""Rows first: the smallest micro-batch that each step's share of its sequences fits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.randomness import derive
 from llmtrainer.data.budget import Numbers, lower_bound
-from llmtrainer.data.permutation import Permutation
+from llmtrainer.data.draws import Draws
 
 GRAIN = 32
 """Budgets are searched in multiples of this many tokens."""
 DIVIDERS = range(1, 17)
 SPREAD = 2
 """So many sequences may the fullest step hold more than the emptiest."""
-
-
-class Draws:
-    """Step n owns draws n*R .. (n+1)*R - 1; draw d is row `order(d mod P)` of epoch d div P, in an order of that
-    epoch alone (or, unshuffled, in the order of the data)."""
-
-    def __init__(self, rows_per_epoch: int, rows_per_step: int, seed: int, shuffle: bool = True) -> None:
-        assert rows_per_epoch > 0 and rows_per_step > 0
-        self.rows_per_epoch, self.rows_per_step, self.shuffle = rows_per_epoch, rows_per_step, shuffle
-        self._order = lru_cache(4)(lambda epoch: Permutation(rows_per_epoch, derive(seed, "order", epoch)))
-
-    def of_steps(self, first: int, stop: int) -> tuple[Numbers, Numbers]:
-        """Epoch and row at every place of steps first..stop, both [steps, R]."""
-        assert 0 <= first <= stop
-        draws = np.arange(first * self.rows_per_step, stop * self.rows_per_step, dtype=np.int64)
-        epochs, places = np.divmod(draws, self.rows_per_epoch)
-        rows = places.copy()
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                rows[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
-        return epochs.reshape(-1, self.rows_per_step), rows.reshape(-1, self.rows_per_step)
 
 
 @dataclass(frozen=True)

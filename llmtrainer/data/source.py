@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +12,11 @@ import numpy as np
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
-from llmtrainer.core.randomness import derive
 from llmtrainer.data.collate import Row, collate, filler
+from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
-from llmtrainer.data.permutation import Permutation
 from llmtrainer.data.plan import Part, Policy, plan
+from llmtrainer.data.read_ahead import ReadAhead
 
 
 class DiskSource:
@@ -53,7 +51,7 @@ class DiskSource:
         """`cache` is the folder of the plan's tables. Raises UserError if no row can be made of the data."""
         assert 0 <= rank < world_size and 0 <= worker < workers
         _require_sizes(sequence_length, rows_per_step, tokens_per_batch, held_out, part)
-        self.store, self.seed, self.shuffle = store, seed, shuffle
+        self.store = store
         self.sequence_length, self.rows_per_step, self.documents = sequence_length, rows_per_step, documents
         self.rows_per_batch = tokens_per_batch // sequence_length
         self._first, self._stride = rank + world_size * worker, world_size * workers
@@ -67,57 +65,36 @@ class DiskSource:
         facts = [store.fingerprint, sequence_length, rows_per_step, seed, documents, policy, held_out, part, shuffle]
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         """SHA-256 of the store and of every setting that decides the rows of a step."""
-        self._order = lru_cache(4)(lambda epoch: Permutation(self.rows_per_epoch, derive(seed, "order", epoch)))
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows") if prefetch else None
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._draws = Draws(self.rows_per_epoch, rows_per_step, seed, shuffle)
+        self._ahead = ReadAhead(self._batches, prefetch)
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.rows_per_epoch / self.rows_per_step
+        return self._draws.steps_per_epoch
 
     def epochs(self, step: int) -> float:
-        """Passes over the data after so many steps. One division of whole numbers: a whole epoch is exact."""
-        return step * self.rows_per_step / self.rows_per_epoch
+        """Passes over the data after so many steps."""
+        return self._draws.epochs(step)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step; the next step's are made ready on a thread."""
-        if self._ahead is None:
-            return self._batches(step)
-        expected, self._next = self._next, None
-        found = expected[1].result() if expected is not None and expected[0] == step else self._batches(step)
-        self._next = step + 1, self._ahead.submit(self._batches, step + 1)
-        return found
+        return self._ahead(step)
 
     def draws(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row of the plan) at each place of a step, of all ranks."""
-        assert step >= 0
-        draws = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
-        epochs, places = np.divmod(draws, self.rows_per_epoch)
-        rows = places.copy()
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                rows[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
-        return list(zip(epochs.tolist(), rows.tolist(), strict=True))
+        return self._draws.of_step(step)
 
     def places(self) -> range:
         """The places of a step that are this rank's (and worker's)."""
         return range(self._first, self.rows_per_step, self._stride)
 
     def row(self, step: int, place: int) -> dict[str, list[Any]]:
-        """One row as the model sees it: `tokens` (n + 1 of them), and for each how much it counts as a target
-        (`weights`), its place in its document (`positions`) and the number of its `document` in the row."""
-        row = self._row(place, *self.draws(step)[place])
-        return {
-            "tokens": row.tokens.tolist(),
-            "weights": row.weights.tolist(),
-            "positions": row.positions.tolist(),
-            "document": row.document.tolist(),
-        }
+        """One row as the model sees it, see `Row.shown`."""
+        return self._row(place, *self.draws(step)[place]).shown()
 
     def close(self) -> None:
         """End the thread that reads ahead."""
-        if self._ahead is not None:
-            self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
 
     def _batches(self, step: int) -> list[Batch]:
         draws = self.draws(step)

@@ -10,10 +10,10 @@ import pytest
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.budget import lower_bound, pack
 from llmtrainer.data.budget_source import BudgetSource
+from llmtrainer.data.draws import Draws
 from llmtrainer.data.rows_first import (
     DIVIDERS,
     SPREAD,
-    Draws,
     bins_of_steps,
     drawn_lengths,
     find_plan,
