@@ -7,20 +7,18 @@ ids; the end is not chosen before. Reading the prompts counts, loading the model
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import smollm2
 import turns
 from turns import Figures
 
 PROMPTS = [f"What is {n} + {7 * n + 3}? Answer with the number." for n in range(16)]
 NEW = 64
-BUILT = Path(__file__).resolve().with_name(".smollm2")
-"""Where the model is put if nobody names one."""
 COMPARED = 64
 """Logits of so many ids after each prompt are compared, to see that both sides run one model."""
 LARGEST_DIFFERENCE = 0.5
@@ -110,13 +108,7 @@ def main() -> None:
     if wish.side:
         turns.serve({"ours": ours, "transformers": transformers}[wish.side], wish.settings)
         return
-    if wish.model is None:
-        wish.model = BUILT
-        if not BUILT.exists():
-            turns.say(f"making {BUILT}, once; --model FOLDER or SMOLLM2=FOLDER names one that is there")
-            subprocess.run([wish.peer_python, BUILT.with_name("smollm2.py"), BUILT], check=True)
-    if not (Path(wish.model) / "config.json").is_file():
-        turns.refuse(f"there is no model in {wish.model}", "--model FOLDER: SmolLM2-135M as a Hugging Face folder")
+    wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     settings = {"model": str(wish.model), "batches": 2 if wish.quick else 4}
     pythons = {"ours": Path(sys.executable), "transformers": wish.peer_python}
     script = Path(__file__).resolve()

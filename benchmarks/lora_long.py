@@ -12,36 +12,19 @@ import itertools
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sft
+import smollm2
 import turns
+from trainer_clock import clock
 from turns import Figures
 
 LENGTH, RANK, ALPHA, RATE = 8192, 16, 32, 1e-4
 LARGEST_DIFFERENCE = 0.01
 """Nats a token: the sides draw different adapters, which add nothing at the first step."""
-
-
-def ours(settings: Figures) -> Iterator[Figures]:
-    import torch
-
-    import llmtrainer as lt
-
-    torch.set_num_threads(settings["threads"])
-    recipe = lt.load(lt.Recipe, settings["recipe"])
-    with lt.open_trainer(recipe) as trainer:
-        steps = trainer.steps()
-        losses = [next(steps).loss for _ in range(settings["warm"])]
-        yield {"first_loss": losses[0]}
-        while True:
-            started, tokens = time.perf_counter(), 0
-            for _ in range(settings["steps"]):
-                tokens += next(steps).tokens
-            yield {"rate": tokens / (time.perf_counter() - started)}
 
 
 def trl(settings: Figures) -> Iterator[Figures]:
@@ -50,21 +33,10 @@ def trl(settings: Figures) -> Iterator[Figures]:
     torch.set_num_threads(settings["threads"])
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    losses: list[float] = []
-    seconds: list[float] = []
-
-    class Clock(TrainerCallback):    # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+    callback, told = clock()
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
@@ -77,15 +49,15 @@ def trl(settings: Figures) -> Iterator[Figures]:
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = Dataset.from_list([{"text": Path(settings["data"]).read_text(encoding="utf-8")}] * 64)
     trainer = SFTTrainer(
-        model, asked, train_dataset=rows, processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()]
+        model, asked, train_dataset=rows, processing_class=tokenizer, peft_config=adapter, callbacks=[callback]
     )
     trainer.train()
-    yield {"first_loss": losses[0]}
+    yield {"first_loss": told.losses[0]}
     while True:
-        seconds.clear()
+        told.seconds.clear()
         trainer.args.max_steps = settings["steps"]
         trainer.train()
-        yield {"rate": LENGTH * len(seconds) / sum(seconds)}
+        yield {"rate": LENGTH * len(told.seconds) / sum(told.seconds)}
 
 
 def prepare(folder: Path, wish: Any) -> Figures:
@@ -127,9 +99,9 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="ours without torch.compile")
     wish = parser.parse_args()
     if wish.side:
-        turns.serve(ours if wish.side == "ours" else trl, wish.settings)
+        turns.serve(sft.ours if wish.side == "ours" else trl, wish.settings)
         return
-    wish.model = sft.model_of(wish)
+    wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {**prepare(Path(scratch), wish), "warm": 1, "steps": 1 if wish.quick else 2}
         pythons = {"ours": Path(sys.executable), "trl": wish.peer_python}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import turns
+from trainer_clock import clock
 from turns import Figures
 
 ROWS, LENGTH, VOCABULARY, RATE = 8, 512, 8192, 1e-4
@@ -54,10 +55,9 @@ def hf_trainer(settings: Figures) -> Iterator[Figures]:
     import torch
 
     torch.set_num_threads(settings["threads"])
-    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-    losses: list[float] = []
-    seconds: list[float] = []
+    callback, told = clock()
 
     class Rows(torch.utils.data.IterableDataset):    # type: ignore[misc]
         rows = _rows(settings)
@@ -66,16 +66,6 @@ def hf_trainer(settings: Figures) -> Iterator[Figures]:
             for row in self.rows:
                 tokens = torch.tensor(row[:-1])
                 yield {"input_ids": tokens, "labels": tokens}
-
-    class Clock(TrainerCallback):    # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
 
     def arguments(steps: int) -> TrainingArguments:
         return TrainingArguments(
@@ -86,12 +76,12 @@ def hf_trainer(settings: Figures) -> Iterator[Figures]:
         )  # fmt: skip
 
     model, rows = LlamaForCausalLM.from_pretrained(settings["weights"], dtype=torch.float32), Rows()
-    Trainer(model, arguments(settings["warm"]), train_dataset=rows, callbacks=[Clock()]).train()
-    yield {"first_loss": losses[0], "last_loss": losses[settings["warm"] - 1]}
+    Trainer(model, arguments(settings["warm"]), train_dataset=rows, callbacks=[callback]).train()
+    yield {"first_loss": told.losses[0], "last_loss": told.losses[settings["warm"] - 1]}
     while True:
-        seconds.clear()
-        Trainer(model, arguments(settings["steps"]), train_dataset=rows, callbacks=[Clock()]).train()
-        yield {"rate": ROWS * LENGTH * len(seconds) / sum(seconds)}
+        told.seconds.clear()
+        Trainer(model, arguments(settings["steps"]), train_dataset=rows, callbacks=[callback]).train()
+        yield {"rate": ROWS * LENGTH * len(told.seconds) / sum(told.seconds)}
 
 
 def litgpt(settings: Figures) -> Iterator[Figures]:

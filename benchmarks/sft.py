@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import smollm2
 import turns
+from trainer_clock import clock
 from turns import Figures
 
 BATCH, LENGTH, RATE, ROWS = 8, 512, 1e-5, 400
-BUILT = Path(__file__).resolve().with_name(".smollm2")
 LARGEST_DIFFERENCE = 1e-3
 """Nats a token, of the first step's loss on either side, relative to the loss."""
 
@@ -52,22 +52,11 @@ def trl(settings: Figures) -> Iterator[Figures]:
 
     torch.set_num_threads(settings["threads"])
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    losses: list[float] = []
-    seconds: list[float] = []
     tokens: list[int] = []
-
-    class Clock(TrainerCallback):    # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
-
-        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+    callback, told = clock()
 
     class Counted(SFTTrainer):    # type: ignore[misc]
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -88,16 +77,16 @@ def trl(settings: Figures) -> Iterator[Figures]:
         gradient_checkpointing=False, assistant_only_loss=False, seed=0, learning_rate=RATE,
         lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused",
     )  # fmt: skip
-    trainer = Counted(model, asked, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = Counted(model, asked, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
     trainer.args.max_steps = settings["warm"]
     trainer.train()
-    yield {"first_loss": losses[0]}
+    yield {"first_loss": told.losses[0]}
     while True:
-        seconds.clear()
+        told.seconds.clear()
         tokens.clear()
         trainer.args.max_steps = settings["steps"]
         trainer.train()
-        yield {"rate": sum(tokens) / sum(seconds), "tokens_per_step": sum(tokens) / len(tokens)}
+        yield {"rate": sum(tokens) / sum(told.seconds), "tokens_per_step": sum(tokens) / len(tokens)}
 
 
 def prepare(folder: Path, wish: Any) -> Figures:
@@ -170,18 +159,6 @@ def require_one_work(result: Figures) -> Figures:
     return found
 
 
-def model_of(wish: Any) -> Path:
-    """The folder that is named, or one that is made once."""
-    if wish.model is None:
-        if not (BUILT / "model.safetensors").is_file():
-            turns.say(f"making {BUILT}, once; --model FOLDER or SMOLLM2=FOLDER names one that is there")
-            subprocess.run([wish.peer_python, BUILT.with_name("smollm2.py"), BUILT], check=True)
-        return BUILT
-    if not Path(wish.model, "config.json").is_file():
-        turns.refuse(f"there is no model in {wish.model}", "--model FOLDER: SmolLM2-135M as a Hugging Face folder")
-    return Path(wish.model)
-
-
 def main() -> None:
     parser = turns.parser(__doc__ or "")
     parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
@@ -191,7 +168,7 @@ def main() -> None:
     if wish.side:
         turns.serve(ours if wish.side == "ours" else trl, wish.settings)
         return
-    wish.model, wish.data = model_of(wish), data_of(wish)
+    wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), data_of(wish)
     with tempfile.TemporaryDirectory() as scratch:
         short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
         settings = {**prepare(Path(scratch), wish), **short}

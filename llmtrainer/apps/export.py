@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from llmtrainer.models.peft_format import is_adapter, read_config, write_combina
 from llmtrainer.models.weights import load_policy
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.training.models import is_ours, load_whole, model_folder
-from llmtrainer.training.publishing import publish, require_free, stored_type
+from llmtrainer.training.publishing import appearing, publish, require_free, stored_type
 
 
 class Export(Config):
@@ -107,16 +106,10 @@ def _combinations(source: Path, out: Path) -> Exported:
     require_free(out, source, overwrite=False)
     base = read_config(source)[1]
     policy = load_whole(source, torch.float32)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(out) as partial:
         names = write_combinations(policy, base or "", partial)
         for name in names:
             read_config(partial / name)
-        shutil.rmtree(out, ignore_errors=True)    # empty, or it would not be free
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     files = [path for path in out.rglob("*.safetensors")]
     return Exported(
         str(out), "float32", len(files), sum(path.stat().st_size for path in files), sorted(names),

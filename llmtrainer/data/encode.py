@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.document import AnyPath, Document, Reading, SourceFile, Tokens
+from llmtrainer.data.made_once import store_made_once
 from llmtrainer.data.open import contents
-from llmtrainer.data.packed import MANIFEST, Store, dtype_for, sha256_of
+from llmtrainer.data.packed import Store, dtype_for, sha256_of
 from llmtrainer.data.remote import RemoteFile, remote_facts, remote_sha256
-from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
+from llmtrainer.data.shards import ShardWriter
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.data.workers import worked_by, worked_here
 
@@ -66,35 +66,27 @@ def write_store(
     Raises UserError for text that cannot be read, another store at `out`, a full disk or a worker that died; what
     was written stays and is used by the next try.
     """
-    out = Path(out)
     tokenizer = load_tokenizer(tokenizer_folder)
     facts = {"tokenizer": tokenizer.fingerprint, "vocabulary": tokenizer.vocabulary, "end": tokenizer.end}
     states, sources = hashed(files)
     key = digest_of([facts, shard_tokens, fields, errors, allow_truncated, raw_ids, sources])
-    aside = partial_of(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_explained(aside), locked(aside):
-        if is_complete(out, key):
-            aside.rmdir()
-            return Store(out)
-        require_free(out)
-        if not is_complete(aside, key):
-            dtype = dtype_for(tokenizer.vocabulary)
-            writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens)
-            reading = Reading(fields, errors, allow_truncated, warn, allow_pickle, raw_ids)
-            read = partial(contents, vocabulary=Vocabulary.of(tokenizer), reading=reading, tell=tell)
-            try:
-                batches = _batches(files, states, writer.counts(len(files)), batch_bytes, read)
-                here = workers == 0 or sum(file.bytes for file in files) <= batch_bytes
-                make = partial(_encoder, load_tokenizer, tokenizer_folder)
-                encoded = worked_here(batches, make) if here else worked_by(workers, batches, make)
-                _write_all(writer, encoded, report)
-                _require_documents(writer, files)
-                writer.finish({"key": key, **facts}, sources)
-            finally:
-                writer.abandon()
-        publish(aside, out)
-    return Store(out)
+
+    def write(aside: Path) -> None:
+        writer = ShardWriter(aside, key=key, dtype=dtype_for(tokenizer.vocabulary), shard_tokens=shard_tokens)
+        reading = Reading(fields, errors, allow_truncated, warn, allow_pickle, raw_ids)
+        read = partial(contents, vocabulary=Vocabulary.of(tokenizer), reading=reading, tell=tell)
+        try:
+            batches = _batches(files, states, writer.counts(len(files)), batch_bytes, read)
+            here = workers == 0 or sum(file.bytes for file in files) <= batch_bytes
+            make = partial(_encoder, load_tokenizer, tokenizer_folder)
+            encoded = worked_here(batches, make) if here else worked_by(workers, batches, make)
+            _write_all(writer, encoded, report)
+            _require_documents(writer, files)
+            writer.finish({"key": key, **facts}, sources)
+        finally:
+            writer.abandon()
+
+    return store_made_once(out, key, write)
 
 
 @dataclass
@@ -208,14 +200,6 @@ def digest_of(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def is_complete(folder: Path, key: str) -> bool:
-    """Whether the folder holds the whole store of this key. A manifest is written last, so it vouches for the rest."""
-    try:
-        return bool(json.loads((folder / MANIFEST).read_bytes())["key"] == key)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _require_documents(writer: ShardWriter, files: Sequence[SourceFile]) -> None:
     if writer.documents == 0:
         raise UserError(
@@ -223,28 +207,3 @@ def _require_documents(writer: ShardWriter, files: Sequence[SourceFile]) -> None
             where=", ".join(str(file.path) for file in files[:3]) or "no file was given",
             fix="name text that is not empty",
         )
-
-
-def require_free(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(
-            "there is something else already",
-            where=str(out),
-            why="it is not the store of this text and tokenizer, and nothing is overwritten",
-            fix=f"rm -r {out}, or write to another folder",
-        )
-
-
-@contextmanager
-def disk_full_explained(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                "the disk is full",
-                where=str(partial),
-                why=error.strerror,
-                fix="make room, then run the same command again: it goes on where it was",
-            ) from error
-        raise

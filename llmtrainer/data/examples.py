@@ -23,18 +23,16 @@ from llmtrainer.data.encode import (
     SHARD_TOKENS,
     State,
     digest_of,
-    disk_full_explained,
     hashed,
-    is_complete,
-    require_free,
     state_of,
 )
 from llmtrainer.data.fates import KEPT, Run, Totals, joined, require_few_losses, totals
 from llmtrainer.data.format import Format
 from llmtrainer.data.length import LengthPolicy, Piece
+from llmtrainer.data.made_once import store_made_once
 from llmtrainer.data.packed import FATES, Store, dtype_for
 from llmtrainer.data.records import Record, records
-from llmtrainer.data.shards import ShardWriter, locked, partial_of, publish
+from llmtrainer.data.shards import ShardWriter
 from llmtrainer.data.workers import worked_by, worked_here
 
 if TYPE_CHECKING:    # core imports torch, which a process that only tokenises would wait for in vain
@@ -140,7 +138,7 @@ def write_examples(
     Raises UserError for a record that is refused (unless `choices` drops those), where more than
     `max_dropped_share` of the records is dropped, and as `write_store` does.
     """
-    out, maker = Path(out), make()
+    maker = make()
     states, sources = hashed([file.source for file in files])
     sources = [{**source, "format": file.format.plain()} for source, file in zip(sources, files, strict=True)]
     facts = {
@@ -148,29 +146,23 @@ def write_examples(
         "template": maker.fingerprint, "choices": choices.facts(),
     }  # fmt: skip
     key = digest_of([facts, shard_tokens, sources])
-    aside = partial_of(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_explained(aside), locked(aside):
-        if is_complete(out, key):
-            aside.rmdir()
-            return Store(out)
-        require_free(out)
-        if not is_complete(aside, key):
-            dtype = dtype_for(tokenizer.vocabulary)
-            writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens, weighted=True)
-            reading = Reading(
-                allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
-            )
-            batches = _batches(files, states, _done(writer.notes, len(files)), reading)
-            formats = [file.format for file in files]
-            work = partial(_worker, make, formats, choices, tokenizer.vocabulary, tokenizer.end)
-            try:
-                _write_all(writer, worked_by(workers, batches, work) if workers else worked_here(batches, work), report)
-                _finish(writer, {"key": key, **facts}, sources, max_dropped_share)
-            finally:
-                writer.abandon()
-        publish(aside, out)
-    return Store(out)
+
+    def write(aside: Path) -> None:
+        dtype = dtype_for(tokenizer.vocabulary)
+        writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens, weighted=True)
+        reading = Reading(
+            allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
+        )
+        batches = _batches(files, states, _done(writer.notes, len(files)), reading)
+        formats = [file.format for file in files]
+        work = partial(_worker, make, formats, choices, tokenizer.vocabulary, tokenizer.end)
+        try:
+            _write_all(writer, worked_by(workers, batches, work) if workers else worked_here(batches, work), report)
+            _finish(writer, {"key": key, **facts}, sources, max_dropped_share)
+        finally:
+            writer.abandon()
+
+    return store_made_once(out, key, write)
 
 
 def fates_of(store: Store) -> Totals:

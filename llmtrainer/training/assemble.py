@@ -83,8 +83,8 @@ def assemble(
     if resumption is not None:
         require_same(resumption, recipe, {name: facts[name] for name in (*MUST_MATCH, *rows.facts)})
         checkpoint.set_aside_newer(run, resumption.folder)
-    continued = resumption.folder if resumption else None
     # 4. The model, its optimizer, and their state.
+    continued = resumption.folder if resumption else None
     policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
     require_gates(policy, rows.train.store, "data.train")
     policy.to(engine.device)
@@ -92,11 +92,11 @@ def assemble(
     facts |= arranged.facts
     for text in arranged.fallbacks:
         warn(text)
-    if resumption:
+    if resumption is not None:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
     # 5. How long, and at which rate.
-    recipe.optim.schedule.require_fit(length := schedule_length(recipe, resumption, warn))
+    length = schedule_length(recipe, resumption, warn)
     # 6. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
@@ -160,14 +160,19 @@ def look_before(
 
 
 def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callable[[str], None]) -> Duration:
-    """What the schedule is stretched over: as given, else as the run began, else the duration."""
-    given = recipe.optim.schedule.length
-    if given is not None or resumption is None:
-        return given or recipe.duration
-    kept = resumption.schedule_length
-    if kept != recipe.duration:
-        warn(f"the learning rate keeps its schedule of {kept}; optim.schedule.length='{recipe.duration}' stretches it")
-    return kept
+    """What the schedule is stretched over: as given, else as the run began, else the duration. UserError where its
+    warm-up does not fit."""
+    length = recipe.optim.schedule.length
+    if length is None and resumption is not None:
+        length = resumption.schedule_length
+        if length != recipe.duration:
+            warn(
+                f"the learning rate keeps its schedule of {length}; optim.schedule.length='{recipe.duration}' "
+                "stretches it"
+            )
+    length = length or recipe.duration
+    recipe.optim.schedule.require_fit(length)
+    return length
 
 
 def average_of(

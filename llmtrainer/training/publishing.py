@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ class Published:
     differences: list[str]
     """What is not as the source had it."""
 
+    @classmethod
+    def of(
+        cls, out: Path, weights: Mapping[str, Tensor], checks: dict[str, str], source: Path, config: Mapping[str, Any]
+    ) -> Published:
+        size = sum(value.nbytes for value in weights.values())
+        files = sorted(file.name for file in out.iterdir())
+        return cls(len(weights), size, files, checks, list(differences(source, config)))
+
 
 def publish(
     decoder: Decoder, tokenizer: FileTokenizer, source: Path, out: Path, precision: str, *, shard_bytes: int,
@@ -66,11 +75,8 @@ def publish(
 
     UserError where no class of transformers computes the model, or what was written does not read back as it was.
     """
-    require_fit(tokenizer, decoder, source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    require_fit(tokenizer, decoder.vocabulary, source)
+    with appearing(out) as partial:
         config = described(decoder, tokenizer, source, precision)
         weights = {name: value.to(DTYPES[precision]) for name, value in tensors(decoder).items()}
         weights |= zero_biases(weights, config)
@@ -82,23 +88,14 @@ def publish(
             checks |= prove(partial)
         if check:
             checks |= _checked_by_transformers(partial, load_policy(partial).eval(), tokenizer)
-        _rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Published(
-        len(weights), sum(value.nbytes for value in weights.values()), sorted(file.name for file in out.iterdir()),
-        checks, list(differences(source, config)),
-    )  # fmt: skip
+    return Published.of(out, weights, checks, source, config)
 
 
 def publish_foreign(
     policy: Foreign, tokenizer: FileTokenizer, source: Path, out: Path, precision: str, *, prove: Check, words: Path
 ) -> Published:
     """As `publish`, of a model of transformers' own classes, in the form that they save themselves."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with appearing(out) as partial:
         form = ForeignModel(policy)
         weights = {
             name: value.to(DTYPES[precision]) if value.is_floating_point() else value
@@ -115,13 +112,7 @@ def publish_foreign(
         again = load_tokenizer(partial)
         _require(again.fingerprint == tokenizer.fingerprint, partial, "tokenizer", "its fingerprint")
         checks = {"tokenizer": "the same fingerprint", **prove(partial)}
-        _rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Published(
-        len(weights), sum(value.nbytes for value in weights.values()), sorted(file.name for file in out.iterdir()),
-        checks, list(differences(source, config)),
-    )  # fmt: skip
+    return Published.of(out, weights, checks, source, config)
 
 
 def described(decoder: Decoder, tokenizer: FileTokenizer, source: Path, precision: str) -> dict[str, Any]:
@@ -173,11 +164,8 @@ def _proved(
     folder: Path, source: Path, words: Path, family: Llama, weights: Mapping[str, Tensor], tokenizer: FileTokenizer
 ) -> Iterator[tuple[str, str]]:
     """Read everything back as a stranger would. UserError, and no folder, if anything is not as it was."""
-    unread = dict(weights)
-    for opened, name in _opened(folder):
-        value = unread.pop(name, None)
-        _require(value is not None and torch.equal(opened.get_tensor(name), value), folder, "weights", name)
-    _require(not unread, folder, "weights", ", ".join(unread))
+    wrong = not_read_back(folder, weights)
+    _require(not wrong, folder, "weights", ", ".join(wrong))
     yield "weights", f"{len(weights):,} tensors read back equal"
     described = read_json(folder / CONFIG)
     described.pop(OWN, None)    # what others read is what must be right
@@ -201,6 +189,16 @@ def _proved(
             kept = (folder / name).is_file() and (folder / name).read_bytes() == (origin / name).read_bytes()
             _require(kept, folder, name, "its bytes")
             yield name.partition(".")[0], "the source's, byte for byte"
+
+
+def not_read_back(folder: Path, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that the folder has otherwise, or has not, or has alone."""
+    unread, wrong = dict(weights), []
+    for opened, name in _opened(folder):
+        value = unread.pop(name, None)
+        if value is None or not torch.equal(opened.get_tensor(name), value):
+            wrong.append(name)
+    return wrong + list(unread)
 
 
 def _meant(family: Llama, key: str) -> object:
@@ -264,10 +262,11 @@ def _require(right: bool, folder: Path, part: str, what: str) -> None:
         )
 
 
-def require_fit(tokenizer: FileTokenizer, decoder: Decoder, source: Path) -> None:
-    if tokenizer.vocabulary > decoder.vocabulary:
+def require_fit(tokenizer: FileTokenizer, rows: int, source: Path) -> None:
+    """Refuse a tokenizer with ids beyond the rows of the model's embedding."""
+    if tokenizer.vocabulary > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocabulary:,} ids and the model rows for {decoder.vocabulary:,}",
+            f"the tokenizer has {tokenizer.vocabulary:,} ids and the model rows for {rows:,}",
             where=str(source), why="text would become ids that the model does not know",
             fix="name the tokenizer that the model was trained with: tokenizer=FOLDER",
         )
@@ -288,13 +287,21 @@ def require_free(out: Path, source: Path, overwrite: bool) -> None:
     )  # fmt: skip
 
 
-def _rename(partial: Path, out: Path) -> None:
-    """Put the new folder under its name; the old one goes only after that."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A hidden folder to write into, which gets the name `out` where the block ends well, and goes where it does not.
+    A folder that was there before goes only after that."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.with_name(f".{out.name}.{what}") for what in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
