@@ -13,6 +13,21 @@ if TYPE_CHECKING:
 
 GATES = "gates_BTG"
 """A signal: for each token the number of its gate in every group of a mixture of adapters, -1 for none; int64."""
+GROUP = "group_S"
+"""A signal: which comparison of the batch each trained sequence belongs to, int64, ascending from 0. The sequences of a
+comparison stand side by side, the best first."""
+ROW = "row_S"
+"""A signal: which document of the store each trained sequence is, int64."""
+LIKED = "liked_S"
+"""A signal: 1 where the sequence was liked and 0 where not, float32."""
+MARGIN = "margin_S"
+"""A signal: by how much the best sequence of a comparison is better, said of each of its sequences, float32."""
+REFERENCE = "reference_logp_BT"
+"""A signal: what the frozen reference says of each target, as Outputs.logp_BT."""
+OLD = "old_logp_BT"
+"""A signal: what the policy that wrote the answers says of each target, in its place, as Outputs.logp_BT."""
+ADVANTAGE = "advantage_BT"
+"""A signal: how much better each token was than expected, float32."""
 
 
 @dataclass(frozen=True)
@@ -95,5 +110,9 @@ class Outputs:
     """Logarithm of the softmax's denominator, for z-loss; 0 where the target's weight is 0."""
     mean_logp_BT: Tensor | None = None
     """Mean log-probability over all ids, for label smoothing; 0 where the target's weight is 0."""
+    score_S: Tensor | None = None
+    """One number for each trained sequence, read behind its last real token; float32 or wider."""
+    value_BT: Tensor | None = None
+    """What the critic expects from each position on, float32 or wider; 0 where the target's weight is 0."""
     aux: tuple[Term, ...] = ()
     """The model's own Terms."""

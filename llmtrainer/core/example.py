@@ -44,6 +44,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Answers to one prompt, the better before the worse; or one answer and whether it was liked."""
+
+    prompt: tuple[Message, ...]
+    """The turns that every answer follows."""
+    answers: tuple[tuple[Message, ...], ...]
+    """At least two, the best first; or, with `liked`, one."""
+    liked: bool | None = None
+    """Whether the only answer was liked (KTO). None: answers are compared with each other."""
+    margin: float | None = None
+    """By how much the first is better, where the record says so."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    plain: bool = False
+    """As of Example: prompt and answers as they stand, without a template."""
+    name: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TokenRow:
     """An example as ids, with how much each id counts as a target."""
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrainer.base.config import Kind
-from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.batch import GROUP, Batch, Outputs
+from llmtrainer.core.rollout import Rollout
 
 Unit = Literal["tokens", "sequences", "pairs", "batches"]
 
@@ -44,17 +47,30 @@ class Objective(Kind):
         """The summands of this micro-batch's loss, and its metrics."""
         raise NotImplementedError
 
+    def credit(self, rollout: Rollout) -> list[NDArray[np.float64]]:
+        """How much better each token of each answer was than expected: R arrays, as long as the answers. Only for
+        what learns from its own answers."""
+        raise NotImplementedError
+
 
 def count(batches: Iterable[Batch]) -> dict[str, float]:
     """How much of each unit the batches hold. Known before the first forward, so a sum can be divided by the
-    count of the whole step. `tokens` counts targets by weight."""
+    count of the whole step. `tokens` counts targets by weight, `pairs` every two answers to one prompt."""
     counts = {"tokens": 0.0, "sequences": 0.0, "pairs": 0.0, "batches": 0.0}
     for batch in batches:
         counts["tokens"] += float(batch.weights_BT.sum(dtype=torch.float64))
         counts["sequences"] += batch.sequences
-        counts["pairs"] += batch.sequences / 2
+        counts["pairs"] += _pairs(batch)
         counts["batches"] += 1
     return counts
+
+
+def _pairs(batch: Batch) -> float:
+    """n (n - 1) / 2 of each comparison of n answers; where nothing compares, two sequences are a pair."""
+    if GROUP not in batch.signals:
+        return batch.sequences / 2
+    n_G = torch.bincount(batch.signals[GROUP])
+    return float((n_G * (n_G - 1)).sum()) / 2
 
 
 def loss_of(terms: Iterable[Term], counts: Mapping[str, float]) -> Tensor:

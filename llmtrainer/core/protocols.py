@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from llmtrainer.base.config import Kind
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.rollout import Answer
 
 
 class TextStream(Protocol):
@@ -124,6 +125,17 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class Annotator(Protocol):
+    """Adds signals to a batch just before its forward pass; trains nothing."""
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """Names of the signals."""
+        ...
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
 class Engine(Protocol):
     """Where and how a step happens. Knows no objective and no data."""
 
@@ -167,6 +179,21 @@ class Engine(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Reward(Kind):
+    """What an answer is worth: its fields say by which rule."""
+
+    folder: ClassVar[str] = "llmtrainer.rewards"
+    default_kind: ClassVar[str] = "exact"
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """How much this reward counts in a sum of several."""
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        """What each answer earned, without the weight. None: it could not be worked out, so the answer leaves the
+        statistics of its group and is not trained. UserError where the answers' records lack what the rule needs."""
+        raise NotImplementedError
 
 
 class Adapter(Kind):
