@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -84,6 +85,10 @@ class Batch:
             if isinstance(getattr(self, item.name), Tensor)
         }
         return replace(self, **moved, signals={name: value.to(device) for name, value in self.signals.items()})
+
+    def with_signals(self, signals: Mapping[str, Tensor]) -> Self:
+        """The same rows, with more known about them."""
+        return replace(self, signals={**self.signals, **signals})
 
     def sum_by_sequence(self, value_BT: Tensor) -> Tensor:
         """Weighted sum of a per-token value over each trained sequence: [S]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -152,6 +152,10 @@ class Engine(Protocol):
         """Move the policy to its device, arrange how it computes, and build the optimizer."""
         ...
 
+    def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
+        """The forward pass of a policy that is only read, arranged as the trained one's: a reference, a teacher."""
+        ...
+
     def micro(self, last: bool) -> AbstractContextManager[None]: ...
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs: ...
@@ -189,6 +193,14 @@ class Reward(Kind):
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """How much this reward counts in a sum of several."""
+
+    name: str | None = None
+    """What its mean is reported under; its kind where no name is given. Two of a kind in a sum need two names."""
+
+    @property
+    def title(self) -> str:
+        """`name`, or the last part of the kind where no name was given."""
+        return self.kind.rpartition(".")[2] if self.name is None else self.name
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         """What each answer earned, without the weight. None: it could not be worked out, so the answer leaves the

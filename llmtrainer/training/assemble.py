@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
+from llmtrainer.core.batch import REFERENCE
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
-from llmtrainer.core.protocols import Engine, Tokenizer, opening
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, opening
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
 from llmtrainer.generation.loop import complete
@@ -40,6 +41,7 @@ from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.reference import FACT, LiveReference, reference_of, require_same_reference
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
 from llmtrainer.training.throughput import flops_per_token, peak_flops
@@ -95,6 +97,8 @@ def assemble(
     if resumption is not None:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
+    annotators, told = annotators_of(recipe, rows, policy, engine, DTYPES[precision], resumption)
+    facts |= told
     # 5. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
     # 6. What is watched and kept.
@@ -112,8 +116,10 @@ def assemble(
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(recipe, run, rows, policy, tokenizer, engine, most_documents, average).run,
-        saver=saver, average=average,
+        evaluate=evaluations_of(
+            recipe, run, rows, policy, tokenizer, engine, most_documents, average, annotators
+        ).run,
+        saver=saver, annotators=annotators, average=average,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
@@ -189,6 +195,29 @@ def average_of(
     return average
 
 
+def annotators_of(
+    recipe: Recipe, rows: Opened, policy: Policy, engine: Engine, compute: torch.dtype, resumption: Resumption | None
+) -> tuple[tuple[Annotator, ...], dict[str, str]]:
+    """Who adds the signals that the objective reads, and what every checkpoint says of them. UserError where nobody
+    can."""
+    annotators: list[Annotator] = []
+    facts: dict[str, str] = {}
+    if REFERENCE in recipe.objective.reads:
+        frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
+        if resumption is not None:
+            require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
+        facts[FACT] = frozen.sha256
+        annotators.append(LiveReference(frozen))
+    known = {*rows.signals, *(name for annotator in annotators for name in annotator.adds)}
+    if missing := [name for name in recipe.objective.reads if name not in known]:
+        raise UserError(
+            f"the objective reads `{missing[0]}`, and the rows do not say it",
+            where="objective, data", why="the rows know: " + (", ".join(sorted(known)) or "only their tokens"),
+            fix="data.kind=preferences for comparisons, rollout for answers of the policy's own",
+        )
+    return tuple(annotators), facts
+
+
 def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
     """The checkpoint that the first checkpoint of this process descends from."""
     if resumption is not None:
@@ -198,7 +227,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 def evaluations_of(
     recipe: Recipe, run: RunDir, rows: Opened, policy: Policy, tokenizer: Tokenizer, engine: Engine,
-    most_documents: int | None, average: MovingAverage | None,
+    most_documents: int | None, average: MovingAverage | None, annotators: Sequence[Annotator],
 ) -> Evaluations:
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.texts(), recipe.evaluate.max_new_tokens
@@ -230,7 +259,7 @@ def evaluations_of(
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
-        average=average if settings.ema else None,
+        average=average if settings.ema else None, annotators=annotators,
     )  # fmt: skip
 
 

@@ -84,6 +84,8 @@ class Opened:
     model on the way is asked in its form."""
     max_dropped_share: float = 0.0
     """How much of the training set the recipe lets be lost."""
+    signals: tuple[str, ...] = ()
+    """What the rows say besides their tokens, by the names that objectives read."""
 
 
 class Dataset(Kind):

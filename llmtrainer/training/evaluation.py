@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count
-from llmtrainer.core.protocols import Engine, Tokenizer
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer
 from llmtrainer.core.suite import Read, Suite
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.average import MovingAverage
@@ -27,6 +27,7 @@ class Evaluations:
         self, policy: Policy, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
         suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
+        annotators: Sequence[Annotator] = (),
     ) -> None:  # fmt: skip
         self._policy = policy
         self._tokenizer = tokenizer
@@ -38,6 +39,7 @@ class Evaluations:
         self._sample = sample
         self._average = average
         """What is measured instead of the policy's own weights."""
+        self._annotators = annotators
 
     def run(self, progress: Progress) -> dict[str, float]:
         training = self._policy.training
@@ -51,7 +53,7 @@ class Evaluations:
     def _figures(self, progress: Progress) -> dict[str, float]:
         figures: dict[str, float] = {}
         for title, rows in self._measured.items():
-            numbers = measure(self._engine, self._objective, rows.batches(0))
+            numbers = measure(self._engine, self._objective, rows.batches(0), self._annotators)
             figures.update({f"{title}/{name}": value for name, value in numbers.items()})
         for suite in self._suites:
             numbers = suite.run(self._policy, self._tokenizer, self._read)
@@ -62,13 +64,17 @@ class Evaluations:
 
 
 @torch.no_grad()
-def measure(engine: Engine, objective: Objective, batches: list[Batch]) -> dict[str, float]:
+def measure(
+    engine: Engine, objective: Objective, batches: list[Batch], annotators: Sequence[Annotator] = ()
+) -> dict[str, float]:
     """Each Term of an objective over some batches, averaged over its unit, and their sum as `loss`."""
     counts = engine.sum(count(batches))
     sums: dict[str, float] = {}
     coefs: dict[str, float] = {}
     for batch in batches:
         batch = batch.to(engine.device)
+        for annotate in annotators:
+            batch = annotate(batch)
         out = engine.forward(batch, objective.wants)
         for term in [*objective.terms(out, batch), *out.aux]:
             sums[term.name] = sums.get(term.name, 0.0) + float(term.total) / (counts[term.unit] or 1.0)

@@ -13,7 +13,7 @@ from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.units import Duration, Every, Progress
 from llmtrainer.core.objective import Objective
-from llmtrainer.core.protocols import Engine, Source
+from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.saving import Saver
@@ -85,6 +85,10 @@ class Parts:
     """Asked once after the first step of this process: was every field of the recipe read?"""
     view: Callable[[Mapping[str, Any]], None]
     """Shows an event to whoever watches."""
+    annotators: tuple[Annotator, ...] = ()
+    """Each adds what it knows to a micro-batch just before its forward pass."""
+    told: Callable[[], Mapping[str, float]] = dict
+    """What the source says of the rows it gave last, beside the Terms of a step."""
     average: MovingAverage | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None

@@ -11,10 +11,11 @@ from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.core.objective import Objective
-from llmtrainer.core.protocols import EngineConfig, Family, Rule
+from llmtrainer.core.protocols import EngineConfig, Family, Reward, Rule
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.core.suite import Suite
 from llmtrainer.evals.perplexity import Perplexity  # noqa: F401  a default below needs no kind named
+from llmtrainer.generation.sampling import Sampling
 from llmtrainer.objectives.causal_lm import CausalLM
 from llmtrainer.optim.groups import Group
 from llmtrainer.optim.rules.adamw import AdamW
@@ -90,6 +91,53 @@ class Optim(Config):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not a number: stop names the first bad parameter and ends the run; skip leaves
     the weights as they are and goes on, at most 10 steps in a row. The schedule counts a skipped step."""
+
+
+class Reference(Config):
+    """The frozen model that an objective compares the policy with."""
+
+    shorthand: ClassVar[str] = "start_from"
+
+    start_from: str | None = None
+    """A run directory, a checkpoint, a Hugging Face folder or a hub id. Left out: the policy as the run began, also
+    when the run continues: the model of `model.start_from`; beside it the adapter, if the run continues one."""
+
+
+class Rollouts(Config):
+    """How answers of the policy's own are gathered, where the objective learns from such."""
+
+    known_elsewhere: ClassVar[Mapping[str, str]] = {
+        "num_generations": "rollout.group_size=8", "n": "rollout.group_size=8",
+        "max_completion_length": "rollout.sampling.max_new_tokens=256", "num_iterations": "rollout.epochs=1",
+        "reward_funcs": "rollout.rewards=[{kind: numeric}]",
+    }  # fmt: skip
+
+    prompts: int = Field(default=8, ge=1)
+    """Prompts of one rollout, over all ranks."""
+
+    group_size: int = Field(default=8, ge=1)
+    """Answers to each prompt. What compares answers with each other needs 2 at least."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the answers of a rollout. With `data.sequences_per_step` below prompts x group_size, each pass has
+    several steps; 1 and all answers in one step: every answer is learned by the very policy that wrote it."""
+
+    sampling: Sampling = Sampling(max_new_tokens=256)
+    """How the policy writes: temperature, filters, length, stop strings."""
+
+    rewards: tuple[Reward, ...] = ()
+    """What answers are worth: rewards by kind, added up by their weights, each reported under its name."""
+
+    rows_at_once: int = Field(default=64, ge=1)
+    """Answers that are written side by side: the memory knob of the cache. Changes no answer."""
+
+    redraw: int = Field(default=0, ge=0)
+    """So many more rounds of prompts may be drawn to replace groups all of whose answers earned the same, which teach
+    nothing (dynamic sampling, arXiv:2503.14476, section 3.2). 0: such groups stay, with advantage 0."""
+
+    mix_reference: float = Field(default=0.0, ge=0.0, le=1.0)
+    """After every rollout the reference takes this share of the policy: reference = (1 - share) reference + share
+    policy. 0: it stays as the run began."""
 
 
 class Evaluate(Config):
@@ -168,6 +216,12 @@ class Recipe(Config):
 
     objective: Objective = CausalLM()
     """What the model learns to do."""
+
+    reference: Reference = Reference()
+    """What the policy is compared with, where the objective asks for it: by default the policy as the run began."""
+
+    rollout: Rollouts = Rollouts()
+    """How the policy's own answers are gathered and what they are worth, where the objective learns from them."""
 
     optim: Optim = Optim()
     """How weights change."""

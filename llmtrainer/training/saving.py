@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from llmtrainer.training.average import FOLDER, MovingAverage
 from llmtrainer.training.chats import GENERATION_FILE, generation_config
 from llmtrainer.training.recipe import Save
 
+OPTIMIZER, ROLLOUT = "optimizer.safetensors", "rollout.safetensors"
+"""Files of a checkpoint beside the model."""
+State = Callable[[], Mapping[str, Tensor]]
+"""Gives tensors as they are now."""
+
 
 class Saver:
     """Takes the state of a run at one step and hands it to the writer; then keeps newest and best."""
@@ -28,7 +33,7 @@ class Saver:
     def __init__(
         self, run: RunDir, save: Save, recipe_yaml: str, tokenizer: Tokenizer,
         facts: Mapping[str, Any], form: Form, engine: Engine, parent: str | None, scores: Mapping[int, float],
-        average: MovingAverage | None = None, chat: Chat | None = None,
+        average: MovingAverage | None = None, chat: Chat | None = None, more: Mapping[str, State] | None = None,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
@@ -39,6 +44,8 @@ class Saver:
         self._parent = parent
         self._scores = dict(scores)
         self._average = average
+        self._more = dict(more or {})
+        """What else a run goes on from, by the name of its file."""
         self._generation = None if chat is None else generation_config(chat)
         """What a model of conversations says about where its answers stop."""
         self._keep = (save.keep_newest, save.keep_best, save.by)  # read here: S41 asks before the first save
@@ -76,7 +83,8 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
-        weights, state = {".": _frozen(self._form.tensors())}, _frozen(self._engine.state())
+        weights, state = {".": _frozen(self._form.tensors())}, {OPTIMIZER: _frozen(self._engine.state())}
+        state |= {name: _frozen(take()) for name, take in self._more.items()}
         if self._average is not None:
             with self._average.in_place():
                 weights[FOLDER] = _frozen(self._form.tensors())
@@ -90,9 +98,11 @@ class Saver:
         self._writer.poll()
 
     def _write(
-        self, folder: Path, weights: Mapping[str, dict[str, Tensor]], state: dict[str, Tensor], facts: dict[str, Any]
-    ) -> None:
-        """`weights` by the folder below the checkpoint that becomes a model: its own, and that of the average."""
+        self, folder: Path, weights: Mapping[str, dict[str, Tensor]], state: Mapping[str, dict[str, Tensor]],
+        facts: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """`weights` by the folder below the checkpoint that becomes a model: its own, and that of the average. `state`
+        by the name of its file."""
 
         def fill(partial: Path) -> None:
             for below, named in weights.items():
@@ -100,7 +110,8 @@ class Saver:
                 self._tokenizer.save(partial / below)
                 if self._generation is not None:
                     (partial / below / GENERATION_FILE).write_text(self._generation, encoding="utf-8")
-            save_file(state, partial / "optimizer.safetensors", {"format": "pt"})
+            for name, tensors in state.items():
+                save_file(tensors, partial / name, {"format": "pt"})
             (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 
         checkpoint.write(folder, fill, facts)

@@ -80,10 +80,10 @@ class Trainer:
                 share = term.total.detach() / (counts[term.unit] or 1.0)
                 sums[term.name] = sums[term.name] + share if term.name in sums else share
                 coefs[term.name] = term.coef
-        metrics = parts.engine.sum({name: float(value) for name, value in sums.items()})
+        metrics = parts.engine.sum({name: float(value) for name, value in sums.items()}) | dict(parts.told())
         grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
         after = self._after(int(counts["input"]))
-        loss = sum(coefs[name] * value for name, value in metrics.items() if coefs[name])
+        loss = sum(coefs[name] * value for name, value in metrics.items() if coefs.get(name))
         rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
         skipped = not self._update(loss, grad_norm, rate)
         if parts.average is not None:
@@ -124,6 +124,8 @@ class Trainer:
         return info
 
     def _terms(self, batch: Batch) -> list[Term]:
+        for annotate in self.parts.annotators:
+            batch = annotate(batch)
         out = self.parts.engine.forward(batch, self.parts.objective.wants)
         return [*self.parts.objective.terms(out, batch), *out.aux]
 

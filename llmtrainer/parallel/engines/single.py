@@ -99,6 +99,13 @@ class SingleEngine:
         self._optimizer: Optimizer = rule.build(groups)
         return arranged
 
+    def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
+        """The forward pass of a policy that is only read, on the device and arranged as the trained one's."""
+        policy.to(self.device)
+        arrange(policy, self._arrangement)
+        forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
+        return lambda batch, wants: forward(batch.to(self.device), wants)
+
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 

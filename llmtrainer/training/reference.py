@@ -1,0 +1,202 @@
+"""What a policy is compared with: a model that stays as it was, found once and named by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import GATES, REFERENCE, Batch, Outputs
+from llmtrainer.core.protocols import Engine, Family
+from llmtrainer.models.adapters.lora import adapters
+from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
+from llmtrainer.models.stored import Policy
+from llmtrainer.training.models import load_base, load_whole, model_folder
+from llmtrainer.training.recipe import Reference
+
+FACT = "reference_sha256"
+Read = Callable[[Batch, tuple[str, ...]], Outputs]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A reference that is ready to be asked."""
+
+    read: Read
+    """Its forward pass. Call it without gradients."""
+    sha256: str
+    """Over every weight by name: two references with the same hash say the same."""
+
+    @torch.no_grad()
+    def logp(self, batch: Batch) -> Tensor:
+        """What it gives each target, [B, T], as Outputs.logp_BT."""
+        found = self.read(replace(batch, signals=_gates(batch)), ("logp",)).logp_BT
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class LiveReference:
+    """Annotator: the reference reads every batch just before the policy does."""
+
+    frozen: Frozen
+    adds: tuple[str, ...] = (REFERENCE,)
+
+    def __call__(self, batch: Batch) -> Batch:
+        return batch.with_signals({REFERENCE: self.frozen.logp(batch)})
+
+
+def reference_of(
+    chosen: Reference, family: Family, policy: Policy, engine: Engine, compute: torch.dtype
+) -> Frozen:
+    """The reference of a run that trains `policy`, a model of `family`.
+
+    Raises UserError where the policy began with random weights and no other reference is named: what it would be held
+    to says nothing.
+    """
+    if chosen.start_from is not None:
+        folder = model_folder(chosen.start_from)
+        whole = load_whole(folder, compute) if is_adapter(folder) else load_base(folder, compute, frozen=True)
+        return _read_by(engine, whole, policy)
+    if policy.adapter is not None:
+        assert family.adapter is not None
+        from_ = family.adapter.start_from
+        return _without_adapter(policy) if from_ is None else _as_it_began(policy, model_folder(from_))
+    if family.start_from is None:
+        raise UserError(
+            "the objective compares with a reference, and there is none", where="reference.start_from",
+            why="the policy begins with random weights: a random reference would hold the model to noise",
+            fix="model.start_from=FOLDER begins with a trained model, which is then the reference too",
+        )
+    folder = model_folder(family.start_from)
+    if not folder.is_dir():
+        raise UserError(
+            f"the model that this run began with is not there any more: {family.start_from}", where="model.start_from",
+            why="it is the reference, and only there is it whole; a checkpoint holds what became of it",
+            fix="put it back, or name a copy: reference.start_from=FOLDER",
+        )
+    began = family.load(folder, compute, frozen=True)
+    assert isinstance(began, Policy)
+    return _read_by(engine, began, policy)
+
+
+def require_same_reference(manifest: Mapping[str, Any], sha256: str, where: Path) -> None:
+    """Refuse to go on with another reference than the run began with."""
+    if (before := manifest.get(FACT)) != sha256:
+        raise UserError(
+            "the reference changed since this run's checkpoint was written", where=str(where),
+            why=f"its SHA-256 was {str(before)[:16]} and is {sha256[:16]}: the loss would mean something else",
+            fix="restore the model it was, or begin anew from these weights: "
+            f"run=runs/other model.start_from={where} reference.start_from=FOLDER",
+        )
+
+
+def sha256_of(named: Mapping[str, Tensor]) -> str:
+    """Over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(named.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_by(engine: Engine, frozen: Policy, policy: Policy) -> Frozen:
+    if frozen.vocabulary != policy.vocabulary:
+        raise UserError(
+            f"the reference has {frozen.vocabulary:,} embedding rows and the policy {policy.vocabulary:,}",
+            where="reference", why="both must speak of the same ids", fix="name a reference with the same tokenizer",
+        )
+    frozen.requires_grad_(False).eval()
+    frozen.ids = policy.ids
+    return Frozen(engine.reader(frozen), sha256_of(frozen.state_dict()))
+
+
+def _without_adapter(policy: Policy) -> Frozen:
+    """The model itself: what the policy was before its adapter learned anything."""
+    base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
+
+    def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        with at_rest(policy), _adapters_off(policy):
+            return policy(batch, wants)  # type: ignore[no-any-return]
+
+    return Frozen(read, sha256_of(base))
+
+
+def _as_it_began(policy: Policy, folder: Path) -> Frozen:
+    """The model with the adapter that this run continues, as that was."""
+    now = {name: value.clone() for name, value in adapter_tensors(policy).items()}
+    load_adapter(policy, folder)
+    began = {name: value.clone() for name, value in adapter_tensors(policy).items()}
+    swapped = _Swapped(policy, began)
+    with torch.no_grad():
+        for name, value in adapter_tensors(policy).items():
+            value.copy_(now[name])
+    base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
+
+    def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        with at_rest(policy), swapped.in_place():
+            return policy(batch, wants)  # type: ignore[no-any-return]
+
+    return Frozen(read, sha256_of(base | began))
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """Other values for the adapters of a policy, of the same shapes."""
+
+    policy: Policy
+    values: Mapping[str, Tensor] = field(repr=False)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the policy have these values; its own come back afterwards."""
+        held = adapter_tensors(self.policy)
+        kept = {name: value.clone() for name, value in held.items()}
+        with torch.no_grad():
+            for name, value in held.items():
+                value.copy_(self.values[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in held.items():
+                    value.copy_(kept[name])
+
+
+@contextmanager
+def at_rest(policy: nn.Module) -> Iterator[None]:
+    """Without dropout and noise."""
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+
+
+@contextmanager
+def _adapters_off(policy: Policy) -> Iterator[None]:
+    """The policy as if nothing stood beside its matrices."""
+    layers, shape = list(adapters(policy).values()), policy.adapter
+    beside = [layer.adapter for layer in layers]
+    policy.adapter = None
+    for layer in layers:
+        layer.adapter = None
+    try:
+        yield
+    finally:
+        policy.adapter = shape
+        for layer, adapter in zip(layers, beside, strict=True):
+            layer.adapter = adapter
+
+
+def _gates(batch: Batch) -> dict[str, Tensor]:
+    """The signals that decide what is computed, and none that was annotated."""
+    return {GATES: batch.signals[GATES]} if GATES in batch.signals else {}
