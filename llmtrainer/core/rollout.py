@@ -13,6 +13,20 @@ from llmtrainer.core.example import Message
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a policy is asked to answer."""
+
+    messages: tuple[Message, ...]
+    """The turns to answer; empty where the prompt was tokens."""
+    tokens: tuple[int, ...]
+    """What the model reads before it answers: 1 at least."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the record holds, such as the reference answer."""
+    plain: bool = False
+    """Text as it stands, without a template."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer as a reward sees it."""
 
