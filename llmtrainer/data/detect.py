@@ -61,10 +61,10 @@ def shown(example: Example) -> str:
     for message in example.messages:
         told = message.content
         if message.thinking:
-            told = f"({_short(message.thinking)}) {told}"
+            told = f"({short(message.thinking)}) {told}"
         for call in message.tool_calls:
             told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
-        lines.append(f"  {message.role}: {_short(told)}")
+        lines.append(f"  {message.role}: {short(told)}")
     return "\n".join(lines)
 
 
@@ -103,7 +103,8 @@ def _keys(value: Any) -> list[str]:
     return [f"a list of {len(value)}"] if isinstance(value, list) else [f"a {type(value).__name__}"]
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A text for people, on one line and not too long."""
     line = text.replace("\n", "\\n")
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]} ... ({len(text):,} characters)"

@@ -155,6 +155,34 @@ def message(value: object, path: str) -> Message:
     )
 
 
+def turn(value: object, path: str) -> Message:
+    """One message under ShareGPT's keys: `from` and `value`."""
+    record = mapping(value, path)
+    who = needed(record, "from", f"{path}.")
+    said = text(needed(record, "value", f"{path}."), f"{path}.value")
+    if who in ("function_call", "tool_call"):
+        return Message("assistant", "", tool_calls=calls(said, f"{path}.value"))
+    return Message(role(who, f"{path}.from"), said)
+
+
+def either(value: object, path: str) -> Message:
+    """One message under OpenAI's keys or ShareGPT's."""
+    return turn(value, path) if "from" in mapping(value, path) else message(value, path)
+
+
+def turns(value: object, path: str) -> tuple[Message, ...]:
+    """A list of messages under OpenAI's keys or ShareGPT's; or one alone."""
+    if isinstance(value, Mapping):
+        return (either(value, path),)
+    return tuple(either(item, f"{path}.{place}") for place, item in enumerate(spoken(value, path)))
+
+
+def are_turns(value: object) -> bool:
+    """Whether a value is a message or a list of them, under OpenAI's keys or ShareGPT's."""
+    found = [value] if isinstance(value, Mapping) else value
+    return are_messages(found, "role", ("content", "tool_calls")) or are_messages(found, "from", ("value",))
+
+
 def _weight(record: Mapping[str, Any], path: str) -> float | None:
     """How much a message is learned, under any of the names for it."""
     for key in ("weight", "train", "loss"):

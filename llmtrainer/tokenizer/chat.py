@@ -109,6 +109,11 @@ class Chat:
         rendered = self._render(messages, tools, prompt=True)
         return list(self._encode(_Texts(self, messages, tools), len(messages), rendered, {}).tokens)
 
+    def plain_prompt(self, text: str) -> list[int]:
+        """What a model reads before it goes on with a text, without the template."""
+        begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
+        return begin + self.tokenizer.encode(text)
+
     def text(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
     ) -> str:
@@ -118,8 +123,7 @@ class Chat:
     def _plain(self, example: Example) -> TokenRow:
         tokenizer = self.tokenizer
         texts = [message.content for message in example.messages]
-        begin = [] if tokenizer.begin is None else [tokenizer.begin]
-        prompt = begin + tokenizer.encode("".join(texts[:-1]))
+        prompt = self.plain_prompt("".join(texts[:-1]))
         answer = [*tokenizer.encode_continuation(texts[-1]), tokenizer.end]
         weight = _weight(example.messages[-1])
         return TokenRow((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))

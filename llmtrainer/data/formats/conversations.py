@@ -8,16 +8,14 @@ from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
     Format,
     are_messages,
-    calls,
     identity,
     mapping,
     needed,
     optional_text,
     others,
-    role,
     spoken,
-    text,
     tools,
+    turn,
 )  # fmt: skip
 
 
@@ -39,19 +37,10 @@ class Conversations(Format):
     def example(self, record: object) -> Example:
         whole = mapping(record)
         found = spoken(needed(whole, self.conversations), self.conversations)
-        messages = [_turn(item, f"{self.conversations}.{place}") for place, item in enumerate(found)]
+        messages = [turn(item, f"{self.conversations}.{place}") for place, item in enumerate(found)]
         if system := optional_text(whole, "system"):
             messages.insert(0, Message("system", system))
         return Example(
             tuple(messages), tools(whole), name=identity(whole, "prompt_id", "id"),
             facts=others(whole, self.conversations, "system", "tools", "prompt_id", "id"),
         )
-
-
-def _turn(item: object, path: str) -> Message:
-    turn = mapping(item, path)
-    who = needed(turn, "from", f"{path}.")
-    said = text(needed(turn, "value", f"{path}."), f"{path}.value")
-    if who in ("function_call", "tool_call"):
-        return Message("assistant", "", tool_calls=calls(said, f"{path}.value"))
-    return Message(role(who, f"{path}.from"), said)

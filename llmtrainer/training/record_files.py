@@ -1,0 +1,100 @@
+"""What every dataset of records has: files, a chat template, sets that are only measured, and what may be lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.tokenizer.chat import Chat
+from llmtrainer.training.chats import load_chat
+from llmtrainer.training.dataset import Dataset
+
+
+def _several(value: Any) -> Any:
+    """A text is a list of one; commas divide it."""
+    return tuple(piece.strip() for piece in value.split(",")) if isinstance(value, str) else value
+
+
+class RecordFiles(Dataset):
+    """Which files of records, how they are rendered, and which of them are only measured."""
+
+    of: ClassVar[str] = "conversations"
+    """What the records are, for messages to people."""
+
+    train: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(min_length=1)
+    """Files, folders or patterns of records (.jsonl, .json, .parquet, .arrow, .csv, .yaml ..., compressed or not),
+    one or several; together they are the training set. Or one store that `llmtrainer prepare` made of such files.
+    `stdlib:questions`: questions about this Python's own library."""
+
+    template: str = "auto"
+    """What conversations become before they are tokens: auto is the tokenizer's own chat template; or the name of a
+    built-in one, such as chatml; or a path to a .jinja file."""
+
+    date: str | None = None
+    """The date that a template with a clock shows: `2026-11-22`."""
+
+    leave_out: tuple[Literal["thinking", "tools"], ...] = ()
+    """What the template may leave out of a conversation without being refused."""
+
+    sequence_length: int = Field(default=2048, ge=2)
+    """Tokens of the longest row; `too_long` says what becomes of a longer one."""
+
+    max_dropped_share: float = Field(default=0.1, ge=0.0, le=1.0)
+    """If more than this share of a set's records is dropped, the run stops and shows why. Above 0.2 it is also the
+    share of the training set's records that may be cut or split for their length (the preflight's `truncation`)."""
+
+    bad_records: Literal["stop", "drop"] = "stop"
+    """What a record that cannot be read or rendered does: stop the run with its file and line, or be dropped and
+    counted."""
+
+    evaluate: dict[str, str] | tuple[str, ...] = ()
+    """Sets that are measured and never learned, each reported as `NAME/loss`: `{dev: dev.jsonl, math: math.jsonl}`,
+    or a list of files, whose names without endings are theirs."""
+
+    test_dataset_dir: str | None = None
+    """The folder in which bare file names in `evaluate` lie."""
+
+    workers: int = Field(default=0, ge=0)
+    """Processes that render and tokenise. 0: one per core. Changes no byte."""
+
+    @model_validator(mode="after")
+    def _names_its_sets(self) -> RecordFiles:
+        names = [*self.sets(), *(["held_out"] if self.held_out else [])]
+        for name in names:
+            if names.count(name) > 1 or not name or "/" in name:
+                raise UserError(
+                    f"`{name}` is no name for one evaluation set" if names.count(name) == 1
+                    else f"two evaluation sets are called `{name}`",
+                    fix="data.evaluate={first: a/dev.jsonl, second: b/dev.jsonl}",
+                )  # fmt: skip
+        return self
+
+    def learned_vocabulary(self, size: int, cache: Path) -> Path:
+        raise UserError(
+            f"a vocabulary is learned from text, and these are {self.of}",
+            fix=f"llmtrainer train-tokenizer TEXT runs/tokenizer vocabulary={size}, then tokenizer=runs/tokenizer",
+        )
+
+    def chat(self, folder: Path) -> Chat:
+        """The template, with the tokenizer of a folder."""
+        return load_chat(folder, self.template, self.date, self.leave_out)
+
+    def sets(self) -> dict[str, str]:
+        """Name -> path of the evaluation sets."""
+        if isinstance(self.evaluate, dict):
+            named = dict(self.evaluate)
+        else:
+            named = {Path(path).name.partition(".")[0]: path for path in self.evaluate}
+            if len(named) < len(self.evaluate):
+                raise UserError(
+                    "two evaluation sets have one name", why=", ".join(self.evaluate),
+                    fix="data.evaluate={first: a/dev.jsonl, second: b/dev.jsonl}",
+                )
+        if self.test_dataset_dir is None:
+            return named
+        return {
+            name: str(Path(self.test_dataset_dir) / path) if "/" not in path else path for name, path in named.items()
+        }
