@@ -27,6 +27,10 @@ VARIANTS: dict[str, list[Settings]] = {
         {"loss": "nca_pair"}, {"loss": "apo_zero"}, {"loss": "apo_down"}, {"loss": "kto_pair"},
         {"reference_free": True},
     ],
+    "simpo": [{"beta": 1.5, "gamma": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}],
+    "cpo": [{"beta": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}, {"loss": "ipo"}],
+    "orpo": [{"beta": 0.3}],
+    "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
 }
 """Beside a kind's defaults: together every field with something else than its default."""
 
