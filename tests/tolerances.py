@@ -51,3 +51,5 @@ FOREIGN_FLOAT64 = {
 }
 """Logits in transformers' classes by our attention against the same classes by theirs, which takes float32 softmaxes,
 angles and norms whatever the weights are."""
+FINITE_DIFFERENCE_RELATIVE = 1e-5
+"""The slope of a loss along a direction of all weights, by two evaluations, float64."""

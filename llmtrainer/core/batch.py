@@ -27,8 +27,23 @@ REFERENCE = "reference_logp_BT"
 """A signal: what the frozen reference says of each target, as Outputs.logp_BT."""
 OLD = "old_logp_BT"
 """A signal: what the policy that wrote the answers says of each target, in its place, as Outputs.logp_BT."""
+ROLLOUT = "rollout_logp_BT"
+"""A signal: what the sampler itself said of each target when it drew it, as Outputs.logp_BT. Where sampler and trainer
+are the same code it equals `old_logp_BT`."""
 ADVANTAGE = "advantage_BT"
 """A signal: how much better each token was than expected, float32."""
+OLD_VALUE = "old_value_BT"
+"""A signal: what the critic expected from each position on when the answers were written, as Outputs.value_BT."""
+RETURN = "return_BT"
+"""A signal: what was earned from each position on, which the critic is to expect, float32."""
+KL = "kl_S"
+"""A signal: an estimate in nats of how far the policy has left the reference, the point that the log-ratio of each
+sequence is compared with (KTO's z0), float32. Worked out over the whole step before its first forward."""
+TEACHER_IDS = "teacher_ids_BTK"
+"""A signal: the K ids that a teacher holds for likeliest at each target's place, int64."""
+TEACHER_LOGP = "teacher_logp_BTK"
+"""A signal: the teacher's log-probabilities of those ids, float32. What is missing to 1 is the exact mass of all the
+other ids; a K as large as the vocabulary leaves nothing out."""
 
 
 @dataclass(frozen=True)

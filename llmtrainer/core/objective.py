@@ -35,13 +35,27 @@ class Objective(Kind):
 
     folder: ClassVar[str] = "llmtrainer.objectives"
     default_kind: ClassVar[str] = "causal_lm"
-    reads: ClassVar[tuple[str, ...]] = ()
-    """Signals a batch must carry."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Signals a batch must carry."""
+        return ()
 
     @property
     def wants(self) -> tuple[str, ...]:
         """What the policy must compute: names of Outputs' fields without their shape, such as `logp`."""
         return ("logp",)
+
+    @property
+    def starts_at(self) -> Mapping[str, float]:
+        """Terms that are known beforehand, per unit, while the policy still is its reference: what the first step of
+        a run must show. Empty where nothing is known."""
+        return {}
+
+    @property
+    def whole_steps(self) -> bool:
+        """Whether sequences of a step depend on each other, so that one micro-batch of one rank must hold them all."""
+        return False
 
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         """The summands of this micro-batch's loss, and its metrics."""

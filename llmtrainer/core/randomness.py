@@ -46,6 +46,12 @@ def embedding_noise(
     return (x_BTD + size_BT[:, :, None] * (bits_BTD.to(torch.float32) / 2**31 - 1.0)).to(x_BTD.dtype)
 
 
+def token_bits(key: int, place: Tensor, position_BT: Tensor) -> Tensor:
+    """32 random bits for every token [B, T]: a function of (key, place of its sequence in the step, position in it)."""
+    row = _mix(place * 0x9E3779B1 + key)
+    return _mix((row[:, None] if place.dim() == 1 else row) ^ position_BT.long())
+
+
 def _bits(x_BTD: Tensor, key: int, place: Tensor, position_BT: Tensor | None) -> Tensor:
     """32 random bits for every element."""
     _, T, D = x_BTD.shape

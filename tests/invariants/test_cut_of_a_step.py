@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrainer.base.kinds import kinds_in
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, Term, count, loss_of
 from llmtrainer.models.decoder import Decoder
@@ -54,8 +53,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+# Of the others tests/conformance/test_objectives.py says the same, on batches that hold what they read.
 OBJECTIVES = [
-    *({"kind": kind} for kind in kinds_in("llmtrainer.objectives")),
+    {"kind": "causal_lm"},
     {"kind": "causal_lm", "label_smoothing": 0.2, "z_loss": 1e-2},
 ]
 

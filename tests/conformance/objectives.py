@@ -1,0 +1,129 @@
+"""What the tests of all objectives share: settings of every kind, and steps that carry every signal there is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmtrainer.base.kinds import kinds_in
+from llmtrainer.core import batch as signals
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.vocab_head import WANTS
+from llmtrainer.models.decoder import Decoder
+from tests.worlds import ragged_documents, row_batch, tiny_model
+
+Settings = dict[str, object]
+
+VARIANTS: dict[str, list[Settings]] = {
+    "causal_lm": [{"label_smoothing": 0.2, "z_loss": 1e-2}],
+    "dpo": [
+        {"beta": 0.3, "label_smoothing": 0.1, "average": "mean", "gamma": 0.2, "nll_weight": 0.5, "sampo": True},
+        {"loss": "robust", "label_smoothing": 0.1, "divergence": "jensen_shannon"}, {"loss": "hinge"}, {"loss": "ipo"},
+        {"loss": "exo_pair", "label_smoothing": 0.1}, {"loss": "sppo_hard", "divergence": "forward_kl"},
+        {"loss": "nca_pair"}, {"loss": "apo_zero"}, {"loss": "apo_down"}, {"loss": "kto_pair"},
+        {"reference_free": True},
+    ],
+    "simpo": [{"beta": 1.5, "gamma": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}],
+    "cpo": [{"beta": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}, {"loss": "ipo"}],
+    "orpo": [{"beta": 0.3}],
+    "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
+}
+"""Beside a kind's defaults: together every field with something else than its default."""
+
+TRIED = [
+    {"kind": kind, **more} for kind in kinds_in("llmtrainer.objectives") for more in [{}, *VARIANTS.get(kind, [])]
+]
+
+
+def name_of(settings: Settings) -> str:
+    return "+".join(f"{value}" if name in ("kind", "loss") else name for name, value in settings.items())
+
+
+class World:
+    """Answers to prompts, two to each, and everything that anybody could say of them beforehand."""
+
+    # Uneven on purpose, and 1 among them: with equal rows the mean of means is the mean, and nothing is proved.
+    LENGTHS = (5, 19, 3, 1, 28, 2, 16, 4, 11, 30, 7, 1)
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        draw = random.Random(45)
+        self.documents = ragged_documents([length + 2 for length in self.LENGTHS])
+        self.weights = [draw.choice([0.5, 1.0, 2.0]) for _ in self.documents]
+        longest = max(self.LENGTHS) + 2
+        random_numbers = torch.Generator().manual_seed(46)
+        self.noise = torch.randn(8, len(self.documents), longest, generator=random_numbers, dtype=torch.float64)
+        self.teacher = torch.randn(len(self.documents), longest, 5, generator=random_numbers, dtype=torch.float64)
+        self.policy = Together(tiny_model(torch.float64, dropout=dropout))
+        with torch.no_grad():
+            whole = self.policy(self.batch(0, len(self.documents)), ("logp",)).logp_BT
+        assert whole is not None
+        self.logp = whole
+
+    def batch(self, first: int, stop: int) -> Batch:
+        """Rows first..stop of the step; both even, since two rows answer the same prompt."""
+        rows = slice(first, stop)
+        batch = row_batch(self.documents[rows], self.weights[rows], first)
+        weights = batch.weights_BT.clone()
+        weights[:, :2] = 0.0    # the prompt
+        return replace(batch, weights_BT=weights, signals=self.signals(rows, batch.tokens_BT.shape[1]))
+
+    def signals(self, rows: slice, T: int) -> dict[str, Tensor]:
+        place_S = torch.arange(rows.start, rows.stop)
+        if not hasattr(self, "logp"):
+            return {}
+        near = self.logp[rows, :T], self.noise[:, rows, :T]
+        teacher_BTK = self.teacher[rows, :T].log_softmax(-1)[..., :4]
+        return {
+            signals.GROUP: (place_S - rows.start) // 2, signals.ROW: place_S, signals.LIKED: (place_S % 3 != 1).float(),
+            signals.MARGIN: (place_S // 2).float() / 4, signals.KL: torch.full(place_S.shape, 0.3),
+            signals.REFERENCE: near[0] + 0.2 * near[1][0], signals.OLD: near[0] + 0.2 * near[1][1],
+            signals.ROLLOUT: near[0] + 0.3 * near[1][2], signals.ADVANTAGE: near[1][3],
+            signals.OLD_VALUE: near[1][4], signals.RETURN: near[1][4] + 0.3 * near[1][5],
+            signals.TEACHER_LOGP: teacher_BTK,
+            signals.TEACHER_IDS: torch.arange(4).expand(teacher_BTK.shape) * 7 + place_S[:, None, None],
+        }
+
+    def step(self, sizes: Sequence[int]) -> list[Batch]:
+        """The step in micro-batches of so many prompts each."""
+        batches, first = [], 0
+        for size in sizes:
+            batches.append(self.batch(first, first + 2 * size))
+            first += 2 * size
+        assert first == len(self.documents)
+        return batches
+
+    def empty(self) -> Batch:
+        """Rows of padding alone, with no sequence, and signals as long as that."""
+        batch = self.batch(0, 2)
+        shape = batch.tokens_BT.shape
+        nothing = {
+            name: value[:0] if name.endswith("_S") else value * 0 for name, value in batch.signals.items()
+        }
+        return replace(
+            batch, weights_BT=torch.zeros(shape), document_BT=torch.full(shape, -1, dtype=torch.int32),
+            sequence_BT=torch.full(shape, -1, dtype=torch.int32), signals=nothing,
+        )  # fmt: skip
+
+
+class Together:
+    """A decoder with a score and a value read off its hidden states by fixed directions."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        size = decoder.family.hidden_size
+        self.direction = torch.linspace(-1.0, 1.0, size, dtype=torch.float64)
+
+    def __call__(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        out = self.decoder(batch, tuple(name for name in wants if name in WANTS))
+        counting_BT = (batch.weights_BT > 0).double()
+        if "value" in wants:
+            out = replace(out, value_BT=self.decoder.hidden(batch) @ self.direction * counting_BT)
+        if "score" in wants:
+            read_BT = self.decoder.hidden(batch) @ self.direction.flip(0)
+            out = replace(out, score_S=batch.mean_by_sequence(read_BT))
+        assert all(getattr(out, f"{name}_BT", None) is not None or name == "score" for name in wants)
+        return out
