@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from llmtrainer.base.config import Kind
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
-from llmtrainer.core.rollout import Answer
+from llmtrainer.core.rollout import Answer, Verdict
 
 
 class TextStream(Protocol):
@@ -202,10 +202,19 @@ class Reward(Kind):
         """`name`, or the last part of the kind where no name was given."""
         return self.kind.rpartition(".")[2] if self.name is None else self.name
 
+    @property
+    def parts(self) -> tuple[Reward, ...]:
+        """The rewards that this one is made of."""
+        return ()
+
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         """What each answer earned, without the weight. None: it could not be worked out, so the answer leaves the
         statistics of its group and is not trained. UserError where the answers' records lack what the rule needs."""
         raise NotImplementedError
+
+    def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """As `score`, with what is told about it."""
+        return [Verdict(value) for value in self.score(answers)]
 
 
 class Adapter(Kind):

@@ -43,6 +43,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one answer earned; where that could not be worked out, or is nothing, why."""
+
+    value: float | None
+    """None: it could not be worked out. The answer leaves the statistics of its group."""
+    reason: str | None = None
+    """In a few words that many answers share, such as `no number` or `time`: they are counted."""
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    """What each reward of a sum gave it, without weights, by name."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """R answers to some prompts, in groups that answer the same one."""
 
