@@ -158,6 +158,15 @@ def _of_recipe(settings: Inspection, recipe: Recipe) -> Iterator[Shown]:
         if held_out is None:
             raise UserError("the recipe holds nothing out", fix="overrides=[data.held_out=0.01]")
         source = held_out
+    if source is None:
+        assert rows.prompts is not None
+        for draw in rows.prompts.draws(settings.step)[: settings.rows]:
+            ids = list(rows.prompts.prompt(draw).tokens)
+            yield Shown(
+                tokens=ids, pieces=tokenizer.pieces(ids), weights=[0.0] * len(ids), positions=list(range(len(ids))),
+                document=[0] * len(ids),
+            )
+        return
     for place in range(min(settings.rows, source.rows_per_step)):
         row = source.row(settings.step, place)
         yield Shown(pieces=tokenizer.pieces(row["tokens"]), **row)

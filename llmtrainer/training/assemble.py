@@ -18,7 +18,6 @@ from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
-from llmtrainer.core.batch import REFERENCE
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, opening
@@ -41,9 +40,10 @@ from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.reference import FACT, LiveReference, reference_of, require_same_reference
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
-from llmtrainer.training.saving import Saver
+from llmtrainer.training.rollout import RolloutSource
+from llmtrainer.training.saving import ROLLOUT, Saver
+from llmtrainer.training.sources import annotators_of, source_of
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
 from llmtrainer.training.writing import text_after
@@ -72,6 +72,9 @@ def assemble(
         log.append("warning", text=text)
         view({"kind": "warning", "text": text})
 
+    def record(rollout: Mapping[str, Any]) -> None:
+        log.append("rollout", **rollout)
+
     _require_trackers(recipe)
     # 1. The engine decides the device, and the device what is fast.
     engine, precision = engine_of(recipe)
@@ -88,7 +91,8 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     continued = resumption.folder if resumption else None
     policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
-    require_gates(policy, rows.train.store, "data.train")
+    if rows.train is not None:
+        require_gates(policy, rows.train.store, "data.train")
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     facts |= arranged.facts
@@ -97,22 +101,27 @@ def assemble(
     if resumption is not None:
         resumption.load(policy, engine)
     average = average_of(recipe, policy, resumption, warn)
-    annotators, told = annotators_of(recipe, rows, policy, engine, DTYPES[precision], resumption)
+    began = (None, None) if resumption is None else (resumption.manifest, resumption.folder)
+    annotators, told = annotators_of(recipe, rows, policy, engine, DTYPES[precision], *began)
     facts |= told
+    source = source_of(recipe, rows, policy, tokenizer, engine, record)
+    states = {ROLLOUT: source.state} if isinstance(source, RolloutSource) else {}
+    if isinstance(source, RolloutSource) and resumption is not None:
+        source.load_state(resumption.state(ROLLOUT))
     # 5. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
     # 6. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
         form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
-        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat,
+        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat, states,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
-    if resumption is None and rows.chat is not None:
-        look_before(recipe, run, rows, rows.chat, tokenizer, policy, engine, warn)
+    if resumption is None and rows.chat is not None and rows.train is not None:
+        look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, warn)
     parts = Parts(
-        seed=recipe.seed, source=rows.train, policy=policy, objective=recipe.objective, engine=engine,
+        seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
@@ -120,6 +129,7 @@ def assemble(
             recipe, run, rows, policy, tokenizer, engine, most_documents, average, annotators
         ).run,
         saver=saver, annotators=annotators, average=average,
+        told=source.told if isinstance(source, RolloutSource) else dict,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
@@ -144,7 +154,7 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
     """What the manifest of every checkpoint says about how it came to be."""
     return {
         "recipe_sha256": hashlib.sha256(dump(recipe).encode()).hexdigest(),
-        "data_fingerprint": rows.train.store.fingerprint,
+        "data_fingerprint": rows.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         **rows.facts,
         "precision": precision,
@@ -153,13 +163,14 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
 
 
 def look_before(
-    recipe: Recipe, run: RunDir, rows: Opened, chat: Chat, tokenizer: Tokenizer, policy: Policy, engine: Engine,
+    recipe: Recipe, run: RunDir, store: Store, rows: Opened, tokenizer: Tokenizer, policy: Policy, engine: Engine,
     warn: Callable[[str], None],
 ) -> None:
     """What is held against the rows of a fine-tuning run before its first step."""
+    assert rows.chat is not None
     preflight(
-        run, rows.train.store, tokenizer, policy.vocabulary, recipe.objective, engine,
-        ends=sorted({*chat.end_ids, tokenizer.end}), context=policy.context_length,
+        run, store, tokenizer, policy.vocabulary, recipe.objective, engine,
+        ends=sorted({*rows.chat.end_ids, tokenizer.end}), context=policy.context_length,
         max_dropped_share=rows.max_dropped_share,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
@@ -193,29 +204,6 @@ def average_of(
     elif resumption is not None:
         warn("this run kept no moving average so far: it begins with the weights of the checkpoint")
     return average
-
-
-def annotators_of(
-    recipe: Recipe, rows: Opened, policy: Policy, engine: Engine, compute: torch.dtype, resumption: Resumption | None
-) -> tuple[tuple[Annotator, ...], dict[str, str]]:
-    """Who adds the signals that the objective reads, and what every checkpoint says of them. UserError where nobody
-    can."""
-    annotators: list[Annotator] = []
-    facts: dict[str, str] = {}
-    if REFERENCE in recipe.objective.reads:
-        frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
-        if resumption is not None:
-            require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
-        facts[FACT] = frozen.sha256
-        annotators.append(LiveReference(frozen))
-    known = {*rows.signals, *(name for annotator in annotators for name in annotator.adds)}
-    if missing := [name for name in recipe.objective.reads if name not in known]:
-        raise UserError(
-            f"the objective reads `{missing[0]}`, and the rows do not say it",
-            where="objective, data", why="the rows know: " + (", ".join(sorted(known)) or "only their tokens"),
-            fix="data.kind=preferences for comparisons, rollout for answers of the policy's own",
-        )
-    return tuple(annotators), facts
 
 
 def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:

@@ -87,11 +87,17 @@ class _DryRun:
     def _data(self) -> str:
         engine, _ = engine_of(self._recipe)
         tokenizer_folder, tokenizer = tokenizer_of(self._recipe)
-        self._source = rows_of(self._recipe, tokenizer_folder, tokenizer, engine).train
+        opened = rows_of(self._recipe, tokenizer_folder, tokenizer, engine)
+        self._source = opened.train
+        if opened.prompts is not None:
+            return f"{len(opened.prompts):,} prompts; the policy writes what it learns from"
+        assert self._source is not None
         store = self._source.store
         return f"{store.documents:,} documents, {store.tokens:,} tokens of a vocabulary of {tokenizer.vocabulary:,}"
 
     def _plan(self) -> str:
+        if self._source is None:
+            return f"{self._recipe.duration} of answers that the first step will ask for"
         data, batches = self._recipe.data, self._source.batches(0)
         duration = self._recipe.duration
         steps = duration.value * self._source.steps_per_epoch if duration.unit == "epochs" else duration.value
@@ -155,7 +161,7 @@ class _DryRun:
     def _shortened(self) -> Evaluate:
         """The evaluations on a few rows. A setting that nothing will read stays as it is, so that it is found."""
         settings, data = self._recipe.evaluate, self._recipe.data
-        most = 4 * self._source.rows_per_step
+        most = 4 * (1 if self._source is None else self._source.rows_per_step)
         if not data.held_out or settings.held_out_rows <= most:
             return settings
         return settings.model_copy(update={"held_out_rows": most})

@@ -13,6 +13,7 @@ from llmtrainer.base.config import Kind
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Engine
 from llmtrainer.data.packed import Store
+from llmtrainer.data.prompts import Prompts
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 
@@ -74,7 +75,8 @@ class Setting:
 class Opened:
     """The rows of a run."""
 
-    train: Rows
+    train: Rows | None
+    """None: the policy writes its rows itself, as answers to `prompts`."""
     measured: Callable[[], Mapping[str, Rows]]
     """What is evaluated by name, each as one step: made when it is asked for."""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -86,6 +88,18 @@ class Opened:
     """How much of the training set the recipe lets be lost."""
     signals: tuple[str, ...] = ()
     """What the rows say besides their tokens, by the names that objectives read."""
+    prompts: Prompts | None = None
+    """What a policy that learns from its own answers is asked."""
+    asked: Mapping[str, Prompts] = field(default_factory=dict)
+    """Prompts that are answered and never learned from, by name, each as one step of all of them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what training reads."""
+        if self.train is not None:
+            return self.train.store.fingerprint
+        assert self.prompts is not None
+        return self.prompts.fingerprint
 
 
 class Dataset(Kind):

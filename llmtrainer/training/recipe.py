@@ -112,15 +112,16 @@ class Rollouts(Config):
         "reward_funcs": "rollout.rewards=[{kind: numeric}]",
     }  # fmt: skip
 
-    prompts: int = Field(default=8, ge=1)
-    """Prompts of one rollout, over all ranks."""
-
     group_size: int = Field(default=8, ge=1)
     """Answers to each prompt. What compares answers with each other needs 2 at least."""
 
     epochs: int = Field(default=1, ge=1)
-    """Passes over the answers of a rollout. With `data.sequences_per_step` below prompts x group_size, each pass has
-    several steps; 1 and all answers in one step: every answer is learned by the very policy that wrote it."""
+    """Passes over the answers of a rollout. One pass in one step: every answer is learned by the very policy that
+    wrote it."""
+
+    answers_per_step: int | None = Field(default=None, ge=1)
+    """Answers of one optimizer step over all ranks: the learning knob, a divisor of data.prompts_per_step x
+    group_size. Left out: all answers of a rollout."""
 
     sampling: Sampling = Sampling(max_new_tokens=256)
     """How the policy writes: temperature, filters, length, stop strings."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
@@ -18,6 +19,7 @@ from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.saving import OPTIMIZER
 
 MAY_CHANGE = (
     "run", "duration", "evaluate", "save", "log", "resume", "cache", "allow", "engine",
@@ -62,10 +64,14 @@ class Resumption:
         """The folder of the moving average of the weights, if the run keeps one."""
         return self.folder / FOLDER
 
+    def state(self, file: str) -> dict[str, Tensor]:
+        """Tensors of a file beside the model."""
+        return load_file(self.folder / file)
+
     def load(self, policy: Policy, engine: Engine) -> None:
         """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
         read_into(policy, self.folder)
-        engine.load_state(load_file(self.folder / "optimizer.safetensors"))
+        engine.load_state(self.state(OPTIMIZER))
 
 
 def find_resumption(run: RunDir, recipe: Recipe, warn: Callable[[str], None]) -> Resumption | None:

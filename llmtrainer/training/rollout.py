@@ -19,22 +19,11 @@ from llmtrainer.core.randomness import derive
 from llmtrainer.core.rollout import Answer, Prompt
 from llmtrainer.data.budget import cut_step
 from llmtrainer.data.collate import Row, end_to_end
+from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.loop import Completion
 from llmtrainer.training.answers import Group, figures_of, joined, samples_of, scored
 from llmtrainer.training.held import Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
-
-
-class Prompts(Protocol):
-    """Prompts by the number of their draw."""
-
-    fingerprint: str
-
-    def prompt(self, draw: int) -> Prompt: ...
-
-    def epochs(self, draws: int) -> float:
-        """Passes over the prompts after so many draws."""
-        ...
 
 
 class Writer(Protocol):
@@ -63,22 +52,22 @@ class RolloutSource:
 
     def __init__(
         self, prompts: Prompts, writer: Writer, objective: Objective, settings: Rollouts, *,
-        sequences_per_step: int | None, tokens_per_batch: int, seed: int,
+        tokens_per_batch: int, seed: int,
         look: Callable[[Batch], Tensor], tell: Callable[[Mapping[str, Any]], None],
     ) -> None:  # fmt: skip
         """look: what the policy gives each target now, [B, T]. tell: shows what a rollout came to."""
         require_rewards(settings)
         self._prompts, self._writer, self._objective, self._settings = prompts, writer, objective, settings
         self._seed, self._look, self._tell, self._tokens_per_batch = seed, look, tell, tokens_per_batch
-        self._answers = settings.prompts * settings.group_size
-        self.rows_per_step = sequences_per_step or self._answers
+        self._answers = prompts.prompts_per_step * settings.group_size
+        self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
         if self._answers % self.rows_per_step:
             raise UserError(
                 f"{self._answers:,} answers of a rollout are no whole number of steps of {self.rows_per_step:,}",
-                where="rollout.prompts x rollout.group_size, data.sequences_per_step",
+                where="data.prompts_per_step x rollout.group_size, rollout.answers_per_step",
                 why="an answer would be learned by a policy that did not write it, or by none",
-                fix=f"data.sequences_per_step={self._answers}, or a divisor of it",
+                fix=f"rollout.answers_per_step={self._answers}, or a divisor of it",
             )
         self.steps_per_rollout = settings.epochs * self._answers // self.rows_per_step
         self.fingerprint = prompts.fingerprint
@@ -88,7 +77,7 @@ class RolloutSource:
     def epochs(self, step: int) -> float:
         """Passes over the prompts after so many steps."""
         rollouts = -(-step // self.steps_per_rollout)
-        return self._prompts.epochs(max(rollouts * self._settings.prompts, self._cursor))
+        return max(rollouts, self._cursor / self._prompts.prompts_per_step) * self._prompts.epochs(1)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step; a rollout is gathered when its first step is asked for."""
@@ -132,7 +121,7 @@ class RolloutSource:
 
     def _groups(self) -> Iterator[Group]:
         """As many groups as a rollout has, of the next prompts."""
-        wanted = self._settings.prompts
+        wanted = self._prompts.prompts_per_step
         for attempt in range(1 + self._settings.redraw):
             last = attempt == self._settings.redraw
             for group in self._written([self._prompts.prompt(self._cursor + n) for n in range(wanted)]):

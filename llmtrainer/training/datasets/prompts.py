@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -18,19 +17,6 @@ from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.console import bar, say, warn
 from llmtrainer.training.dataset import Opened, Setting
 from llmtrainer.training.record_files import RecordFiles
-
-
-@dataclass(frozen=True)
-class OpenedPrompts:
-    """The prompts of a run."""
-
-    train: Prompts
-    measured: Mapping[str, Prompts]
-    """Of the held-out part and of each named set, each as one step of all its prompts."""
-    facts: Mapping[str, str]
-    """What a continued run must share with the run that began, by name, besides the prompts themselves."""
-    chat: Chat
-    """The template that they are rendered with, which knows where answers stop."""
 
 
 class PromptFiles(RecordFiles):
@@ -70,13 +56,6 @@ class PromptFiles(RecordFiles):
         return self
 
     def opened(self, setting: Setting) -> Opened:
-        raise UserError(
-            "prompts alone have no answers to learn from", where="data.kind, objective.kind",
-            why="only what learns from its own answers is asked prompts",
-            fix="objective.kind=grpo, or data.kind=examples",
-        )
-
-    def prompts(self, setting: Setting) -> OpenedPrompts:
         """Read, render and count every prompt. UserError where there are none, or too many are dropped."""
         chat, choices = self.chat(setting.folder), self._choices()
         table = self._read(self.train, chat, choices)
@@ -92,7 +71,8 @@ class PromptFiles(RecordFiles):
         for name, path in self.sets().items():
             found = self._read((path,), chat, choices)
             measured[name] = self._as_one_step(found, len(found.prompts), setting)
-        return OpenedPrompts(train, measured, {"template_fingerprint": chat.fingerprint}, chat)
+        facts = {"template_fingerprint": chat.fingerprint}
+        return Opened(None, dict, facts, chat, prompts=train, asked=measured)
 
     def _choices(self) -> PromptChoices:
         return PromptChoices(self.prompt, self.as_messages, self.system, self.max_prompt_length, self.too_long)
