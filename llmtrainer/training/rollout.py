@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, OLD, Batch
+from llmtrainer.core.batch import ADVANTAGE, OLD, ROLLOUT, Batch
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.randomness import derive
 from llmtrainer.core.rollout import Answer, Prompt
@@ -171,13 +171,14 @@ class RolloutSource:
         return [batch for batch, _ in self._packed(rows)]
 
     def _chosen(self, held: Held, part: int) -> list[int]:
-        """The answers of one step that have a reward. Every pass has an order of its own."""
+        """The answers of one step that are trained. Every pass has an order of its own."""
         steps = self._answers // self.rows_per_step
         epoch, place = divmod(part, steps)
         random = np.random.default_rng(derive(self._seed, "answers", held.number, epoch))
         order = random.permutation(self._answers) if steps > 1 else np.arange(self._answers)
         numbers = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
-        return [int(number) for number in numbers if held.rollout.valid_R[number]]
+        trained_R = self._objective.trains(held.rollout)
+        return [int(number) for number in numbers if trained_R[number]]
 
     def _row(self, held: Held, answer: int, old_logp: NDArray[Any] | None) -> Row:
         rollout = held.rollout
@@ -187,9 +188,10 @@ class RolloutSource:
             _plain(ADVANTAGE): np.concatenate([np.zeros(read), held.advantages[answer]]).astype(np.float32)
         }
         if old_logp is not None:
-            spread = np.zeros(read + len(tokens), dtype=old_logp.dtype)
-            spread[read:][weights > 0] = old_logp
-            told[_plain(OLD)] = spread
+            told[_plain(OLD)] = np.zeros(read + len(tokens), dtype=old_logp.dtype)
+            told[_plain(OLD)][read:][weights > 0] = old_logp
+        if ROLLOUT in self._objective.reads:
+            told[_plain(ROLLOUT)] = np.concatenate([np.zeros(read), rollout.old_logp[answer]])
         counts = np.concatenate([np.zeros(len(prompt), dtype=np.float32), weights])
         whole = np.concatenate([prompt, tokens])
         return Row(whole, np.zeros(len(whole), dtype=np.int32), answer, counts, told=told)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, OLD, REFERENCE, Batch
+from llmtrainer.core.batch import ADVANTAGE, OLD, REFERENCE, ROLLOUT, Batch
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.stored import Policy
@@ -106,7 +106,7 @@ def annotators_of(
             require_same_reference(began, frozen.sha256, where)
         facts[FACT] = frozen.sha256
         annotators.append(LiveReference(frozen))
-    written = () if rows.prompts is None else (ADVANTAGE, OLD)
+    written = () if rows.prompts is None else (ADVANTAGE, OLD, ROLLOUT)
     known = {*rows.signals, *written, *(name for annotator in annotators for name in annotator.adds)}
     if missing := [name for name in recipe.objective.reads if name not in known]:
         raise UserError(
