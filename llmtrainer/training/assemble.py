@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
-from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, opening
+from llmtrainer.core.protocols import Engine, Tokenizer, opening
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
 from llmtrainer.generation.loop import complete
@@ -35,15 +35,14 @@ from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
+from llmtrainer.training.feed import Feed, feed_of
 from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
-from llmtrainer.training.rollout import RolloutSource
-from llmtrainer.training.saving import ROLLOUT, Saver
-from llmtrainer.training.sources import annotators_of, source_of
+from llmtrainer.training.saving import Saver
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
 from llmtrainer.training.writing import text_after
@@ -90,52 +89,54 @@ def assemble(
         checkpoint.set_aside_newer(run, resumption.folder)
     # 4. The model, its optimizer, and their state.
     continued = resumption.folder if resumption else None
-    policy = policy_of(recipe, tokenizer, DTYPES[precision], continued)
-    if rows.train is not None:
-        require_gates(policy, rows.train.store, "data.train")
-    policy.to(engine.device)
-    arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
-    facts |= arranged.facts
-    for text in arranged.fallbacks:
-        warn(text)
-    if resumption is not None:
-        resumption.load(policy, engine)
+    policy, told = trained_policy(recipe, tokenizer, engine, DTYPES[precision], rows, resumption, warn)
     average = average_of(recipe, policy, resumption, warn)
-    began = (None, None) if resumption is None else (resumption.manifest, resumption.folder)
-    annotators, told = annotators_of(recipe, rows, policy, engine, DTYPES[precision], *began)
-    facts |= told
-    source = source_of(recipe, rows, policy, tokenizer, engine, record)
-    states = {ROLLOUT: source.state} if isinstance(source, RolloutSource) else {}
-    if isinstance(source, RolloutSource) and resumption is not None:
-        source.load_state(resumption.state(ROLLOUT))
-    # 5. How long, and at which rate.
+    # 5. Who gives it rows, and who says what is known of them.
+    feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
+    facts |= told | feed.facts
+    # 6. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
-    # 6. What is watched and kept.
+    # 7. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
         form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
-        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat, states,
+        parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat, feed.states,
     )  # fmt: skip
     saver.tidy()
     saver.require_space()
     if resumption is None and rows.chat is not None and rows.train is not None:
         look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, warn)
     parts = Parts(
-        seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
+        seed=recipe.seed, source=feed.source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
         clip=recipe.optim.clip, on_nonfinite=recipe.optim.on_nonfinite,
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
-        evaluate=evaluations_of(
-            recipe, run, rows, policy, tokenizer, engine, most_documents, average, annotators
-        ).run,
-        saver=saver, annotators=annotators, average=average,
-        told=source.told if isinstance(source, RolloutSource) else dict,
+        evaluate=evaluations_of(recipe, run, rows, policy, tokenizer, engine, most_documents, average, feed).run,
+        saver=saver, annotators=feed.annotators, average=average, starts_at=feed.starts_at, told=feed.told,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
     )  # fmt: skip
     progress, figures = (resumption.progress, resumption.figures) if resumption else (Progress(), {})
     return Assembled(Trainer(parts, progress, figures), resumption, facts)
+
+
+def trained_policy(
+    recipe: Recipe, tokenizer: FileTokenizer, engine: Engine, compute: torch.dtype, rows: Opened,
+    resumption: Resumption | None, warn: Callable[[str], None],
+) -> tuple[Policy, dict[str, Any]]:
+    """The policy on the engine's device with its optimizer, both as the checkpoint has them if the run continues; and
+    what every checkpoint says of how it computes."""
+    policy = policy_of(recipe, tokenizer, compute, resumption.folder if resumption else None)
+    if rows.train is not None:
+        require_gates(policy, rows.train.store, "data.train")
+    policy.to(engine.device)
+    arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    for text in arranged.fallbacks:
+        warn(text)
+    if resumption is not None:
+        resumption.load(policy, engine)
+    return policy, dict(arranged.facts)
 
 
 def _require_trackers(recipe: Recipe) -> None:
@@ -215,7 +216,7 @@ def parent_of(recipe: Recipe, resumption: Resumption | None) -> str | None:
 
 def evaluations_of(
     recipe: Recipe, run: RunDir, rows: Opened, policy: Policy, tokenizer: Tokenizer, engine: Engine,
-    most_documents: int | None, average: MovingAverage | None, annotators: Sequence[Annotator],
+    most_documents: int | None, average: MovingAverage | None, feed: Feed,
 ) -> Evaluations:
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.texts(), recipe.evaluate.max_new_tokens
@@ -247,7 +248,7 @@ def evaluations_of(
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
-        average=average if settings.ema else None, annotators=annotators,
+        average=average if settings.ema else None, annotators=feed.annotators,
     )  # fmt: skip
 
 

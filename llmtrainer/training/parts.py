@@ -87,6 +87,8 @@ class Parts:
     """Shows an event to whoever watches."""
     annotators: tuple[Annotator, ...] = ()
     """Each adds what it knows to a micro-batch just before its forward pass."""
+    starts_at: Mapping[str, float] = field(default_factory=dict)
+    """What Terms must be at the first step of a run, because the policy still is its reference."""
     told: Callable[[], Mapping[str, float]] = dict
     """What the source says of the rows it gave last, beside the Terms of a step."""
     average: MovingAverage | None = None

@@ -21,7 +21,7 @@ from llmtrainer.training.average import FOLDER, MovingAverage
 from llmtrainer.training.chats import GENERATION_FILE, generation_config
 from llmtrainer.training.recipe import Save
 
-OPTIMIZER, ROLLOUT = "optimizer.safetensors", "rollout.safetensors"
+OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollout.safetensors"
 """Files of a checkpoint beside the model."""
 State = Callable[[], Mapping[str, Tensor]]
 """Gives tensors as they are now."""

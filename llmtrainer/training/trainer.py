@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from llmtrainer.training.ledger import Ledger
 from llmtrainer.training.parts import Clock, Parts, StepInfo
 
 MOST_SKIPS_IN_A_ROW = 10
+FARTHEST_START = 2e-3
+"""How far a Term may be from what it must be at the start: compiled products in 16 bits have other last digits."""
 
 
 class Trainer:
@@ -117,7 +119,10 @@ class Trainer:
 
     def _first_step(self) -> StepInfo:
         ledger = Ledger(self.parts.policy)
+        begins = self.progress.step == 0
         info = self.step()
+        if begins:
+            require_start(info.metrics, self.parts.starts_at)
         if not info.skipped:
             ledger.settle(info.learning_rate, lambda text: self.tell("warning", text=text))
         self.parts.first_step()
@@ -174,6 +179,17 @@ class Trainer:
         """Write an event, and show it to whoever watches."""
         self.parts.log.append(kind, **values)
         self.parts.view({"kind": kind, **values})
+
+
+def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:
+    """Refuse a run whose first step shows that the policy is not the reference it is held to."""
+    for name, value in expected.items():
+        if abs(metrics[name] - value) > FARTHEST_START * max(abs(value), 1.0):
+            raise UserError(
+                f"{name} is {metrics[name]:.6f} at the first step and has to be {value:.6f}",
+                why="the policy still is its reference then, so that both must say the same of every answer",
+                fix="nothing was saved; llmtrainer doctor shows versions and fallbacks, and a report of this helps",
+            )
 
 
 def _first_nonfinite(policy: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,47 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import ADVANTAGE, OLD, REFERENCE, ROLLOUT, Batch
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.generation.sampling import Sampling
+from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.reference import FACT, LiveReference, at_rest, reference_of, require_same_reference
+from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
+from llmtrainer.training.saving import ROLLOUTS, State
 from llmtrainer.training.writer import PolicyWriter
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Rows, and what is known of them."""
+
+    source: Source
+    annotators: tuple[Annotator, ...]
+    facts: Mapping[str, str]
+    """What every checkpoint says of them."""
+    states: Mapping[str, State]
+    """What the source itself goes on from, by the file of a checkpoint."""
+    told: Callable[[], Mapping[str, float]]
+    """What the source says of the rows it gave last."""
+    starts_at: Mapping[str, float]
+    """What Terms must be at the first step."""
+
+
+def feed_of(
+    recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine, compute: torch.dtype,
+    resumption: Resumption | None, tell: Callable[[Mapping[str, Any]], None],
+) -> Feed:
+    """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
+    annotators, facts = annotators_of(recipe, rows, policy, engine, compute, resumption)
+    source = source_of(recipe, rows, policy, tokenizer, engine, tell)
+    starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy) else {}
+    if not isinstance(source, RolloutSource):
+        return Feed(source, annotators, facts, {}, dict, starts_at)
+    if resumption is not None:
+        source.load_state(resumption.state(ROLLOUTS))
+    return Feed(source, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
 
 
 def source_of(
@@ -91,19 +126,18 @@ def require_plain(sampling: Sampling) -> None:
 
 def annotators_of(
     recipe: Recipe, rows: Opened, policy: Policy, engine: Engine, compute: torch.dtype,
-    began: Mapping[str, Any] | None, where: Any,
+    resumption: Resumption | None,
 ) -> tuple[tuple[Annotator, ...], dict[str, str]]:
     """Who adds the signals that the objective reads, and what every checkpoint says of them.
 
-    began: the manifest of the checkpoint that a run continues from. UserError where nobody knows a signal, and where
-    the reference is another than the run began with.
+    UserError where nobody knows a signal, and where the reference is another than the run began with.
     """
     annotators: list[Annotator] = []
     facts: dict[str, str] = {}
     if REFERENCE in recipe.objective.reads:
         frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
-        if began is not None:
-            require_same_reference(began, frozen.sha256, where)
+        if resumption is not None:
+            require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
         facts[FACT] = frozen.sha256
         annotators.append(LiveReference(frozen))
     written = () if rows.prompts is None else (ADVANTAGE, OLD, ROLLOUT)
@@ -116,3 +150,11 @@ def annotators_of(
             fix="data.kind=preferences for comparisons, data.kind=prompts for answers of the policy's own",
         )
     return tuple(annotators), facts
+
+
+def begins_at_its_reference(recipe: Recipe, policy: Policy) -> bool:
+    """Whether the policy of a run that begins says the same as its reference: no other one is named, and nothing is
+    dropped or added at random while training."""
+    if REFERENCE not in recipe.objective.reads or recipe.reference.start_from is not None:
+        return False
+    return isinstance(policy, Decoder) and policy.family.dropout == 0.0 and policy.neftune == 0.0
