@@ -93,7 +93,7 @@ def assemble(
     average = average_of(recipe, policy, resumption, warn)
     # 5. Who gives it rows, and who says what is known of them.
     feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
-    facts |= told | feed.facts
+    facts |= {**told, **feed.facts}
     # 6. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
     # 7. What is watched and kept.
