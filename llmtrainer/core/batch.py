@@ -117,6 +117,10 @@ class Batch:
         weight_S = self.sum_by_sequence(torch.ones_like(value_BT))
         return self.sum_by_sequence(value_BT) / weight_S.clamp(min=torch.finfo(value_BT.dtype).tiny)
 
+    def by_token(self, value_S: Tensor) -> Tensor:
+        """Each sequence's number at each of its tokens, 0 at what belongs to none: [B, T]."""
+        return torch.cat([value_S.new_zeros(1), value_S])[self.sequence_BT.long() + 1]
+
 
 @dataclass(frozen=True)
 class Outputs:

@@ -61,6 +61,10 @@ class Objective(Kind):
         """The summands of this micro-batch's loss, and its metrics."""
         raise NotImplementedError
 
+    def trains(self, rollout: Rollout) -> NDArray[np.bool_]:
+        """Which of the R answers are trained. The others shape no statistics and are left out of the step."""
+        return rollout.valid_R
+
     def credit(self, rollout: Rollout) -> list[NDArray[np.float64]]:
         """How much better each token of each answer was than expected: R arrays, as long as the answers. Only for
         what learns from its own answers."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmtrainer.core.example import Message
+from llmtrainer.core.maths import divergence
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Rollout:
     """Whether each answer came to its end by itself."""
     version: str
     """Hash of the weights that wrote them."""
+    trainer_logp: tuple[NDArray[np.float64], ...] | None = None
+    """What the trainer itself gives each token at that time; None: the same as the policy that wrote it."""
     reference_logp: tuple[NDArray[np.float64], ...] | None = None
     """What the reference gives each token."""
     values: tuple[NDArray[np.float64], ...] | None = None
@@ -83,3 +87,14 @@ class Rollout:
     def valid_R(self) -> NDArray[np.bool_]:
         """Answers that count: those without a reward leave the statistics of their group and are not trained."""
         return ~np.isnan(self.reward_R)
+
+    def divergence(self, estimator: str) -> list[NDArray[np.float64]]:
+        """How far the trainer's policy of that time is from the reference at each token, in nats: an estimate by
+        `k1`, `k2` or `k3` of core.maths.divergence; 0 where the weight is 0."""
+        assert self.reference_logp is not None
+        policy = self.old_logp if self.trainer_logp is None else self.trainer_logp
+        found = []
+        for mine, reference, weight in zip(policy, self.reference_logp, self.weights, strict=True):
+            each = divergence(estimator, torch.from_numpy(mine), torch.from_numpy(reference)).numpy()
+            found.append(np.where(weight > 0, each, 0.0))
+        return found

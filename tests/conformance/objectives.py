@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from llmtrainer.core import batch as signals
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.vocab_head import WANTS
 from llmtrainer.models.decoder import Decoder
+from tests.objectives.rollouts import rollout_of
 from tests.worlds import ragged_documents, row_batch, tiny_model
 
 Settings = dict[str, object]
@@ -29,6 +31,18 @@ VARIANTS: dict[str, list[Settings]] = {
     ],
     "simpo": [{"beta": 1.5, "gamma": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}],
     "cpo": [{"beta": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}, {"loss": "ipo"}],
+    "grpo": [
+        {
+            "loss": "dapo", "clip_low": 0.1, "clip_high": 0.3, "delta": 1.5, "kl": 0.1, "kl_estimator": "k2",
+            "kl_in": "reward", "entropy": 0.01, "max_new_tokens": 40, "overlong": 8, "skip_unfinished": True,
+            "skip_even_groups": True, "scale": "sample", "level": "sequence", "average": "sum", "advantage": "group",
+            "correction": {"weights": "token", "cap": 1.5, "reject": "k3", "bounds": (0.0, 0.4)},
+        },
+        {"loss": "bnpo", "kl": 0.1}, {"loss": "dr_grpo", "max_new_tokens": 40}, {"loss": "gspo"}, {"loss": "luspo"},
+        {"loss": "cispo"}, {"loss": "sapo", "gate": (0.9, 1.2)}, {"loss": "rloo"}, {"loss": "reinforce_pp"},
+        {"loss": "vespo", "gamma": ((1.0, 2.0), (2.0, 1.0))}, {"correction": {"bypass": True, "reject": "sequence"}},
+        {"advantage": "group_whitened"},
+    ],
     "orpo": [{"beta": 0.3}],
     "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
 }
@@ -41,6 +55,13 @@ TRIED = [
 
 def name_of(settings: Settings) -> str:
     return "+".join(f"{value}" if name in ("kind", "loss") else name for name, value in settings.items())
+
+
+TOKENS = (3, 2, 35, 4)
+ROLLOUT = rollout_of(
+    [1.0, 0.0, 0.5, 0.2], [0, 0, 1, 1], lengths=TOKENS, reference_logp=tuple(np.full(n, -1.2) for n in TOKENS),
+    values=tuple(np.full(n, 0.3) for n in TOKENS),
+)  # fmt: skip
 
 
 class World:
