@@ -89,10 +89,17 @@ class Tests:
 class Sandbox:
     """Runs code within limits, and says what it cannot keep from the code on this machine."""
 
-    def __init__(self, limits: Limits, required: bool = True) -> None:
-        """required: refuse to run anything where something is not kept from the code."""
-        self.limits, self.required = limits, required
+    def __init__(
+        self, limits: Limits, required: bool = True, readable: Sequence[str] = (), quiet: float | None = None
+    ) -> None:
+        """required: refuse to run anything where something is not kept from the code. readable: folders that it may
+        read beside Python's own library. quiet: seconds in which it must have printed something; None: it need not."""
+        self.limits, self.required, self.readable, self.quiet = limits, required, tuple(readable), quiet
         self._filter = (call_filter(platform.machine()) if sys.platform == "linux" else None) or b""
+
+    def with_limits(self, limits: Limits, quiet: float | None = None) -> Sandbox:
+        """The same with other limits."""
+        return Sandbox(limits, self.required, self.readable, quiet)
 
     def missing(self) -> tuple[str, ...]:
         """What code could do here although it must not: tried out, once for each process."""
@@ -116,7 +123,7 @@ class Sandbox:
             inputs = stack.enter_context(tempfile.TemporaryFile())
             inputs.write(given.encode("utf-8", "replace"))
             inputs.seek(0)
-            watched = _Watched(self.limits)
+            watched = _Watched(self.limits, self.quiet)
             watched.start(stack, self._task("script", source=source), stdin=inputs)
             return watched.outcome()
 
@@ -130,7 +137,7 @@ class Sandbox:
             ends = [stack.enter_context(open(end, "rb", buffering=0)) for _ in range(3) for end in os.pipe()]
             asks, asked, replies, replied, verdict, told = (end.fileno() for end in ends)
             message = self.limits.output_kib * 1024
-            watched = _Watched(self.limits)
+            watched = _Watched(self.limits, self.quiet)
             watched.start(
                 stack, self._task("serve", source=source, requests=asks, replies=replied, message=8 * message),
                 keep=(asks, replied),
@@ -152,7 +159,7 @@ class Sandbox:
         return {
             "do": do, "required": self.required, "parent": os.getpid(), "filter": self._filter.hex(),
             "cpu_seconds": limits.cpu_seconds, "memory": limits.memory_mib * MIB, "disk": limits.disk_mib * MIB,
-            "readable": _readable(), **more,
+            "readable": [*_readable(), *self.readable], **more,
         }
 
 
@@ -169,6 +176,7 @@ class _Watched:
     """Processes that are read and timed until one that decides has ended."""
 
     limits: Limits
+    quiet: float | None
     runs: list[_Run] = field(default_factory=list)
     pipes: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Descriptor -> what it says, and how many bytes of it may come."""
@@ -233,6 +241,7 @@ class _Watched:
 
     def _read(self) -> str:
         deadline = time.monotonic() + self.limits.seconds
+        silent = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for descriptor in self.pipes:
                 selector.register(descriptor, selectors.EVENT_READ)
@@ -245,6 +254,7 @@ class _Watched:
                         continue
                     said = self.said.setdefault(name, bytearray())
                     said += data
+                    silent = time.monotonic()
                     if len(said) > limit:
                         del said[limit:]
                         return "output"
@@ -254,7 +264,8 @@ class _Watched:
                 if not selector.get_map() or all(run.process.poll() is not None for run in self.runs if run.decides):
                     self._rest(selector)
                     return "done"
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline or (self.quiet is not None and now > silent + self.quiet):
                     return "time"
 
     def _rest(self, selector: selectors.BaseSelector) -> None:
