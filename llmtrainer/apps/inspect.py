@@ -12,17 +12,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from llmtrainer.base.config import Config, load
+from llmtrainer.base.config import Config, is_data, load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.protocols import opening
 from llmtrainer.data.collate import Row
-from llmtrainer.data.detect import detect, placed
+from llmtrainer.data.detect import conversations_in, detect, placed
 from llmtrainer.data.document import Document, Reading, SourceFile
 from llmtrainer.data.format import Format
 from llmtrainer.data.formats.auto import Auto
-from llmtrainer.data.lengths import has_text
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
 from llmtrainer.data.records import records
@@ -129,8 +128,9 @@ class Inspected(Result):
 def inspect(settings: Inspection) -> Inspected:
     """Rows as training would see them. UserError where the data has no such step or the recipe no such part."""
     path = Path(settings.source)
-    recipe = path if path.suffix in (".yaml", ".yml") else RunDir(path).recipe
-    if recipe.is_file() or path.suffix in (".yaml", ".yml"):
+    named = path.suffix in (".yaml", ".yml") and not is_data(Recipe, path)
+    recipe = path if named else RunDir(path).recipe
+    if named or recipe.is_file():
         rows = list(_of_recipe(settings, load(Recipe, recipe, settings.overrides)))
     else:
         rows = list(_of_documents(settings))
@@ -203,8 +203,9 @@ def _documents(settings: Inspection, tokenizer: FileTokenizer) -> Iterator[tuple
             yield store.read(document).tolist(), None if weights is None else weights.tolist()
         return
     files, vocabulary = find(settings.source, warn), Vocabulary.of(tokenizer)
-    if settings.template is not None or settings.format.kind != "auto" or not has_text(files, settings.fields):
-        yield from _conversations(settings, files, tokenizer)
+    chats = conversations_in(settings.source, files, settings.fields, warn)
+    if chats or settings.template is not None or settings.format.kind != "auto":
+        yield from _conversations(settings, chats or files, tokenizer)
         return
     for found in contents(files, vocabulary, Reading(settings.fields, warn=warn)):
         if isinstance(found, Document):

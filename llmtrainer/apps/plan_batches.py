@@ -17,10 +17,10 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.data.bins_first import find_steps
 from llmtrainer.data.budget import lower_bound
-from llmtrainer.data.detect import detect, placed
+from llmtrainer.data.detect import conversations_in, detect, placed
 from llmtrainer.data.document import Document, Reading, SourceFile
 from llmtrainer.data.formats.auto import Auto
-from llmtrainer.data.lengths import has_text, hold_lengths, lengths_in_records, lengths_in_store
+from llmtrainer.data.lengths import hold_lengths, lengths_in_records, lengths_in_store
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
 from llmtrainer.data.records import records
@@ -196,9 +196,9 @@ def _counted(settings: BatchPlanning, files: list[SourceFile], name: str) -> Ite
     """Tokens of each document with its end, or of each row of a conversation."""
     tokenizer = load_tokenizer(name)
     whole = Reading(warn=warn, whole=True)
-    if not has_text(files, settings.fields):
+    if chats := conversations_in(settings.data, files, settings.fields, warn):
         chat = Chat(tokenizer, settings.template, day=day_of(settings.date), leave_out=settings.leave_out)
-        for file in files:
+        for file in chats:
             if told := detect(Auto(), records(file, whole)):
                 for record in records(file, whole):
                     yield from (len(row.tokens) for row in chat.rows(placed(told.format, record)))

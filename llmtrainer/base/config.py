@@ -14,11 +14,21 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.part import Config, Kind, forget_reads, known_keys, leaves, part_at, unread
 from llmtrainer.base.refusal import all_keys, refusal, unknown_key, value_at
 from llmtrainer.base.result import plain
-from llmtrainer.base.text import COMMAND_LINE, Text, is_text, item_type, nearest, read_flow, read_yaml_file, write_yaml
+from llmtrainer.base.text import (
+    COMMAND_LINE,
+    Text,
+    is_text,
+    item_type,
+    nearest,
+    read_flow,
+    read_yaml_file,
+    top_of_yaml,
+    write_yaml,
+)
 
 __all__ = [
-    "Config", "Kind", "dump", "forget_reads", "leaves", "load", "load_with_origins", "schema", "sorted_words",
-    "unread",
+    "Config", "Kind", "dump", "forget_reads", "is_data", "leaves", "load", "load_with_origins", "schema",
+    "sorted_words", "unread",
 ]
 
 Some = TypeVar("Some", bound=Config)
@@ -65,15 +75,16 @@ def sorted_words(
 ) -> tuple[Path | None, list[str], list[str]]:
     """A command line as (file, overrides, bare words).
 
-    A first word that ends in .yaml or .yml is the file. A word is an override only if what stands before its
-    first `=` is a key; `--key value` and `--key=value` always are. What follows `--` is bare. A word that is
-    nearly an override is refused, lest a misspelled key become a prompt.
+    A first word that ends in .yaml or .yml is the file, unless it is an override, or holds data where the verb reads
+    some. A word is an override only if what stands before its first `=` is a key; `--key value` and `--key=value`
+    always are. What follows `--` is bare. A word that is nearly an override is refused, lest a misspelled key become
+    a prompt.
     """
     rest, file, overrides, words = list(arguments), None, list[str](), list[str]()
     bare: list[str] = []
     if "--" in rest:
         rest, bare = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
-    if rest and rest[0].endswith((".yaml", ".yml")) and not config_type.file_is_word:
+    if rest and rest[0].endswith((".yaml", ".yml")) and not _is_no_file(config_type, rest[0]):
         file = Path(rest.pop(0))
     data = _as_far_as_known(config_type, file, rest)
     while rest:
@@ -211,6 +222,25 @@ def _is_key(config_type: type[Config], key: str, data: Any) -> bool:
     path = _spelled(config_type, key, data).split(".")
     head = part_at(config_type, path[:1], data)
     return head is not None and (len(path) == 1 or bool(known_keys(head, {})))
+
+
+def _is_no_file(config_type: type[Config], word: str) -> bool:
+    """Whether a word that ends like a file of keys is none: a word of the verb, an override, or data."""
+    key, equals, _ = word.partition("=")
+    if config_type.file_is_word or word.startswith("--") or (equals and _is_key(config_type, key, {})):
+        return True
+    return bool(config_type.words) and is_data(config_type, Path(word))
+
+
+def is_data(config_type: type[Config], path: Path) -> bool:
+    """Whether a YAML file holds records and no settings: its top is a list, or has lists under keys that no setting
+    is called."""
+    if (top := top_of_yaml(path)) is None:
+        return False
+    known = all_keys(config_type, {})
+    return "" in top or (
+        any(top.values()) and not any(key in known or nearest(key, known, cutoff=0.8) for key in top)
+    )
 
 
 def _as_far_as_known(config_type: type[Config], file: Path | None, arguments: Sequence[str]) -> dict[str, Any]:

@@ -65,6 +65,32 @@ def read_yaml_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"`{path}` is not UTF-8", where=f"{path}, byte {error.start:,}") from None
 
 
+def top_of_yaml(path: Path) -> dict[str, bool] | None:
+    """The keys at the top of a YAML file, and whether a list stands under each; the key "" for a file that is a list
+    itself. None where it is not to be told. Reads no further than it must: such a file may be large."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.events import MappingStartEvent, ScalarEvent, SequenceStartEvent
+
+    found: dict[str, bool] = {}
+    depth, key = 0, None
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for event in YAML(typ="safe", pure=True).parse(stream):
+                begins, ends = isinstance(event, MappingStartEvent | SequenceStartEvent), "End" in type(event).__name__
+                if depth == 0 and isinstance(event, SequenceStartEvent):
+                    return {"": True}
+                if depth == 1 and not ends:
+                    if key is not None:
+                        found[key], key = isinstance(event, SequenceStartEvent), None
+                    elif isinstance(event, ScalarEvent):
+                        key = str(event.value)
+                depth += begins - (ends and depth > 0)
+    except (YAMLError, OSError, UnicodeDecodeError, RecursionError):
+        return None
+    return found
+
+
 def read_flow(text: str, dotted: str, origin: str) -> tuple[Any, dict[str, str]]:
     """The value of `[...]` or `{...}` written on a command line, and origins for every name below `dotted`."""
     data, inner = read_yaml(f"value: {text}", origin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in
 from llmtrainer.core.example import Example
+from llmtrainer.data import stdlib
+from llmtrainer.data.document import Reading, SourceFile
 from llmtrainer.data.format import Format
-from llmtrainer.data.records import Record
+from llmtrainer.data.records import Record, first_value, holding
 
 FIRST = 16
 """Records that a file is known by."""
@@ -43,6 +45,25 @@ def detect(wanted: Format, found: Iterable[Record], *, bad_may_drop: bool = Fals
     example = placed(chosen, first[0])
     known = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
     return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes:\n{shown(example)}")
+
+
+def conversations_in(
+    name: str, files: Sequence[SourceFile], fields: tuple[str, ...], warn: Callable[[str], None]
+) -> list[SourceFile]:
+    """Of the files that `name` stands for, those that hold conversations; none where they are documents of text.
+
+    Told by the first record there is: an object without a text under `fields`, or a list that a format fits. YAML
+    may be anything, so that a format must fit its objects as well. Source code is text, unless the questions about
+    the standard library are asked for by their name.
+    """
+    if stdlib.means_questions(name):
+        return list(files)
+    known = [file for file in files if file.path.suffix != ".py"]
+    first, file = next(((value, file) for file in known if (value := first_value(file)) is not None), (None, None))
+    if isinstance(first, dict) and Reading(fields).chosen(list(first)):
+        return []
+    certain = isinstance(first, dict) and file is not None and file.path.suffix not in (".yaml", ".yml")
+    return holding(files, warn) if certain or any(format.matches(first) for format in formats()) else []
 
 
 def placed(format: Format, record: Record) -> Example:
@@ -78,6 +99,8 @@ def _only(first: list[Record]) -> Format:
     if len(fits) == 1:
         return fits[0]
     odd = next((record for record in first if not any(format.matches(record.value) for format in formats())), first[0])
+    if (meant := _meant(first, odd)) is not None:
+        placed(meant, odd)    # says which key is missing or wrong
     keys = ", ".join(_keys(odd.value))
     if not fits:
         raise UserError(
@@ -89,6 +112,16 @@ def _only(first: list[Record]) -> Format:
         f"{len(fits)} formats fit these records", where=odd.place, why=f"they have {keys}",
         fix=f"name the one that is meant (in a recipe data.format): {names}",
     )
+
+
+def _meant(first: list[Record], odd: Record) -> Format | None:
+    """The format of a file in which one of the first records is wrong: the only one that any of them fits; or where
+    none fits any, the only one that has a name for a key of the wrong one."""
+    fits = [format for format in formats() if any(format.matches(record.value) for record in first)]
+    if not fits and isinstance(odd.value, dict):
+        named = ((format, vars(format).values()) for format in formats())
+        fits = [format for format, keys in named if any(key in odd.value for key in keys)]
+    return fits[0] if len(fits) == 1 else None
 
 
 @cache

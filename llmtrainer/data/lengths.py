@@ -31,12 +31,6 @@ def hold_lengths(files: list[SourceFile]) -> bool:
     return isinstance(first, dict) and LENGTH in first and len(first) <= 2
 
 
-def has_text(files: list[SourceFile], fields: tuple[str, ...]) -> bool:
-    """Whether these are documents, by their first record, and not conversations."""
-    first = next((record for file in files for record, _ in _records(file)), None)
-    return not isinstance(first, dict) or bool(Reading(fields).chosen(list(first)))
-
-
 def lengths_in_records(files: list[SourceFile]) -> NDArray[np.int64]:
     """The field `length` of every record. Raises UserError for one that has none, or no positive number."""
     return np.fromiter((length for file in files for length in _lengths(file)), dtype=np.int64)

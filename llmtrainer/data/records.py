@@ -76,6 +76,13 @@ def holding(files: Sequence[SourceFile], warn: Callable[[str], None]) -> list[So
     return data or list(files)
 
 
+def first_value(file: SourceFile) -> Any:
+    """What the first record of a file is, a text where the file is one; None where there is none."""
+    reader = _reader_of(file.path)
+    with compression.opened(file.path, seeks=reader.seeks) as stream:
+        return next((value for value, _ in reader.records(stream, file.path, Reading(whole=True))), None)
+
+
 def _no_record(record: Record) -> UserError:
     held = "a list of token ids" if isinstance(record.value, Ids) else "text"
     return UserError(

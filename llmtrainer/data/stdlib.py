@@ -19,6 +19,11 @@ HELD_OUT_BYTES = 1_000_000
 _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
+def means_questions(name: str) -> bool:
+    """Whether a name stands for questions about the library, and not for its modules as text."""
+    return name.startswith(PREFIX) and name.removeprefix(PREFIX) in QUESTIONS
+
+
 def find(name: str) -> list[SourceFile]:
     """The modules of `stdlib:train` or `stdlib:held_out`, by path; the same ones of `stdlib:questions` or
     `stdlib:held_out_questions`.

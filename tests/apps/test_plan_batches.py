@@ -12,7 +12,12 @@ import pytest
 from llmtrainer.apps.cli import main
 from llmtrainer.apps.plan_batches import BatchPlan, BatchPlanning, Dialogue, plan_batches
 from llmtrainer.base.errors import UserError
+from llmtrainer.data import stdlib
+from llmtrainer.data.document import Reading
 from llmtrainer.data.formats.instruction import Instruction
+from llmtrainer.data.formats.messages import Messages
+from llmtrainer.data.formats.turns import Turns
+from llmtrainer.data.records import records
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.tokenizer.train import train_vocabulary
@@ -75,6 +80,25 @@ def test_what_is_no_plan_is_refused_and_says_what_would_be(
     assert main([*words, "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert "below max_length" in error["what"] and "batch_size=64" in error["fix"]
+
+
+def test_questions_and_yaml_are_counted_as_the_conversations_that_training_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_vocabulary(iter(["what does it do " * 20]), 300).save(tmp_path / "tokenizer")
+    chat = Chat(load_tokenizer(tmp_path / "tokenizer"), "chatml")
+    words = (f"tokenizer={tmp_path / 'tokenizer'}", "template=chatml", "group_size=1", "batch_size=1")
+    (tmp_path / "chats.yaml").write_text("- [what, it]\n- [does it, do]\n")
+    rows = [chat.rows(Turns().example(pair))[0] for pair in (["what", "it"], ["does it", "do"])]
+    found = told(capsys, str(tmp_path / "chats.yaml"), *words)
+    assert (found["sequences"], found["tokens"]) == (2, sum(len(row.tokens) - 1 for row in rows))
+    questions = told(capsys, "stdlib:held_out_questions", *words)
+    files = stdlib.find("stdlib:held_out_questions")
+    reading = Reading(whole=True)
+    asked = [record for file in files for record in records(file, reading)]
+    rows = [chat.rows(Messages().example(record.value))[0] for record in asked]
+    assert (questions["sequences"], questions["tokens"]) == (len(asked), sum(len(row.tokens) - 1 for row in rows))
+    assert told(capsys, "stdlib:held_out", *words)["sequences"] == len(files)
 
 
 def test_numbers_that_are_missing_are_asked_for_on_a_terminal_alone(

@@ -60,6 +60,33 @@ def test_a_value_of_another_type_is_refused_with_its_line(tmp_path: Path, line: 
     assert line.partition(":")[0] in error.what
 
 
+@pytest.mark.parametrize(
+    ("text", "is_file"),
+    [
+        ("- [a, b]\n- [c, d]\n", False), ("[[a, b]]", False), ("# chats\ncategories:\n- x\ntalks:\n- - a\n", False),
+        ("guest: ann\n", True), ("tables: [1]\nothers: [2]\n", True), ("tabels: [1]\n", True), ("", True),
+        ("other: x\n", True), ("other: [a\n}", None), ("- [a\n}", False),
+    ],
+)
+def test_a_yaml_file_of_records_is_a_word_and_one_of_keys_the_settings(
+    tmp_path: Path, text: str, is_file: bool | None
+) -> None:
+    file = written(tmp_path, text)
+    assert sorted_words(Order, [f"note={file}"]) == (None, [f"note={file}"], [])
+    if is_file is None:
+        with pytest.raises(UserError, match="is no YAML"):
+            sorted_words(Order, [str(file)])
+        return
+    assert sorted_words(Order, [str(file), "size=1"]) == (
+        (file, ["size=1"], []) if is_file else (None, ["size=1"], [str(file)])
+    )
+
+
+def test_of_a_verb_without_words_a_yaml_file_is_always_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no keys"):
+        sorted_words(Cone, [str(written(tmp_path, "- [a, b]"))])
+
+
 def test_python_values_are_as_strict_as_yaml() -> None:
     for wrong in ({"scoops": True}, {"scoops": 2.0}, {"cup": 1}, {"guest": 3}, {"chill": "1"}, {"chill": math.inf}):
         with pytest.raises(ValidationError):

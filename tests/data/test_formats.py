@@ -171,9 +171,10 @@ def test_a_file_is_known_by_its_records_and_the_first_example_is_shown(tmp_path:
 
 
 def test_a_file_that_fits_no_format_or_several_is_refused_with_their_names(tmp_path: Path) -> None:
+    others = [{"messages": SPOKEN}, {"user": "x", "assistant": "y"}, {"text": "x"}]
     with pytest.raises(UserError, match="no format fits") as error:
-        detect(Format.model_validate("auto"), found(tmp_path / "a.jsonl", [{"messages": SPOKEN}, {"text": "x"}]))
-    assert error.value.where == f"{tmp_path / 'a.jsonl'}, line 2" and "`text`" in str(error.value)
+        detect(Format.model_validate("auto"), found(tmp_path / "a.jsonl", others))
+    assert error.value.where == f"{tmp_path / 'a.jsonl'}, line 3" and "`text`" in str(error.value)
     both = {"messages": SPOKEN, "conversations": [{"from": "human", "value": "x"}]}
     with pytest.raises(UserError, match="2 formats fit") as error:
         detect(Format.model_validate("auto"), found(tmp_path / "b.jsonl", [both]))
@@ -181,6 +182,25 @@ def test_a_file_that_fits_no_format_or_several_is_refused_with_their_names(tmp_p
     assert detect(Format.model_validate("auto"), []) is None
     named = detect(Messages(), found(tmp_path / "b.jsonl", [both]))
     assert named is not None and named.format == Messages()
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "key", "what"),
+    [
+        ([{"messages": SPOKEN}] * 3 + [{"text": "x"}], 4, "messages", "no `messages`"),
+        ([{"messages": SPOKEN}, {"messages": [{"role": "user"}]}], 2, "messages.0.content", "no `content`"),
+        ([{"messages": [{"role": "user"}]}], 1, "messages.0.content", "no `content`"),
+        ([{"instruction": "x", "answer": "y"}], 1, "output", "no `output`"),
+        ([FORMS["conversations"][1], {"conversations": []}], 2, "conversations", "no message"),
+        ([SPOKEN, [SPOKEN[0], {"role": "assistant"}]], 2, "1.content", "no `content`"),
+    ],
+)
+def test_a_bad_record_among_the_first_is_told_with_file_line_and_key(
+    tmp_path: Path, lines: list[Any], line: int, key: str, what: str
+) -> None:
+    with pytest.raises(UserError, match=what) as error:
+        detect(Format.model_validate("auto"), found(tmp_path / "chats.jsonl", lines))
+    assert error.value.where == f"{tmp_path / 'chats.jsonl'}, line {line}, key `{key}`"
 
 
 def test_what_is_shown_of_an_example_is_short_and_obeys_no_terminal() -> None:
