@@ -50,7 +50,7 @@ class Correction(Config):
 
     def anchor(self, batch: Batch, logp_BT: Tensor) -> Tensor:
         """The log-probabilities that the surrogate's ratio is taken to, in the policy's type."""
-        return batch.signals[ROLLOUT if self.bypass else OLD].to(logp_BT.dtype)
+        return batch.signals[ROLLOUT].to(logp_BT.dtype) if self.bypass else _old(batch, logp_BT)
 
     def apply(self, batch: Batch, logp_BT: Tensor) -> tuple[Tensor | None, list[Term]]:
         """What each token's loss is multiplied by, None for 1, and metrics of the gap where both sides are known.
@@ -58,7 +58,7 @@ class Correction(Config):
         A rejected token has weight 0 and still counts in what the loss is divided by, which was counted before the
         forward pass. Nothing here is differentiated.
         """
-        trainer = logp_BT.detach() if self.bypass else batch.signals[OLD].to(logp_BT.dtype)
+        trainer = logp_BT.detach() if self.bypass else _old(batch, logp_BT)
         if ROLLOUT not in batch.signals:
             return None, []
         sampler = batch.signals[ROLLOUT].to(logp_BT.dtype)
@@ -103,6 +103,12 @@ class Correction(Config):
 
     def _inside(self, log_rho: Tensor) -> Tensor:
         return (log_rho.exp() >= self.bounds[0]) & (log_rho.exp() <= self.bounds[1])
+
+
+def _old(batch: Batch, logp_BT: Tensor) -> Tensor:
+    """What the trainer's policy said when the answers were written. Answers that are learned in one single step do not
+    carry it: there it is the very policy that is trained, so the ratio is exactly 1."""
+    return batch.signals[OLD].to(logp_BT.dtype) if OLD in batch.signals else logp_BT.detach()
 
 
 def _k3(gap: Tensor) -> Tensor:
