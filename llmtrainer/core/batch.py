@@ -39,6 +39,9 @@ RETURN = "return_BT"
 KL = "kl_S"
 """A signal: an estimate in nats of how far the policy has left the reference, the point that the log-ratio of each
 sequence is compared with (KTO's z0), float32. Worked out over the whole step before its first forward."""
+BESIDE = "beside_S"
+"""A signal: 1 where the sequence belongs to the objective beside the main one and 0 where to that, float32. Where a run
+mixes two objectives, every batch of every rank has it."""
 TEACHER_IDS = "teacher_ids_BTK"
 """A signal: the K ids that a teacher holds for likeliest at each target's place, int64."""
 TEACHER_LOGP = "teacher_logp_BTK"
@@ -116,6 +119,21 @@ class Batch:
         """Weighted mean of a per-token value over each trained sequence: [S]; 0 where no token counts."""
         weight_S = self.sum_by_sequence(torch.ones_like(value_BT))
         return self.sum_by_sequence(value_BT) / weight_S.clamp(min=torch.finfo(value_BT.dtype).tiny)
+
+    def part(self, chosen_S: Tensor) -> Self:
+        """The batch with these sequences alone: all others count nothing, and the chosen are numbered anew."""
+        number_S = torch.where(chosen_S, chosen_S.cumsum(0) - 1, -1)
+        number_BT = torch.cat([number_S.new_full((1,), -1), number_S])[self.sequence_BT.long() + 1]
+        signals = {
+            name: value[: len(chosen_S)][chosen_S] if name.endswith("_S") else value
+            for name, value in self.signals.items()
+        }
+        if GROUP in signals:
+            signals[GROUP] = torch.unique(signals[GROUP], return_inverse=True)[1]
+        return replace(
+            self, weights_BT=self.weights_BT * (number_BT >= 0), sequence_BT=number_BT.to(self.sequence_BT.dtype),
+            signals=signals,
+        )
 
     def by_token(self, value_S: Tensor) -> Tensor:
         """Each sequence's number at each of its tokens, 0 at what belongs to none: [B, T]."""

@@ -143,6 +143,19 @@ class Moments:
         return (values - (self.mean if shift else 0.0)) / (self.deviation + eps)
 
 
+@dataclass(frozen=True)
+class State:
+    """What is known between one rollout and the next: saved with a checkpoint, four numbers."""
+
+    rewards: Moments = Moments()
+    """Of every reward so far."""
+    kl: float | None = None
+    """The weight of the divergence by now; None: the objective's own."""
+
+
+FRESH = State()
+
+
 def adapted(coefficient: float, kl: float, target: float, answers: int, horizon: int) -> float:
     """The KL coefficient after a rollout: larger where the policy went farther from the reference than `target` nats an
     answer, smaller where less far; at most by a fifth of answers / horizon (arXiv:1909.08593, section 2.2)."""

@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrainer.base.config import Kind
-from llmtrainer.core.batch import GROUP, Batch, Outputs
+from llmtrainer.core.batch import BESIDE, GROUP, Batch, Outputs
+from llmtrainer.core.credit import FRESH, State
 from llmtrainer.core.rollout import Rollout
 
-Unit = Literal["tokens", "sequences", "pairs", "batches"]
+Unit = Literal[
+    "tokens", "sequences", "pairs", "batches", "beside/tokens", "beside/sequences", "beside/pairs", "beside/batches"
+]
+"""What can be counted before the first forward pass. `beside/` counts what the signal `beside_S` marks."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,44 @@ class Objective(Kind):
         """Which of the R answers are trained. The others shape no statistics and are left out of the step."""
         return rollout.valid_R
 
-    def credit(self, rollout: Rollout) -> list[NDArray[np.float64]]:
+    def advance(self, state: State, rollout: Rollout) -> State:
+        """What is known between rollouts, with this one as well: to be asked before `credit` of it."""
+        return state
+
+    def credit(self, rollout: Rollout, state: State = FRESH) -> list[NDArray[np.float64]]:
         """How much better each token of each answer was than expected: R arrays, as long as the answers. Only for
         what learns from its own answers."""
         raise NotImplementedError
+
+    def returns(self, rollout: Rollout, state: State = FRESH) -> list[NDArray[np.float64]] | None:
+        """What a critic is to expect from each token on: R arrays as long as the answers; None where there is none."""
+        return None
 
 
 def count(batches: Iterable[Batch]) -> dict[str, float]:
     """How much of each unit the batches hold. Known before the first forward, so a sum can be divided by the
     count of the whole step. `tokens` counts targets by weight, `pairs` every two answers to one prompt."""
-    counts = {"tokens": 0.0, "sequences": 0.0, "pairs": 0.0, "batches": 0.0}
+    counts = _nothing("")
     for batch in batches:
-        counts["tokens"] += float(batch.weights_BT.sum(dtype=torch.float64))
-        counts["sequences"] += batch.sequences
-        counts["pairs"] += _pairs(batch)
-        counts["batches"] += 1
+        if BESIDE not in batch.signals:
+            _add(counts, "", batch)
+            continue
+        counts = {**_nothing("beside/"), **counts}
+        beside_S = batch.signals[BESIDE][: batch.sequences] > 0
+        _add(counts, "", batch.part(~beside_S))
+        _add(counts, "beside/", batch.part(beside_S))
     return counts
+
+
+def _nothing(prefix: str) -> dict[str, float]:
+    return {prefix + unit: 0.0 for unit in ("tokens", "sequences", "pairs", "batches")}
+
+
+def _add(counts: dict[str, float], prefix: str, batch: Batch) -> None:
+    counts[prefix + "tokens"] += float(batch.weights_BT.sum(dtype=torch.float64))
+    counts[prefix + "sequences"] += batch.sequences
+    counts[prefix + "pairs"] += _pairs(batch)
+    counts[prefix + "batches"] += 1
 
 
 def _pairs(batch: Batch) -> float:

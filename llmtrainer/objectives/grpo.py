@@ -14,6 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core import credit, maths
 from llmtrainer.core.batch import ADVANTAGE, REFERENCE, Batch, Outputs
 from llmtrainer.core.correction import Correction
+from llmtrainer.core.credit import FRESH, State
 from llmtrainer.core.objective import Objective, Term
 from llmtrainer.core.rollout import Rollout
 
@@ -170,7 +171,7 @@ class GRPO(Objective):
             kept_R = kept_R & ~credit.even_groups(np.where(kept_R, rollout.reward_R, np.nan), rollout.group_R)
         return kept_R
 
-    def credit(self, rollout: Rollout) -> list[NDArray[np.float64]]:
+    def credit(self, rollout: Rollout, state: State = FRESH) -> list[NDArray[np.float64]]:
         kept_R = self.trains(rollout)
         reward_R = np.where(kept_R, rollout.reward_R, np.nan)
         if self.overlong:

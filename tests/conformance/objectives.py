@@ -43,6 +43,19 @@ VARIANTS: dict[str, list[Settings]] = {
         {"loss": "vespo", "gamma": ((1.0, 2.0), (2.0, 1.0))}, {"correction": {"bypass": True, "reject": "sequence"}},
         {"advantage": "group_whitened"},
     ],
+    "ppo": [
+        {
+            "clip_low": 0.1, "clip_high": 0.3, "delta": 1.5, "value_weight": 0.5, "value_clip": 0.1, "huber": 0.2,
+            "entropy": 0.01, "gamma": 0.9, "lam": 0.8, "kl": 0.1, "kl_estimator": "k3", "kl_target": 1.0,
+            "kl_horizon": 100, "missing_end_penalty": 1.0, "rewards": "running", "whiten_rewards": True,
+            "whiten_advantages": False, "bootstrap": True, "correction": {"weights": "sequence", "cap": 1.5},
+        },
+        {"kl": 0.0, "rewards": "batch"}, {"value_clip": None},
+    ],
+    "mix": [
+        {"main": {"kind": "grpo", "kl": 0.1}, "beside": {"kind": "causal_lm", "z_loss": 1e-2}, "weight": 0.3},
+        {"main": {"kind": "dpo"}, "weight": 0.0}, {"main": {"kind": "ppo"}}, {"beside": {"kind": "kto"}},
+    ],
     "orpo": [{"beta": 0.3}],
     "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
 }
@@ -104,6 +117,7 @@ class World:
             signals.REFERENCE: near[0] + 0.2 * near[1][0], signals.OLD: near[0] + 0.2 * near[1][1],
             signals.ROLLOUT: near[0] + 0.3 * near[1][2], signals.ADVANTAGE: near[1][3],
             signals.OLD_VALUE: near[1][4], signals.RETURN: near[1][4] + 0.3 * near[1][5],
+            signals.BESIDE: (place_S // 2 % 3 == 1).float(),
             signals.TEACHER_LOGP: teacher_BTK,
             signals.TEACHER_IDS: torch.arange(4).expand(teacher_BTK.shape) * 7 + place_S[:, None, None],
         }

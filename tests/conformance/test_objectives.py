@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmtrainer.base.config import forget_reads, unread
 from llmtrainer.base.kinds import kinds_in
+from llmtrainer.core.credit import FRESH
 from llmtrainer.core.objective import Objective, count, loss_of
 from tests.conformance.objectives import ROLLOUT, TRIED, VARIANTS, Settings, World, name_of
 from tests.tolerances import FINITE_DIFFERENCE_RELATIVE, FLOAT64_GRADIENT_RELATIVE
@@ -58,7 +59,8 @@ def test_a_batch_of_padding_gives_zero_and_finite_zero_gradients(settings: Setti
     empty = world.empty()
     terms = objective.terms(world.policy(empty, objective.wants), empty)
     assert all(float(term.total.detach()) == 0.0 for term in terms)
-    loss_of(terms, {"tokens": 7.0, "sequences": 1.0, "pairs": 1.0, "batches": 1.0}).backward()
+    counts = dict.fromkeys(count(world.step([6])), 7.0)
+    loss_of(terms, counts).backward()
     assert all(p.grad is None or not p.grad.any() for p in world.policy.decoder.parameters())
 
 
@@ -80,7 +82,9 @@ def test_every_setting_is_read_and_every_signal_is_declared(settings: Settings) 
         del batch.signals[name]
     objective.terms(world.policy(batch, objective.wants), batch)
     if "advantage_BT" in objective.reads:
-        objective.credit(ROLLOUT)
+        state = objective.advance(FRESH, ROLLOUT)
+        objective.credit(ROLLOUT, state)
+        objective.returns(ROLLOUT, state)
     assert unread(objective) == []
 
 
