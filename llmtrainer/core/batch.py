@@ -138,5 +138,7 @@ class Outputs:
     """One number for each trained sequence, read behind its last real token; float32 or wider."""
     value_BT: Tensor | None = None
     """What the critic expects from each position on, float32 or wider; 0 where the target's weight is 0."""
+    cut_points_K: Tensor | None = None
+    """Where the line of scores is cut into K + 1 classes, ascending."""
     aux: tuple[Term, ...] = ()
     """The model's own Terms."""
