@@ -120,9 +120,9 @@ class Decoder(nn.Module):
         return self
 
     def adaptable_layers(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear layer but the head, by name."""
+        """Every linear layer but the head, by name; those of a critic are not this model's."""
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and module is not self.lm_head:
+            if isinstance(module, Linear) and module is not self.lm_head and not name.startswith("critic."):
                 yield name, module
 
     @property
@@ -263,6 +263,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (Attention, GatedMLP, RMSNorm)):
                 module.kernels = kernels.kernels(whose)
+        if self.critic is not None:
+            self.critic.arrange(asked)
         every = asked.recompute_every
         self.recompute = None if every is None else Recompute(every, asked.recompute)
         return Arranged({"attention": path, "kernels": whose}, told + more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from tests.worlds import ragged_documents, row_batch, tiny_model
 LENGTHS = [5, 19, 3, 28, 2]
 
 
+@pytest.fixture(autouse=True)
+def _without_graph() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 def scoring(compute: torch.dtype = torch.float64, **head: object) -> Decoder:
     """A tiny reward model whose head is not small."""
     policy = tiny_model(compute, head={"kind": "score", "std": 1.0, **head})
@@ -35,7 +42,7 @@ def by_hand(policy: Decoder, document: list[int]) -> float:
     """The score of a text from the whole model's hidden state behind its last token, one text at a time."""
     assert policy.score is not None
     whole = row_batch([[*document, 0]])
-    return float((policy.hidden(whole)[0, -1] @ policy.score.weight[0]).detach())
+    return float((policy.hidden(whole)[0, -1] @ policy.score.weight[0]))
 
 
 def packed(documents: list[list[int]]) -> Batch:
@@ -153,7 +160,8 @@ def test_a_rank_without_sequences_takes_part_and_changes_nothing() -> None:
         row_batch([[1, 2]]), weights_BT=torch.zeros(1, 1), document_BT=torch.full((1, 1), -1, dtype=torch.int32),
         sequence_BT=torch.full((1, 1), -1, dtype=torch.int32),
     )
-    score_S = policy(empty, ("score",)).score_S
+    with torch.enable_grad():
+        score_S = policy(empty, ("score",)).score_S
     assert score_S is not None and score_S.shape == (0,)
     score_S.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
@@ -207,8 +215,7 @@ def test_cut_points_begin_around_0_and_stay_ordered_whatever_is_learned() -> Non
     head = policy.score
     assert head is not None and head.cuts is not None and head.cut_points_K is not None
     assert head.cut_points_K.tolist() == [-1.5, -0.5, 0.5, 1.5]
-    with torch.no_grad():
-        head.cuts.normal_(0.0, 5.0, generator=torch.Generator().manual_seed(0))
+    head.cuts.normal_(0.0, 5.0, generator=torch.Generator().manual_seed(0))
     assert bool((head.cut_points_K.diff() > 0).all())
     out = policy(row_batch([[1, 2, 3]]), ("score", "cut_points"))
     assert out.cut_points_K is not None and torch.equal(out.cut_points_K, head.cut_points_K)
@@ -237,8 +244,7 @@ def test_transformers_loads_a_saved_reward_model_and_gives_the_same_scores(
         ids_BT = torch.tensor(rows)
         mask_BT = (ids_BT != 301).long()
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        with torch.no_grad():
-            wanted = exact(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT).logits[:, 0]
+        wanted = exact(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT).logits[:, 0]
         found = policy(packed(documents), ("score",)).score_S
         assert found is not None
         assert float((found - wanted).abs().max()) <= TRANSFORMERS_FLOAT64_LOGITS, left
@@ -259,8 +265,7 @@ def test_transformers_own_reward_model_loads_with_its_head_and_gives_its_scores(
     found = policy(packed(documents), ("score",)).score_S
     assert found is not None
     for score, ids in zip(found, documents, strict=True):
-        with torch.no_grad():
-            wanted = model(torch.tensor([ids])).logits[0, 0]
+        wanted = model(torch.tensor([ids])).logits[0, 0]
         assert abs(float(score - wanted)) <= TRANSFORMERS_FLOAT64_LOGITS
 
 
