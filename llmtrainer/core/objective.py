@@ -65,6 +65,11 @@ class Objective(Kind):
         """Which of the R answers are trained. The others shape no statistics and are left out of the step."""
         return rollout.valid_R
 
+    def spread(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor]:
+        """Numbers of which a mean says too little, by name: one for each pair or sequence of the micro-batch. Their
+        quantiles and their histogram are told at every evaluation."""
+        return {}
+
     def credit(self, rollout: Rollout) -> list[NDArray[np.float64]]:
         """How much better each token of each answer was than expected: R arrays, as long as the answers. Only for
         what learns from its own answers."""

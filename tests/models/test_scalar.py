@@ -162,8 +162,8 @@ def test_a_rank_without_sequences_takes_part_and_changes_nothing() -> None:
     )
     with torch.enable_grad():
         score_S = policy(empty, ("score",)).score_S
-    assert score_S is not None and score_S.shape == (0,)
-    score_S.sum().backward()
+        assert score_S is not None and score_S.shape == (0,)
+        score_S.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
 
