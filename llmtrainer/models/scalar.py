@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,13 @@ class ScalarHead(nn.Module):
 class Scoring(Protocol):
     """A policy that may have a scalar head."""
 
-    score: ScalarHead | None
-    critic: Scoring | None
+    @property
+    def score(self) -> ScalarHead | None: ...
 
-    def __call__(self, batch: Batch, wants: tuple[str, ...]) -> Outputs: ...
+    @property
+    def critic(self) -> Scoring | None: ...
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs: ...
 
     def trunk(self, batch: Batch) -> Tensor:
         """Hidden states [B, T, D], perhaps before their last norm."""
@@ -82,16 +85,13 @@ def read(policy: Scoring, batch: Batch, wants: tuple[str, ...]) -> Outputs:
     wanted. UserError where the policy has no scalar head."""
     words = tuple(name for name in wants if name not in WANTS)
     if policy.critic is not None and "value" in wants:
-        out = policy(batch, tuple(name for name in wants if name != "value")) if len(wants) > 1 else Outputs()
-        return replace(out, value_BT=policy.critic(batch, ("value",)).value_BT)
+        out = policy.forward(batch, tuple(name for name in wants if name != "value")) if len(wants) > 1 else Outputs()
+        return replace(out, value_BT=policy.critic.forward(batch, ("value",)).value_BT)
     head = _head(policy, wants)
-    ended = with_ends(batch) if "score" in wants else None
-    x_BTD = policy.trunk(batch if ended is None else ended.batch)
+    x_BTD = policy.trunk(batch)
     score_S = value_BT = None
-    if ended is not None:
-        states_ND = x_BTD.flatten(0, 1)
-        score_S = head(policy.normed(states_ND.index_select(0, ended.end_S)))
-        x_BTD = states_ND.index_select(0, ended.kept_N).unflatten(0, batch.tokens_BT.shape)
+    if "score" in wants:
+        score_S = head(policy.normed(x_BTD.flatten(0, 1).index_select(0, last_places(batch))))
     if "value" in wants:
         chosen_N = vocab_head.weighted_positions(batch)
         value_BT = _spread(head(policy.normed(vocab_head.gather(x_BTD, chosen_N))), chosen_N, batch)
@@ -118,61 +118,9 @@ def _spread(value_N: Tensor, chosen_N: Tensor | None, batch: Batch) -> Tensor:
     return value_N.new_zeros(batch.targets_BT.numel()).index_copy(0, chosen_N, value_N).view(batch.targets_BT.shape)
 
 
-class Ended(NamedTuple):
-    """A batch in which every trained sequence is read to its end."""
-
-    batch: Batch
-    end_S: Tensor
-    """Flat place of each sequence's last token."""
-    kept_N: Tensor
-    """Flat place of each position of the batch before."""
-
-
-def with_ends(batch: Batch) -> Ended:
-    """Read the last target of every trained sequence too: what follows its last position, and no model of next tokens
-    needs to read. A score is read there, so that it knows the whole text with the token that ends it.
-
-    The token is put behind its sequence's last position, with weight 0; a row grows by as many as it has sequences.
-    """
-    B, T = batch.tokens_BT.shape
-    last_S = last_places(batch)
-    device, count = last_S.device, B * T
-    place_N = torch.arange(count, device=device)
-    order_M = torch.cat([2 * place_N, 2 * last_S + 1]).argsort()
-    from_M = torch.cat([place_N, last_S])[order_M]
-    is_end_M = order_M >= count
-    row_M = from_M // T
-    wide_B = torch.bincount(row_M, minlength=B)
-    width = int(wide_B.max()) if B else T
-    to_M = row_M * width + torch.arange(len(row_M), device=device) - (wide_B.cumsum(0) - wide_B)[row_M]
-
-    def moved(value: Tensor, filling: int, at_end: Tensor | int | None = None) -> Tensor:
-        flat = value.flatten(0, 1)
-        found = flat.new_full((B * width, *flat.shape[1:]), filling)
-        found[to_M] = flat[from_M]
-        if at_end is not None:
-            found[to_M[is_end_M]] = flat.new_tensor(at_end) if isinstance(at_end, int) else at_end
-        return found.unflatten(0, (B, width))
-
-    ends_S = from_M[is_end_M]     # in the order of their places, which need not be that of their numbers
-    read = replace(
-        batch,
-        tokens_BT=moved(batch.tokens_BT, 0, batch.targets_BT.flatten()[ends_S]),
-        targets_BT=moved(batch.targets_BT, 0, 0), weights_BT=moved(batch.weights_BT, 0, 0),
-        document_BT=moved(batch.document_BT, -1), sequence_BT=moved(batch.sequence_BT, -1),
-        position_BT=moved(batch.position_BT, 0, batch.position_BT.flatten()[ends_S] + 1),
-        place_BT=None if batch.place_BT is None else moved(batch.place_BT, 0),
-        signals={
-            name: moved(value, -1) if "_BT" in name else value for name, value in batch.signals.items()
-        },
-    )  # fmt: skip
-    at_N = torch.empty(len(row_M), dtype=torch.int64, device=device)
-    at_N[order_M] = to_M
-    return Ended(read, at_N[count:], at_N[:count])
-
-
 def last_places(batch: Batch) -> Tensor:
-    """Flat place of the last position of each trained sequence: [S], wherever padding and other sequences stand."""
+    """Flat place of the last token that is read of each trained sequence: [S], wherever padding and other sequences
+    stand. Rows that are to be scored as a whole have to be read to their end, the token that closes them included."""
     sequence_N = batch.sequence_BT.flatten().long()
     owned_N = ((sequence_N >= 0) & (batch.document_BT.flatten() >= 0)).nonzero().squeeze(1)
     last_S = torch.full((batch.sequences,), -1, dtype=torch.int64, device=sequence_N.device)

@@ -38,16 +38,20 @@ def scoring(compute: torch.dtype = torch.float64, **head: object) -> Decoder:
     return policy.eval()
 
 
+def read_whole(documents: list[list[int]]) -> Batch:
+    """One text a row, of which every token is read."""
+    return row_batch([[*document, 0] for document in documents])
+
+
 def by_hand(policy: Decoder, document: list[int]) -> float:
     """The score of a text from the whole model's hidden state behind its last token, one text at a time."""
     assert policy.score is not None
-    whole = row_batch([[*document, 0]])
-    return float((policy.hidden(whole)[0, -1] @ policy.score.weight[0]))
+    return float(policy.hidden(read_whole([document]))[0, -1] @ policy.score.weight[0])
 
 
 def packed(documents: list[list[int]]) -> Batch:
     """All texts in one row, without padding."""
-    rows = [row_batch([document]) for document in documents]
+    rows = [read_whole([document]) for document in documents]
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(row, name) for row in rows], dim=1)
@@ -81,10 +85,10 @@ def shared_prompt(prompt: list[int], answers: list[list[int]]) -> Batch:
     position += range(len(prompt) - 1)
     for number, answer in enumerate(answers):
         read = [prompt[-1], *answer]
-        tokens += read[:-1]
-        targets += read[1:]
-        sequence += [number] * len(answer)
-        position += range(len(prompt) - 1, len(prompt) - 1 + len(answer))
+        tokens += read
+        targets += [*answer, 0]
+        sequence += [number] * len(read)
+        position += range(len(prompt) - 1, len(prompt) + len(answer))
     T = len(tokens)
     weights_BT = torch.tensor([[float(s >= 0) for s in sequence]])
     return Batch(
@@ -97,7 +101,7 @@ def test_a_score_is_read_behind_the_last_token_under_any_padding_and_packing() -
     policy, documents = scoring(), ragged_documents(LENGTHS)
     right = torch.tensor([by_hand(policy, document) for document in documents], dtype=torch.float64)
     assert right.std() > 0.1
-    batch = row_batch(documents)
+    batch = read_whole(documents)
     cuts = {"padded right": batch, "padded left": padded_left(batch), "packed": packed(documents)}
     for name, cut in cuts.items():
         found = policy(cut, ("score",)).score_S

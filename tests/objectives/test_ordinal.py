@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ def graded(scores: Sequence[float], intervals: Sequence[tuple[int, int]], cuts: 
 def test_class_probabilities_loss_and_prediction_of_the_worked_example() -> None:
     """K = 5, cut points -1.5 .. 1.5, s = 0.2: sigmoid(-1.7), (-0.7), (0.3), (1.3) are the sums up to each class."""
     sums = [0.0, 0.1544653, 0.3318122, 0.5744425, 0.7858350, 1.0]
-    right = [after - before for before, after in zip(sums, sums[1:], strict=False)]
+    right = [after - before for before, after in itertools.pairwise(sums)]
     out, _ = graded([0.2] * 5, [(0, 1)] * 5)
     assert out.score_S is not None and out.cut_points_K is not None
     k = torch.arange(5)
