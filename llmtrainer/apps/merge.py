@@ -20,10 +20,10 @@ from llmtrainer.core.precision import DTYPES
 from llmtrainer.core.protocols import opening
 from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
+from llmtrainer.models.peft_format import is_adapter, read_config
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
-from llmtrainer.training.models import base_of, load_base, model_folder, tokenizer_folder
+from llmtrainer.training.models import base_of, insert_adapter, load_base, model_folder, tokenizer_folder
 from llmtrainer.training.publishing import (
     GENERATION,
     PROBES,
@@ -166,10 +166,8 @@ def merge(settings: Merge) -> Merged:
 def _opened(source: Path, base: Path, compute: torch.dtype) -> Policy:
     """The base with the adapter beside it."""
     policy = load_base(base, compute, frozen=True)
-    adapter, _ = read_config(source)
-    adapter.require_one()
-    adapter.insert(policy)
-    load_adapter(policy, source)
+    read_config(source)[0].require_one()
+    insert_adapter(policy, source)
     policy.eval()
     return policy
 

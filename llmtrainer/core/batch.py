@@ -23,6 +23,8 @@ LIKED = "liked_S"
 """A signal: 1 where the sequence was liked and 0 where not, float32."""
 MARGIN = "margin_S"
 """A signal: by how much the best sequence of a comparison is better, said of each of its sequences, float32."""
+LOW, HIGH = "low_S", "high_S"
+"""Signals: the classes that a graded sequence may belong to, from low to high, the latter not included; int64."""
 REFERENCE = "reference_logp_BT"
 """A signal: what the frozen reference says of each target, as Outputs.logp_BT."""
 OLD = "old_logp_BT"
@@ -156,5 +158,7 @@ class Outputs:
     """One number for each trained sequence, read behind its last real token; float32 or wider."""
     value_BT: Tensor | None = None
     """What the critic expects from each position on, float32 or wider; 0 where the target's weight is 0."""
+    cut_points_K: Tensor | None = None
+    """Where the line of scores is cut into K + 1 classes, ascending."""
     aux: tuple[Term, ...] = ()
     """The model's own Terms."""

@@ -73,6 +73,11 @@ class Objective(Kind):
         """What is known between rollouts, with this one as well: to be asked before `credit` of it."""
         return state
 
+    def spread(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor]:
+        """Numbers of which a mean says too little, by name: one for each pair or sequence of the micro-batch. Their
+        quantiles and their histogram are told at every evaluation."""
+        return {}
+
     def credit(self, rollout: Rollout, state: State = FRESH) -> list[NDArray[np.float64]]:
         """How much better each token of each answer was than expected: R arrays, as long as the answers. Only for
         what learns from its own answers."""

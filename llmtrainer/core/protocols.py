@@ -245,6 +245,35 @@ class Adapter(Kind):
         return None
 
 
+class Head(Kind):
+    """One number off the last hidden state, for a text or for each of its tokens: its fields are how it begins."""
+
+    folder: ClassVar[str] = "llmtrainer.models.heads"
+    default_kind: ClassVar[str] = "score"
+    instead: ClassVar[bool] = True
+    """Whether it takes the place of the vocabulary's head, or stands beside it."""
+
+    init: Literal["normal", "zero"] = "normal"
+    """First weights of a head that is new: normal, or zero, so that every text has the score 0."""
+
+    std: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Standard deviation of normal first weights. Left out: 1 / sqrt(D + 1) for hidden states of D numbers
+    (arXiv:2009.01325, appendix B.1)."""
+
+    scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Factor on normal first weights: 0.1 begins with scores near 0."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether it reads a model of its own."""
+        return False
+
+    @property
+    def cuts(self) -> int:
+        """How many cut points divide the line of scores into classes."""
+        return 0
+
+
 class Family(Kind):
     """A model family: its fields are the shape of the model."""
 
@@ -261,6 +290,11 @@ class Family(Kind):
     adapter: Adapter | None = None
     """Train a few numbers beside every matrix of `start_from` instead of the model itself: `{kind: lora, rank: 16}`,
     `{kind: dora}`. Checkpoints then hold the adapter alone, as PEFT writes it."""
+
+    head: Head | None = None
+    """Read one number off the model: `{kind: score}` makes a reward model, `{kind: ordinal, classes: 5}` one of graded
+    texts, `{kind: value}` stands a critic beside a policy. Its parameters are called `score.*` (`optim.groups` may give
+    them their own rate)."""
 
     neftune: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """Size of uniform noise on the embeddings while training, alpha in arXiv:2310.05914, which takes 5: instruction

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.products import prefers_turned
-from llmtrainer.core.protocols import Adapter
+from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import derive, dropout, embedding_noise
-from llmtrainer.models import kernels, paths, proof
+from llmtrainer.models import kernels, paths, proof, scalar
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.rotary import Rotary
+from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Decoder(nn.Module):
 
     def __init__(self, family: Llama, vocabulary: int, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
-        master = torch.float64 if compute == torch.float64 else torch.float32
+        master = _master(compute)
         self.family = family
         self.vocabulary = vocabulary
         """Rows of the embedding and of the head, padding rows included."""
@@ -93,6 +95,14 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if family.tied_head else Linear(family.hidden_size, vocabulary, bias=False, master=master)
         )
+        self.score: ScalarHead | None = None
+        """The head that gives one number; None: there is none."""
+        self.critic: Decoder | None = None
+        """A model of its own that values what this one writes."""
+        self.worded = True
+        """Whether it has the vocabulary's head."""
+        if family.head is not None and not family.head.apart:
+            self.attach(family.head)
         self._window, self._dropout = family.sliding_window, family.dropout
         self.residual_type = torch.promote_types(compute, torch.float32) if family.fp32_residual else compute
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
@@ -110,15 +120,23 @@ class Decoder(nn.Module):
         return self
 
     def adaptable_layers(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear layer but the head, by name."""
+        """Every linear layer but the head, by name; those of a critic are not this model's."""
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and module is not self.lm_head:
+            if isinstance(module, Linear) and module is not self.lm_head and not name.startswith("critic."):
                 yield name, module
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D]; the embedding's where the head is tied."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def attach(self, head: Head) -> None:
+        """Put a scalar head without values on the stack, in place of the vocabulary's or beside it."""
+        weight = self.head_weight
+        self.family = self.family.model_copy(update={"head": head})
+        self.score = ScalarHead(self.family.hidden_size, head.cuts, master=_master(self.compute), device=weight.device)
+        if head.instead:
+            self.lm_head, self.worded = None, False
 
     def initialise(self, seed: int) -> None:
         """Fill the weights as a function of (seed, parameter name).
@@ -127,8 +145,10 @@ class Decoder(nn.Module):
         so that its variance does not grow with depth. Norms are 1, biases 0.
         """
         narrow = self.family.init_std / math.sqrt(2 * self.family.layers)
+        if self.score is not None and self.family.head is not None:
+            self.score.initialise(seed, self.family.head)
         for name, parameter in self.named_parameters():
-            if parameter.is_meta:
+            if parameter.is_meta or name.startswith("score."):
                 continue
             with torch.no_grad():
                 if parameter.ndim == 1:
@@ -140,17 +160,39 @@ class Decoder(nn.Module):
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=random))
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        if not set(wants).isdisjoint(scalar.WANTS):
+            return scalar.read(self, batch, wants)
+        return self.words(batch, self.residual(batch), wants)
+
+    def words(self, batch: Batch, x_BTD: Tensor, wants: tuple[str, ...]) -> Outputs:
+        """What the vocabulary's head says of the residual stream. UserError where there is none."""
+        self.require_words()
         chosen_N = vocab_head.weighted_positions(batch)
         # The last norm and the head see the positions that count, and no other.
-        hidden_ND = vocab_head.gather(self.residual(batch), chosen_N)
-        hidden_ND = self.model.norm(hidden_ND, self.compute)
+        hidden_ND = self.model.norm(vocab_head.gather(x_BTD, chosen_N), self.compute)
         return vocab_head.score_gathered(
             hidden_ND, self.head_weight, batch, chosen_N, wants, self.chunk, self._pieces.arithmetic, self.ids
         )
 
+    def require_words(self) -> None:
+        """Raises UserError where the model has no vocabulary's head."""
+        if not self.worded:
+            raise UserError(
+                "this model gives a score and no next token", why="a reward model has no head for the vocabulary",
+                fix="name the model that it was trained from",
+            )
+
     def hidden(self, batch: Batch) -> Tensor:
         """What the head reads: [B, T, D] in the compute type."""
         return self.model.norm(self.residual(batch), self.compute)
+
+    def trunk(self, batch: Batch) -> Tensor:
+        """What a head reads, before its norm: [B, T, D]."""
+        return self.residual(batch)
+
+    def normed(self, x_ND: Tensor) -> Tensor:
+        """What a scalar head reads of the trunk: not rounded, float32 or wider."""
+        return self.model.norm(x_ND, torch.promote_types(self.compute, torch.float32))
 
     def residual(self, batch: Batch) -> Tensor:
         """The residual stream after the last block: [B, T, D]."""
@@ -221,6 +263,8 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (Attention, GatedMLP, RMSNorm)):
                 module.kernels = kernels.kernels(whose)
+        if self.critic is not None:
+            self.critic.arrange(asked)
         every = asked.recompute_every
         self.recompute = None if every is None else Recompute(every, asked.recompute)
         return Arranged({"attention": path, "kernels": whose}, told + more)
@@ -266,6 +310,7 @@ class Decoder(nn.Module):
 
         Holds the weights as they are now in the compute type: after a training step, make a new cache.
         """
+        self.require_words()
         if self.adapter is not None:
             self.adapter.require_one()
         return Cache(self, rows, capacity)
@@ -279,6 +324,10 @@ class Decoder(nn.Module):
     def rotary(self, position_BT: Tensor, longest: int) -> RotaryTable:
         """Rotary factors of positions below `longest`, which these texts may grow to; float32 or wider."""
         return self._rotary(position_BT, longest, torch.promote_types(self.compute, torch.float32))
+
+
+def _master(compute: torch.dtype) -> torch.dtype:
+    return torch.float64 if compute == torch.float64 else torch.float32
 
 
 def _trains(module: nn.Module) -> bool:

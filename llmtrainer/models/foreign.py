@@ -17,11 +17,12 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
-from llmtrainer.core.protocols import Adapter
+from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import paths
 from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.lora import Beside, LowRank
+from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
 
 ATTENTION = "llmtrainer"
@@ -130,6 +131,10 @@ class Foreign(nn.Module):
         self.model = model
         self.compute, self.apart, self.frozen = compute, apart, frozen
         self.adapter: Adapter | None = None
+        self.score: ScalarHead | None = None
+        self.critic: Any = None
+        self.worded = True
+        """Whether it has the vocabulary's head."""
         self.ids: int | None = None
         self.path: str | None = None
         self.chunk: int | None = None
@@ -167,6 +172,12 @@ class Foreign(nn.Module):
 
     def named_modules(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Module]]:
         return self.model.named_modules(*arguments, **named)  # type: ignore[no-any-return]
+
+    def attach(self, head: Head) -> None:
+        """Put a scalar head without values on the model. UserError: only our own families have one."""
+        raise UserError(
+            "a class of transformers gets no head for a score here", where="model.head", fix="model.kind=llama",
+        )
 
     def adaptable_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         """Every linear layer but the head, by name."""

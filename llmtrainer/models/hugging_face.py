@@ -83,6 +83,8 @@ def to_config(
         "torch_dtype": dtype,
         OWN: family.model_dump(mode="json"),
     }
+    if family.head is not None and family.head.instead:
+        config |= _one_label(architecture, None if pad == end else pad)
     if model_type == OWN:
         del config["rope_scaling"]      # transformers warns about it where no class takes it
     if model_type in ("qwen2", "qwen3") and family.sliding_window is not None:
@@ -90,6 +92,28 @@ def to_config(
             "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["sliding_attention"] * family.layers
         }
     return config
+
+
+_WORDED, _LABELLED = "ForCausalLM", "ForSequenceClassification"
+
+
+def _one_label(architecture: str | None, pad: int | None) -> dict[str, Any]:
+    """What a config says of a model that gives one number. Its class of transformers reads that behind the last token
+    that is no padding: where texts end in the padding's id, it must be told of none, and then reads one at a time."""
+    return {
+        "architectures": [architecture.replace(_WORDED, _LABELLED)] if architecture else [],
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad,
+    }  # fmt: skip
+
+
+def _head_of(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """The head that a config of transformers describes, besides the vocabulary's."""
+    named = config.get("architectures") or ()
+    if not any(str(name).endswith(_LABELLED) for name in named):
+        return None
+    labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)
+    _refuse(where, "num_labels", labels, 1)
+    return {"kind": "score"}
 
 
 def zero_biases(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -178,6 +202,7 @@ def _fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "mlp_bias": model_type == "llama" and bool(given.get("mlp_bias", False)),
         "sliding_window": _window(given, where),
         "init_std": float(given.get("initializer_range") or 0.02),
+        "head": _head_of(config, where),
     }
 
 

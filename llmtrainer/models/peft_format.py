@@ -13,15 +13,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.protocols import Head
 from llmtrainer.models.adapters.dora import Dora
 from llmtrainer.models.adapters.gated_lora import GatedLora, chosen
 from llmtrainer.models.adapters.lora import Lora, adaptable, adapters, matches, measure
+from llmtrainer.models.heads.ordinal import Ordinal
+from llmtrainer.models.heads.score import Score
+from llmtrainer.models.heads.value import Value
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _GATED = "GATED_LORA"
 """Our own type: several adapters in one, see adapters/gated_lora.py."""
 _PREFIX = "base_model.model."
 """What PEFT puts before the name that a module has in the model."""
+
+_HEAD = f"{_PREFIX}score."
+"""What stands before the parameters of a scalar head, which is saved whole beside the adapters."""
+_HEADS = {"classifier", "score"}
+"""What PEFT calls such heads among its modules_to_save."""
 
 _PLAIN: dict[str, Any] = {
     "alpha_pattern": {}, "bias": "none", "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
@@ -56,6 +65,10 @@ def _parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
         for own, parameter in linear.adapter.named_parameters():
             # A and B are layers there, the magnitude is not.
             named[f"{_PREFIX}{name}.{own}" + (".weight" if own in ("lora_A", "lora_B") else "")] = parameter
+    if policy.score is not None:
+        # What is trained whole beside the adapters: PEFT's modules_to_save.
+        assert isinstance(policy.score, nn.Module)
+        named |= {f"{_HEAD}{own}": parameter for own, parameter in policy.score.named_parameters()}
     return named
 
 
@@ -66,7 +79,28 @@ def adapter_config(policy: nn.Module, base: str) -> dict[str, Any]:
     assert isinstance(adapter, Lora)
     # PEFT has no such mixture, and must not take it for one adapter of a large rank.
     gates: dict[str, Any] = {"peft_type": _GATED, "groups": adapter.groups} if isinstance(adapter, GatedLora) else {}
-    return _described(adapter, _target_modules(policy), base) | gates
+    return _described(adapter, _target_modules(policy), base) | gates | _head_config(policy)
+
+
+def _head_config(policy: nn.Module) -> dict[str, Any]:
+    if policy.score is None:
+        return {}
+    return {"modules_to_save": ["score"]} | ({} if policy.worded else {"task_type": "SEQ_CLS"})
+
+
+def head_of(folder: Path) -> Head | None:
+    """The scalar head that an adapter's folder holds besides: what kind it is follows from its weights."""
+    shapes, config = _stored_shapes(folder), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if f"{_HEAD}weight" not in shapes:
+        return None
+    if shapes[f"{_HEAD}weight"][0] != 1:
+        raise UserError(
+            f"the head beside the adapter has {shapes[f'{_HEAD}weight'][0]} labels", where=str(folder / WEIGHTS),
+            why="one number is what a reward model gives", fix="choose another model",
+        )
+    if cuts := shapes.get(f"{_HEAD}cuts"):
+        return Ordinal(classes=cuts[0] + 1)
+    return Score() if config.get("task_type") == "SEQ_CLS" else Value(trunk="shared")
 
 
 def _described(adapter: Lora, target_modules: list[str], base: str) -> dict[str, Any]:
@@ -122,7 +156,7 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
             fix="merge it into its model with the program that made it",
         )
     for key in _OTHER_FUNCTIONS:
-        if config.get(key):
+        if config.get(key) and not (key == "modules_to_save" and _saves_a_head_alone(config[key], folder)):
             raise UserError(
                 f"{key} is {config[key]!r}, which is not computed here", where=str(path),
                 why="another function under the same weights would be another model",
@@ -151,6 +185,10 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
     return adapter, f"{base}@{revision}" if revision and not Path(base).is_dir() else base
 
 
+def _saves_a_head_alone(modules: Any, folder: Path) -> bool:
+    return isinstance(modules, list) and set(modules) <= _HEADS and f"{_HEAD}weight" in _stored_shapes(folder)
+
+
 def load_adapter(policy: nn.Module, folder: Path) -> None:
     """Fill every adapter of the policy. Missing, unexpected and wrongly shaped names are listed and refused before
     anything is changed."""
@@ -177,6 +215,8 @@ def load_adapter(policy: nn.Module, folder: Path) -> None:
 def _adapted_names(folder: Path) -> set[str]:
     names = set()
     for stored in _stored_shapes(folder):
+        if stored.startswith(_HEAD):
+            continue
         name, _, part = stored.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         if part not in ("lora_A", "lora_B", "lora_magnitude_vector") or not stored.startswith(_PREFIX):
             raise UserError(

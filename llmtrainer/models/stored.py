@@ -59,8 +59,32 @@ class AdapterAlone:
         write_adapter(named, adapter_config(self.policy, self.base), folder)
 
 
+CRITIC = "critic"
+"""Of a checkpoint: the folder of a critic that is a model of its own."""
+
+
+@dataclass(frozen=True)
+class WithCritic:
+    """A folder of whatever the policy is, and in it another of its critic."""
+
+    policy: Form
+    critic: WholeModel
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {f"{CRITIC}.{name}": value for name, value in self.critic.tensors().items()}
+        return {**self.policy.tensors(), **own}
+
+    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+        before = f"{CRITIC}."
+        self.policy.write({name: value for name, value in named.items() if not name.startswith(before)}, folder)
+        own = {name.removeprefix(before): value for name, value in named.items() if name.startswith(before)}
+        self.critic.write(own, folder / CRITIC)
+
+
 def read_into(policy: Policy, folder: Path) -> None:
     """Fill a policy with what its own checkpoint holds. Raises UserError, with nothing changed, if it is another's."""
+    if policy.critic is not None:
+        load_weights(policy.critic, folder / CRITIC)
     if policy.adapter is not None:
         load_adapter(policy, folder)
     elif isinstance(policy, Decoder):

@@ -27,12 +27,15 @@ SHARD_BYTES = 5 * 10**9
 
 def tensors(decoder: Decoder) -> dict[str, Tensor]:
     """Every weight by name, detached, not copied. A tied head is the embedding and has no name of its own; adapters
-    are no part of the model."""
+    and a critic are no part of the model."""
     return {name: parameter.detach() for name, parameter in _own(decoder).items()}
 
 
 def _own(decoder: Decoder) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in decoder.named_parameters() if ".adapter." not in name}
+    return {
+        name: parameter for name, parameter in decoder.named_parameters()
+        if ".adapter." not in name and not name.startswith("critic.")
+    }  # fmt: skip
 
 
 def save_weights(
@@ -118,7 +121,7 @@ def narrow(decoder: Decoder) -> None:
     """Freeze a decoder without values and give its matrices the type that they are used in: the same results, and
     in 16 bits half the memory. Vectors stay as they are, norms are computed in float32."""
     for name, module in decoder.named_modules():
-        for own, parameter in list(module.named_parameters(recurse=False)):
+        for own, parameter in list(module.named_parameters(recurse=False)) if name != "score" else ():
             dtype = decoder.residual_type if name.endswith("embed_tokens") else decoder.compute
             kept = parameter if parameter.ndim == 1 else torch.empty_like(parameter, dtype=dtype)
             setattr(module, own, nn.Parameter(kept, requires_grad=False))

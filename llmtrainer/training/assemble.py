@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
+from llmtrainer.training.spread import keeper, write_spread
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
 from llmtrainer.training.writing import text_after
@@ -116,6 +118,7 @@ def assemble(
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
+        keep=keeper(recipe.objective, recipe.log.spread, run),
     )  # fmt: skip
     progress, figures = (resumption.progress, resumption.figures) if resumption else (Progress(), {})
     return Assembled(Trainer(parts, progress, figures), resumption, facts)
@@ -248,7 +251,7 @@ def evaluations_of(
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
-        average=average if settings.ema else None, annotators=feed.annotators,
+        average=average if settings.ema else None, annotators=feed.annotators, draw=partial(write_spread, run),
     )  # fmt: skip
 
 

@@ -18,6 +18,10 @@ from llmtrainer.core.suite import Read, Suite
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Rows
+from llmtrainer.training.spread import Numbers, Spread, statistics
+
+Draw = Callable[[str, str, Progress, Numbers], object]
+"""Writes down the numbers of one name that an evaluation set gave."""
 
 
 class Evaluations:
@@ -27,7 +31,7 @@ class Evaluations:
         self, policy: Policy, tokenizer: Tokenizer, objective: Objective, engine: Engine, *,
         suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
-        annotators: Sequence[Annotator] = (),
+        annotators: Sequence[Annotator] = (), draw: Draw | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._tokenizer = tokenizer
@@ -40,6 +44,7 @@ class Evaluations:
         self._average = average
         """What is measured instead of the policy's own weights."""
         self._annotators = annotators
+        self._draw = draw
 
     def run(self, progress: Progress) -> dict[str, float]:
         training = self._policy.training
@@ -53,8 +58,13 @@ class Evaluations:
     def _figures(self, progress: Progress) -> dict[str, float]:
         figures: dict[str, float] = {}
         for title, rows in self._measured.items():
-            numbers = measure(self._engine, self._objective, rows.batches(0), self._annotators)
+            spread = Spread()
+            numbers = measure(self._engine, self._objective, rows.batches(0), self._annotators, spread)
             figures.update({f"{title}/{name}": value for name, value in numbers.items()})
+            for name, values in spread.taken(self._engine).items():
+                figures.update({f"{title}/{name}/{which}": value for which, value in statistics(values).items()})
+                if self._draw is not None and self._engine.rank == 0:
+                    self._draw(title, name, progress, values)
         for suite in self._suites:
             numbers = suite.run(self._policy, self._tokenizer, self._read)
             figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
@@ -65,9 +75,11 @@ class Evaluations:
 
 @torch.no_grad()
 def measure(
-    engine: Engine, objective: Objective, batches: list[Batch], annotators: Sequence[Annotator] = ()
+    engine: Engine, objective: Objective, batches: list[Batch], annotators: Sequence[Annotator] = (),
+    spread: Spread | None = None,
 ) -> dict[str, float]:
-    """Each Term of an objective over some batches, averaged over its unit, and their sum as `loss`."""
+    """Each Term of an objective over some batches, averaged over its unit, and their sum as `loss`. `spread` gets what
+    the objective says of each pair or sequence."""
     counts = engine.sum(count(batches))
     sums: dict[str, float] = {}
     coefs: dict[str, float] = {}
@@ -76,6 +88,8 @@ def measure(
         for annotate in annotators:
             batch = annotate(batch)
         out = engine.forward(batch, objective.wants)
+        if spread is not None:
+            spread.add(objective.spread(out, batch))
         for term in [*objective.terms(out, batch), *out.aux]:
             sums[term.name] = sums.get(term.name, 0.0) + float(term.total) / (counts[term.unit] or 1.0)
             coefs[term.name] = term.coef

@@ -15,7 +15,7 @@ from llmtrainer.core.precision import DTYPES
 from llmtrainer.models.foreign_loading import load_foreign
 from llmtrainer.models.hugging_face import OWN, READABLE
 from llmtrainer.models.peft_format import CONFIG as ADAPTER_CONFIG
-from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
+from llmtrainer.models.peft_format import head_of, is_adapter, load_adapter, read_config
 from llmtrainer.models.stored import Policy
 from llmtrainer.models.weights import load_policy
 from llmtrainer.parallel.engines.single import find_device
@@ -83,9 +83,19 @@ def load_whole(folder: Path, compute: torch.dtype) -> Policy:
     if not is_adapter(folder):
         return load_base(folder, compute)
     policy = load_base(base_of(folder), compute, frozen=True)
-    read_config(folder)[0].insert(policy)
-    load_adapter(policy, folder)
+    insert_adapter(policy, folder)
     return policy
+
+
+def insert_adapter(policy: Policy, folder: Path, dropout: float | None = None) -> None:
+    """Put the adapter of a folder beside a policy, with the head that was trained with it. `dropout`: instead of the
+    one it was trained with."""
+    found = read_config(folder)[0]
+    (found if dropout is None else found.model_copy(update={"dropout": dropout})).insert(policy)
+    head = head_of(folder)
+    if head is not None and policy.score is None:
+        policy.attach(head)
+    load_adapter(policy, folder)
 
 
 def load_base(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:

@@ -14,14 +14,15 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.foreign import Foreign
 from llmtrainer.models.foreign_loading import ForeignModel
 from llmtrainer.models.hugging_face import to_config
-from llmtrainer.models.peft_format import is_adapter, load_adapter, read_config
-from llmtrainer.models.stored import AdapterAlone, Form, Policy, WholeModel
+from llmtrainer.models.peft_format import is_adapter, read_config
+from llmtrainer.models.stored import AdapterAlone, Form, Policy, WholeModel, WithCritic
 from llmtrainer.models.weights import freeze
 from llmtrainer.tokenizer.tokenizer import padded_vocabulary
-from llmtrainer.training.models import base_of, locate_model, model_folder, tokenizer_class
+from llmtrainer.training.models import base_of, insert_adapter, locate_model, model_folder, tokenizer_class
+from llmtrainer.training.policy_heads import HEADS, add_head
 from llmtrainer.training.recipe import Recipe
 
-_BESIDE_START = {"start_from", "freeze", "adapter", "apart", "neftune"}
+_BESIDE_START = {"start_from", "freeze", "adapter", "apart", "neftune", "head"}
 """Fields of a family that are no shape, so that they may stand beside `start_from`."""
 
 
@@ -44,6 +45,7 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
             )
     policy.ids = tokenizer.vocabulary
     policy.neftune = recipe.model.neftune
+    add_head(recipe, policy, compute, continued)
     freeze(policy, recipe.model.freeze)
     _require_frozen_base(policy)
     return policy
@@ -51,15 +53,19 @@ def policy_of(recipe: Recipe, tokenizer: Tokenizer, compute: torch.dtype, contin
 
 def form_of(policy: Policy, tokenizer: Tokenizer, tokenizer_folder: Path, base: str | None) -> Form:
     """What this run's checkpoints hold. `base`: the model that its adapter stands beside."""
+    def whole(decoder: Decoder) -> WholeModel:
+        return WholeModel(decoder, to_config(
+            decoder.family, decoder.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
+            tokenizer_class=tokenizer_class(tokenizer_folder),
+        ))  # fmt: skip
+
+    form: Form
     if policy.adapter is not None:
         assert base is not None
-        return AdapterAlone(policy, base)
-    if not isinstance(policy, Decoder):
-        return ForeignModel(policy)
-    return WholeModel(policy, to_config(
-        policy.family, policy.vocabulary, end=tokenizer.end, pad=tokenizer.pad,
-        tokenizer_class=tokenizer_class(tokenizer_folder),
-    ))  # fmt: skip
+        form = AdapterAlone(policy, base)
+    else:
+        form = whole(policy) if isinstance(policy, Decoder) else ForeignModel(policy)
+    return form if policy.critic is None else WithCritic(form, whole(policy.critic))
 
 
 def base_name(recipe: Recipe, continued: Path | None) -> str | None:
@@ -111,10 +117,7 @@ def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> Po
         return policy
     _require_no_adapter_shape(adapter)
     # Its dropout is this run's own: nothing of what was learned depends on it.
-    source = continued or model_folder(adapter.start_from)
-    found = read_config(source)[0].model_copy(update={"dropout": adapter.dropout})
-    found.insert(policy)
-    load_adapter(policy, source)
+    insert_adapter(policy, continued or model_folder(adapter.start_from), adapter.dropout)
     return policy
 
 
@@ -134,7 +137,10 @@ def _require_model(folder: Path, named: str) -> None:
 
 
 def _require_frozen_base(policy: Policy) -> None:
-    trained = [name for name, value in policy.named_parameters() if value.requires_grad and ".adapter." not in name]
+    trained = [
+        name for name, value in policy.named_parameters()
+        if value.requires_grad and ".adapter." not in name and not name.startswith(HEADS)
+    ]  # fmt: skip
     if policy.adapter is not None and trained:
         raise UserError(
             f"model.freeze has {trained[0]} trained beside an adapter", where="model.freeze",

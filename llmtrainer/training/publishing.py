@@ -203,7 +203,7 @@ def not_read_back(folder: Path, weights: Mapping[str, Tensor]) -> list[str]:
 
 def _meant(family: Llama, key: str) -> object:
     """A field, or what it comes to where it is left out; nothing for a field that changes no function."""
-    if key in ("start_from", "freeze", "adapter", "neftune", "dropout", "init_std", "fp32_residual"):
+    if key in ("start_from", "freeze", "adapter", "head", "neftune", "dropout", "init_std", "fp32_residual"):
         return None
     if key == "kv_heads":
         return family.kv_heads or family.heads

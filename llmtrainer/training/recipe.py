@@ -192,6 +192,10 @@ class Log(Config):
     """Floating-point operations per second of one device at its best, for MFU. By default from a table; unknown
     devices have no MFU."""
 
+    spread: bool = False
+    """Also write every number of a step of which its mean says too little to spread.jsonl: the gap between the scores
+    of each pair of a reward model. Evaluations do so in any case, with a histogram, in plots/."""
+
     trackers: tuple[Tracker, ...] = ()
     """Where the figures are shown besides, by kind: `trackers=[{kind: tensorboard}, {kind: wandb, project: mine}]`.
     One that fails is switched off and the run goes on."""

@@ -75,7 +75,7 @@ def flops_per_token(policy: Policy, sequence_length: int) -> float:
         weights = multiplied_weights(policy.named_parameters(), tied_head=bool(config.tie_word_embeddings))
         return 6.0 * weights + 6.0 * config.num_hidden_layers * config.hidden_size * sequence_length
     family = policy.family
-    weights = multiplied_weights(policy.named_parameters(), tied_head=family.tied_head)
+    weights = multiplied_weights(policy.named_parameters(), tied_head=family.tied_head and policy.worded)
     return 6.0 * weights + 6.0 * family.layers * family.heads * family.channels * sequence_length
 
 

@@ -17,6 +17,7 @@ from llmtrainer.core.objective import Term, count, loss_of
 from llmtrainer.core.randomness import derive
 from llmtrainer.training.ledger import Ledger
 from llmtrainer.training.parts import Clock, Parts, StepInfo
+from llmtrainer.training.spread import Spread
 
 MOST_SKIPS_IN_A_ROW = 10
 FARTHEST_START = 2e-3
@@ -35,6 +36,7 @@ class Trainer:
         self.last: StepInfo | None = None
         self._saved_at = progress.step if progress.step else -1
         self._skips = 0
+        self._spread = Spread()
 
     @property
     def finished(self) -> bool:
@@ -132,6 +134,8 @@ class Trainer:
         for annotate in self.parts.annotators:
             batch = annotate(batch)
         out = self.parts.engine.forward(batch, self.parts.objective.wants)
+        if self.parts.keep is not None:
+            self._spread.add(self.parts.objective.spread(out, batch))
         return [*self.parts.objective.terms(out, batch), *out.aux]
 
     def _after(self, tokens: int) -> Progress:
@@ -170,6 +174,8 @@ class Trainer:
             )
 
     def _record(self, before: Progress, info: StepInfo) -> None:
+        if self.parts.keep is not None and (found := self._spread.taken(self.parts.engine)):
+            self.parts.keep(info.progress, found)
         event = info.event(self.parts.flops_per_token, self.parts.peak_flops)
         if self.finished or self.parts.log_every.due(before, self.progress):
             self.parts.log.append("step", **event)

@@ -58,6 +58,9 @@ VARIANTS: dict[str, list[Settings]] = {
     ],
     "orpo": [{"beta": 0.3}],
     "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
+    "ordinal": [],
+    "reward": [{"beta": 0.7, "gamma": 0.2, "margin": True, "centre": 0.01}],
+    "segments": [{"beta": 0.5, "gamma": 0.1, "mean": True, "reference": False}],
 }
 """Beside a kind's defaults: together every field with something else than its default."""
 
@@ -114,6 +117,7 @@ class World:
         return {
             signals.GROUP: (place_S - rows.start) // 2, signals.ROW: place_S, signals.LIKED: (place_S % 3 != 1).float(),
             signals.MARGIN: (place_S // 2).float() / 4, signals.KL: torch.full(place_S.shape, 0.3),
+            signals.LOW: place_S % 3, signals.HIGH: place_S % 3 + 1 + place_S % 2,
             signals.REFERENCE: near[0] + 0.2 * near[1][0], signals.OLD: near[0] + 0.2 * near[1][1],
             signals.ROLLOUT: near[0] + 0.3 * near[1][2], signals.ADVANTAGE: near[1][3],
             signals.OLD_VALUE: near[1][4], signals.RETURN: near[1][4] + 0.3 * near[1][5],
@@ -160,5 +164,7 @@ class Together:
         if "score" in wants:
             read_BT = self.decoder.hidden(batch) @ self.direction.flip(0)
             out = replace(out, score_S=batch.mean_by_sequence(read_BT))
-        assert all(getattr(out, f"{name}_BT", None) is not None or name == "score" for name in wants)
+        if "cut_points" in wants:
+            out = replace(out, cut_points_K=torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64))
+        assert all(getattr(out, f"{name}_BT", None) is not None or name in ("score", "cut_points") for name in wants)
         return out
