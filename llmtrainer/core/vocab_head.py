@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.products import turned_copy
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp")
@@ -40,6 +40,42 @@ class Arithmetic(NamedTuple):
     turn: Callable[[Tensor], Tensor] | None = None
     """A matrix transposed and contiguous, where the weight's gradient is better summed that way round
     (see core/products.py); None: it is summed as it is."""
+
+
+class Drawn(NamedTuple):
+    """How the targets of some positions were drawn, where that was not from the plain softmax over all ids."""
+
+    temperature_N: Tensor | None
+    kept_NW: Tensor | None
+    """Bits of the ids that a target was drawn from (see core/batch.py)."""
+
+    @classmethod
+    def of(cls, batch: Batch, chosen_N: Tensor | None) -> Drawn | None:
+        """What a batch says of it; None: nothing."""
+        found = [batch.signals.get(name) for name in (TEMPERATURE, KEPT)]
+        if found == [None, None]:
+            return None
+        return cls(*(None if signal is None else gather(signal, chosen_N) for signal in found))
+
+    def narrowed(self, logits: Tensor, part: slice) -> Tensor:
+        """Logits of the distribution that the targets were drawn from, in float32 or wider: divided by the
+        temperature, and as good as impossible where an id was not kept."""
+        # As the sampler does it: a quotient in 16 bits would be another distribution.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature_N is not None:
+            logits = logits / self.temperature_N[part, None].to(logits.dtype)
+        if self.kept_NW is not None:
+            bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
+            kept_NV = (self.kept_NW[part, :, None] >> bit & 1).flatten(1)[:, : logits.shape[1]].bool()
+            # Finite: an entropy multiplies by it, and 0 times infinity is no number.
+            logits = logits.masked_fill(~kept_NV, torch.finfo(logits.dtype).min)
+        return logits
+
+    def unnarrowed(self, gradient: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+        """The gradient of the logits as they were, given that of the narrowed ones."""
+        if self.temperature_N is not None:
+            gradient = gradient / self.temperature_N[part, None].to(gradient.dtype)
+        return gradient.to(dtype)
 
 
 def score(
@@ -82,7 +118,9 @@ def score_gathered(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    return _outputs(log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids), batch, chosen_N)
+    drawn = Drawn.of(batch, chosen_N)
+    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids, drawn)
+    return _outputs(found, batch, chosen_N)
 
 
 def _outputs(found: dict[str, Tensor], batch: Batch, chosen_N: Tensor | None) -> Outputs:
@@ -110,6 +148,9 @@ def score_logits(
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if (drawn := Drawn.of(batch, chosen_N)) is not None:
+        assert "mean_logp" not in wants, _NO_MEAN
+        logits_NV = drawn.narrowed(logits_NV, slice(None))
     partition_N = logits_NV.logsumexp(-1)
     every_logp_NV = logits_NV - partition_N[:, None]
     found = {
@@ -129,11 +170,12 @@ def log_probabilities(
     chunk: int | None = None,
     arithmetic: Arithmetic | None = None,
     ids: int | None = None,
+    drawn: Drawn | None = None,
 ) -> dict[str, Tensor]:
     """Per position [N], float32 or wider, whatever of WANTS is asked for.
 
     ids: how many rows of the weight stand for an id, for `mean_logp`; None: all. Rows after them only pad the
-    matrix and count in no mean.
+    matrix and count in no mean. drawn: how the targets were drawn; what is computed is then of that distribution.
 
     The product runs in hidden's type, every reduction over the vocabulary in float32 (float64 for float64).
     With more than one chunk, backward computes the logits again instead of keeping them.
@@ -144,13 +186,17 @@ def log_probabilities(
     assert chunk > 0
     rows = min(chunk, max(_SLICE_ROWS, _SLICE_BYTES // row_bytes))
     keep = hidden_ND.shape[0] <= chunk
+    assert drawn is None or "mean_logp" not in wants, _NO_MEAN
     logp_N, log_partition_N, entropy_N = _Head.apply(
-        hidden_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN
+        hidden_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN, drawn
     )
     values = {"logp": logp_N, "entropy": entropy_N, "log_partition": log_partition_N}
     if "mean_logp" in wants:
         values["mean_logp"] = _mean_logit(hidden_ND, weight_VD[:ids]) - log_partition_N
     return {name: values[name] for name in WANTS if name in wants}
+
+
+_NO_MEAN = "a mean over all ids means nothing of targets that were drawn from some"
 
 
 def _mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
@@ -173,6 +219,7 @@ class _Head(torch.autograd.Function):
         keep: bool,
         entropy: bool,
         arithmetic: Arithmetic,
+        drawn: Drawn | None,
     ) -> Reduced:
         N = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -184,13 +231,15 @@ class _Head(torch.autograd.Function):
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             logits = hidden_ND[part] @ weight.t()
+            if drawn is not None:
+                logits = drawn.narrowed(logits, part)
             logp_N[part], log_partition_N[part], entropy_n = arithmetic.reduce(logits, targets_N[part], entropy)
             if entropy_N is not None and entropy_n is not None:
                 entropy_N[part] = entropy_n
             ctx.kept.append(logits if keep else None)
         # The copy in hidden's type too: to make it again would need the same memory when backward begins.
         ctx.save_for_backward(hidden_ND, weight_VD, weight, targets_N, log_partition_N, entropy_N)
-        ctx.rows, ctx.arithmetic = rows, arithmetic
+        ctx.rows, ctx.arithmetic, ctx.drawn = rows, arithmetic, drawn
         return logp_N, log_partition_N, entropy_N
 
     @staticmethod
@@ -200,7 +249,7 @@ class _Head(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, weight, targets_N, log_partition_N, entropy_N = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        turn, weight_grad = ctx.arithmetic.turn, None
+        drawn, turn, weight_grad = ctx.drawn, ctx.arithmetic.turn, None
         if ctx.needs_input_grad[1]:
             # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
             weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.zeros_like(weight_VD)
@@ -210,18 +259,22 @@ class _Head(torch.autograd.Function):
             ctx.kept[index] = None
             if logits is None:
                 logits = hidden_ND[part] @ weight.t()
+                if drawn is not None:
+                    logits = drawn.narrowed(logits, part)
             ctx.arithmetic.differentiate(
                 logits, targets_N[part], log_partition_N[part], logp_grad_N[part], partition_grad_N[part],
                 None if entropy_N is None else entropy_N[part],
                 None if entropy_grad_N is None else entropy_grad_N[part],
             )
+            if drawn is not None:
+                logits = drawn.unnarrowed(logits, part, weight.dtype)
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
                 weight_grad += turn(hidden_ND[part]) @ logits if turn else logits.t() @ hidden_ND[part]
         if weight_grad is not None and turn:
             weight_grad = turn(weight_grad)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 _APART = 16

@@ -110,7 +110,7 @@ def generate(
     string, after `max_new_tokens`, or where the model's context is full. `first_row` is the number of the first
     prompt, for a caller that cuts many prompts into batches: a draw is a function of (seed, row, position).
     """
-    _require_prompts(prompts, policy.context_length, first_row)
+    require_prompts(prompts, policy.context_length, first_row)
     return _generate(policy, [list(prompt) for prompt in prompts], sampling, tokenizer, seed, first_row)
 
 
@@ -145,7 +145,7 @@ def complete(
     rows_at_once: int | None = None,
 ) -> list[Completion]:
     """One completion per prompt. `rows_at_once` bounds the memory of the cache and changes no token."""
-    _require_prompts(prompts, policy.context_length, 0)
+    require_prompts(prompts, policy.context_length, 0)
     written: list[list[Chosen]] = [[] for _ in prompts]
     size = rows_at_once or max(len(prompts), 1)
     # As long as one cache lives, the others share its copy of the weights.
@@ -196,7 +196,7 @@ class _Batch:
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         longest = max(len(prompt) + room for prompt, room in zip(prompts, self.room, strict=True))
         self.cache: Rows = policy.cache(len(distinct), longest)
-        self.logits_BV = policy.read(*_padded(distinct, self.cache.lengths_B.device), self.cache)
+        self.logits_BV = policy.read(*padded(distinct, self.cache.lengths_B.device), self.cache)
         if len(distinct) < len(prompts):
             index = {prompt: place for place, prompt in enumerate(distinct)}
             places = [index[tuple(prompt)] for prompt in prompts]
@@ -248,7 +248,7 @@ class _Batch:
             self.rows = [self.rows[place] for place in places]
             if self.count_BV is not None:
                 self.count_BV = self.count_BV[places]
-        tokens_BT, lengths_B = _padded([[chosen[place].token] for place in places], self.cache.lengths_B.device)
+        tokens_BT, lengths_B = padded([[chosen[place].token] for place in places], self.cache.lengths_B.device)
         self.logits_BV = self.policy.read(tokens_BT, lengths_B, self.cache)
 
     def _finish(self, row: int, token: int) -> Finish | None:
@@ -291,7 +291,7 @@ def _closed_up(places: Sequence[int]) -> list[int]:
     return [place if place in kept else last.pop() for place in range(len(places))]
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as one tensor [B, T], padded on the right, and their lengths [B]."""
     longest = max(map(len, rows))
     tokens_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64)
@@ -299,7 +299,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor
     return tokens_BT.to(device), lengths_B.to(device)
 
 
-def _require_prompts(prompts: Sequence[Sequence[int]], context_length: int, first_row: int) -> None:
+def require_prompts(prompts: Sequence[Sequence[int]], context_length: int, first_row: int) -> None:
     for row, prompt in enumerate(prompts, start=first_row):
         if not prompt:
             raise UserError(

@@ -89,6 +89,12 @@ class Sampling(Config):
         """Whether anything depends on which tokens occurred."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some ids are left out because they are unlikely, which differs from token to token."""
+        filters = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return filters and self.temperature > 0.0
+
 
 def penalised(logits_BV: Tensor, sampling: Sampling, count_BV: Tensor) -> Tensor:
     """Logits after the penalties; `count_BV` says how often each id occurred, 0 for exempt ones."""
@@ -219,6 +225,17 @@ def choose(
 
     `logits_BV` are those after the penalties.
     """
+    logits_BV = possible(logits_BV, sampling, vocabulary)
+    if sampling.temperature == 0.0:
+        token_B = greedy(logits_BV)
+        return token_B, torch.zeros_like(token_B, dtype=logits_BV.dtype)
+    probability_BV = distribution(logits_BV, sampling)
+    token_B = draw(probability_BV, uniform_B)
+    return token_B, probability_BV.gather(1, token_B[:, None])[:, 0].log()
+
+
+def possible(logits_BV: Tensor, sampling: Sampling, vocabulary: int | None = None) -> Tensor:
+    """Logits without the ids that may not be chosen. UserError where nothing is left or the model has no number."""
     logits_BV = suppressed(logits_BV, sampling.suppress, vocabulary)
     if not torch.isfinite(logits_BV.amax(dim=1)).all():
         raise UserError(
@@ -226,9 +243,4 @@ def choose(
             why="its logits are NaN or infinite, or every id is suppressed",
             fix="use an earlier checkpoint; if it is the same there, look at the loss before it was saved",
         )
-    if sampling.temperature == 0.0:
-        token_B = greedy(logits_BV)
-        return token_B, torch.zeros_like(token_B, dtype=logits_BV.dtype)
-    probability_BV = distribution(logits_BV, sampling)
-    token_B = draw(probability_BV, uniform_B)
-    return token_B, probability_BV.gather(1, token_B[:, None])[:, 0].log()
+    return logits_BV

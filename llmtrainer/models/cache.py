@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,38 +57,81 @@ class Cache:
                         kept_BKSC[row] = kept_BKSC[source]
                 held[layer] = kept_BKSC[: len(rows)]
 
-    @torch.no_grad()
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may come to have, which some rotary positions depend on."""
+        return self.capacity
+
+    def slots(self, row_N: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the keys and the values of a place of a row go, in memory that is one list of them: [N * K] each."""
+        K = self.keys[0].shape[1] if self.keys else 1
+        device = self.lengths_B.device
+        slot_NK = ((row_N * K)[:, None] + torch.arange(K, device=device)) * self.capacity + place_N[:, None]
+        return slot_NK.flatten(), slot_NK.flatten()
+
+    def memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The two lists: [slots, C]."""
+        C = self.keys[layer].shape[-1]
+        return self.keys[layer].view(-1, C), self.values[layer].view(-1, C)
+
+    def whole(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every place: [B, K, capacity, C]."""
+        return self.keys[layer], self.values[layer]
+
     def read(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """See Decoder.read."""
-        weights = self.weights
-        lengths_B = lengths_B.to(self.lengths_B.device)
-        after_B = self.lengths_B + lengths_B
-        assert int(after_B.max()) <= self.capacity, f"the cache holds {self.capacity} tokens a row"
-        assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= tokens_BT.shape[1]
-        step = _Step(self, tokens_BT, lengths_B)
-        # Real tokens only, row after row: products and norms never see padding.
-        x_ND = F.embedding(step.tokens_N, weights.embedding_VD)
-        for layer, k_BKSC, v_BKSC in zip(weights.layers, self.keys, self.values, strict=True):
-            q_NHC, k_NKC, v_NKC = layer.project(layer.norm_before(x_ND), step.cos, step.sin)
-            for held, new_NKC in ((k_BKSC, k_NKC), (v_BKSC, v_NKC)):
-                held.view(-1, held.shape[-1]).index_copy_(0, step.slot, new_NKC.flatten(0, 1))
-            x_ND = x_ND + layer.output(step.attend(q_NHC, k_BKSC, v_BKSC).flatten(1))
-            gate_NF, up_NF = layer.gate_up(layer.norm_after(x_ND)).chunk(2, dim=-1)
-            x_ND = x_ND + layer.down(F.silu(gate_NF).mul_(up_NF))
-        self.lengths_B = after_B
-        last_B = (lengths_B.cumsum(0) - 1).clamp(min=0)
-        logits_BV = weights.head(weights.norm(x_ND[last_B]))
-        return logits_BV.to(torch.promote_types(weights.compute, torch.float32))
+        logits_BV = read_into(self, tokens_BT, lengths_B)
+        self.lengths_B = self.lengths_B + lengths_B.to(self.lengths_B.device)
+        return logits_BV
+
+
+class Store(Protocol):
+    """Where keys and values of rows are: as `Cache` has them, or in blocks."""
+
+    weights: Weights
+    lengths_B: Tensor
+    capacity: int
+
+    @property
+    def longest(self) -> int: ...
+
+    def slots(self, row_N: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def memory(self, layer: int) -> tuple[Tensor, Tensor]: ...
+
+    def whole(self, layer: int) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def read_into(store: Store, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Put the first `lengths_B` of each row's tokens behind that row; logits [B, V] of what follows them. The
+    store's own lengths stay as they were."""
+    weights = store.weights
+    lengths_B = lengths_B.to(store.lengths_B.device)
+    assert int((store.lengths_B + lengths_B).max()) <= store.capacity, f"room for {store.capacity} tokens a row"
+    assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= tokens_BT.shape[1]
+    step = _Step(store, tokens_BT, lengths_B)
+    # Real tokens only, row after row: products and norms never see padding.
+    x_ND = F.embedding(step.tokens_N, weights.embedding_VD)
+    for number, layer in enumerate(weights.layers):
+        q_NHC, *new = layer.project(layer.norm_before(x_ND), step.cos, step.sin)
+        for held, slot, new_NKC in zip(store.memory(number), step.slots, new, strict=True):
+            held.index_copy_(0, slot, new_NKC.flatten(0, 1))
+        x_ND = x_ND + layer.output(step.attend(q_NHC, *store.whole(number)).flatten(1))
+        gate_NF, up_NF = layer.gate_up(layer.norm_after(x_ND)).chunk(2, dim=-1)
+        x_ND = x_ND + layer.down(F.silu(gate_NF).mul_(up_NF))
+    last_B = (lengths_B.cumsum(0) - 1).clamp(min=0)
+    logits_BV = weights.head(weights.norm(x_ND[last_B]))
+    return logits_BV.to(torch.promote_types(weights.compute, torch.float32))
 
 
 class _Step:
     """Where the new tokens of one `read` stand, and what each of them sees; the same for every layer."""
 
-    def __init__(self, cache: Cache, tokens_BT: Tensor, lengths_B: Tensor) -> None:
-        weights, before_B = cache.weights, cache.lengths_B
+    def __init__(self, store: Store, tokens_BT: Tensor, lengths_B: Tensor) -> None:
+        weights, before_B = store.weights, store.lengths_B
         self.shape = tokens_BT.shape
         T = tokens_BT.shape[1]
-        K = cache.keys[0].shape[1] if cache.keys else 1
         device = before_B.device
         real_BT = torch.arange(T, device=device) < lengths_B[:, None]
         self.all_real = bool(real_BT.all())
@@ -97,12 +140,11 @@ class _Step:
         self.tokens_N = tokens_BT.flatten()[self.real]
         row_N = self.real // T
         place_N = before_B[row_N] + self.real % T
-        self.slot = ((row_N * K)[:, None] + torch.arange(K, device=device)) * cache.capacity + place_N[:, None]
-        self.slot = self.slot.flatten()
-        """[N * K]: where a token's keys go, in a cache that is one list of keys."""
-        cos, sin = weights.rotary(place_N[None], cache.capacity)
+        self.slots = store.slots(row_N, place_N)
+        """[N * K] each: where a token's keys and values go."""
+        cos, sin = weights.rotary(place_N[None], store.longest)
         self.cos, self.sin = torch.cat([cos, cos], dim=-1)[0], torch.cat([-sin, sin], dim=-1)[0]
-        self.blocks = cached_blocks(before_B, T, weights.window, cache.capacity)
+        self.blocks = cached_blocks(before_B, T, weights.window, store.capacity)
         self.single = T == 1 and self.all_real
         self.attend_single = _fused if _fuses(device, weights.compute) else _by_products
         self.hidden_B11S: Tensor | None = None
@@ -158,6 +200,9 @@ class Weights:
         self.layers = [_Layer(block, decoder.compute) for block in decoder.model.blocks()]
         self.norm = _Norm(decoder.model.norm, decoder.compute)
         self.head = Product([decoder.head_weight], [None], decoder.compute)
+        family = decoder.family
+        self.key_shape = family.kv_heads or family.heads, family.channels
+        """K, C: how many key heads, and the width of each."""
 
     @classmethod
     def of(cls, decoder: Decoder) -> Weights:

@@ -21,8 +21,10 @@ from llmtrainer.core.randomness import derive, dropout, embedding_noise
 from llmtrainer.models import kernels, paths, proof, scalar
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
 from llmtrainer.models.cache import Cache
+from llmtrainer.models.cache import Weights as ReadingWeights
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
+from llmtrainer.models.paged import Pages
 from llmtrainer.models.rotary import Rotary
 from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
@@ -314,6 +316,17 @@ class Decoder(nn.Module):
         if self.adapter is not None:
             self.adapter.require_one()
         return Cache(self, rows, capacity)
+
+    def reading_weights(self, own: bool = False) -> ReadingWeights:
+        """What is read with: the weights as they are now. own: a copy of its own, whoever else holds one."""
+        if self.adapter is not None:
+            self.adapter.require_one()
+        return ReadingWeights(self) if own else ReadingWeights.of(self)
+
+    def pages(self, weights: ReadingWeights, count: int, size: int, longest: int) -> Pages:
+        """Room for `count` blocks of `size` tokens, the first of which stays empty, for rows that never have more
+        than `longest` tokens."""
+        return Pages(weights, count, size, longest)
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import paths
 from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.lora import Beside, LowRank
+from llmtrainer.models.paged import TokenPages
 from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
 
@@ -295,10 +297,23 @@ class Foreign(nn.Module):
     def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Rows) -> Tensor:
         """See Decoder.read."""
         cache.append(tokens_BT, lengths_B)
-        last_B = (cache.lengths_B - 1).clamp(min=0)
-        logits_BTV = self.logits(rows_of(cache.tokens, self.head_weight.device))
+        return self._after(cache.tokens)
+
+    @torch.no_grad()
+    def _after(self, rows: list[list[int]]) -> Tensor:
+        """Logits [B, V] of what follows each row."""
+        last_B = torch.tensor([max(len(row) - 1, 0) for row in rows], device=self.head_weight.device)
+        logits_BTV = self.logits(rows_of(rows, self.head_weight.device))
         found: Tensor = logits_BTV[torch.arange(len(last_B), device=last_B.device), last_B]
         return found.to(torch.promote_types(self.compute, torch.float32))
+
+    def reading_weights(self, own: bool = False) -> Foreign:
+        """See Decoder.reading_weights."""
+        return copy.deepcopy(self) if own else self
+
+    def pages(self, weights: Foreign, count: int, size: int, longest: int) -> TokenPages:
+        """See Decoder.pages. Tokens are kept, not keys."""
+        return TokenPages(weights._after, count, size, self.head_weight.device)
 
 
 def _drops(module: nn.Module) -> bool:
