@@ -17,7 +17,7 @@ from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.saving import Saver
-from llmtrainer.training.spread import Numbers
+from llmtrainer.training.spread import Keep
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Parts:
     """What Terms must be at the first step of a run, because the policy still is its reference."""
     told: Callable[[], Mapping[str, float]] = dict
     """What the source says of the rows it gave last, beside the Terms of a step."""
-    keep: Callable[[Progress, Mapping[str, Numbers]], None] | None = None
+    keep: Keep | None = None
     """Writes down what the objective says of each pair or sequence of a step; None: nobody asks."""
     average: MovingAverage | None = None
     flops_per_token: float = 0.0

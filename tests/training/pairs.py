@@ -74,8 +74,7 @@ class PairRows:
 
     def _batch(self, pairs: Sequence[int], first: int) -> Batch:
         documents = [2 * pair + side for pair in pairs for side in (0, 1)]
-        rows = [Row(tokens := self.store.read(document).astype(np.int64), np.zeros(len(tokens), dtype=np.int32), first + n)
-                for n, document in enumerate(documents)]    # fmt: skip
+        rows = [self._row(document, first + n) for n, document in enumerate(documents)]
         batch = end_to_end(rows)
         worse_S = torch.arange(len(documents)) % 2
         # A good answer has the highest grade, a bad one one of the two lowest.
@@ -84,6 +83,13 @@ class PairRows:
             GROUP: torch.arange(len(documents)) // 2, MARGIN: torch.full((len(documents),), 0.1),
             LOW: top * (1 - worse_S), HIGH: 1 + top * (1 - worse_S) + worse_S,
         })  # fmt: skip
+
+    def _row(self, document: int, place: int) -> Row:
+        """A document of which every token is read: nothing follows the last."""
+        tokens = np.append(self.store.read(document).astype(np.int64), 0)
+        counts = np.ones(len(tokens), dtype=np.float32)
+        counts[-1] = 0.0
+        return Row(tokens, np.zeros(len(tokens), dtype=np.int32), place, counts)
 
     def row(self, step: int, place: int) -> dict[str, list[Any]]:
         raise NotImplementedError
