@@ -165,13 +165,14 @@ def test_a_trained_model_gets_a_head_and_a_reward_model_keeps_its_own(reward: Ma
     start = [f"model={{start_from: {tmp_path / 'base'}, head: {{kind: score, scale: 0.1}}}}", "duration=2 steps"]
     train(reward("first", *start))
     first = load_model(tmp_path / "first")
-    train(reward("second", f"model={{start_from: {tmp_path / 'first'}}}", "duration=1 steps", "optim.schedule.peak=1e-9"))
+    again = f"model={{start_from: {tmp_path / 'first'}}}"
+    train(reward("second", again, "duration=1 steps", "optim.schedule.peak=1e-9"))
     second = load_model(tmp_path / "second")
     assert isinstance(first, Decoder) and isinstance(second, Decoder)
     assert first.score is not None and second.score is not None
     assert float(first.score.weight.detach().std()) == pytest.approx(0.1 / 33**0.5, rel=0.5)
     assert torch.allclose(first.score.weight, second.score.weight, atol=1e-7)
-    with pytest.raises(UserError, match="`model.head.scale` was set and nothing read it"):
+    with pytest.raises(UserError, match=r"`model\.head\.scale` was set and nothing read it"):
         train(reward("third", f"model={{start_from: {tmp_path / 'first'}, head: {{kind: score, scale: 0.1}}}}"))
     with pytest.raises(UserError, match="has a head of the kind `score` already"):
         train(reward(
@@ -179,7 +180,7 @@ def test_a_trained_model_gets_a_head_and_a_reward_model_keeps_its_own(reward: Ma
             "objective.kind=ordinal",
         ))  # fmt: skip
     with pytest.raises(UserError, match="asks which token follows"):
-        train(reward("fifth", f"model={{start_from: {tmp_path / 'first'}}}", "objective.kind=causal_lm"))
+        train(reward("fifth", again, "objective.kind=causal_lm"))
 
 
 def test_adapters_and_a_head_are_trained_saved_and_continued_together(reward: Make, tmp_path: Path) -> None:
