@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "llmtrainer").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-IMPORT_NAMES = {"ruamel.yaml": "ruamel", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}
+IMPORT_NAMES = {"ruamel.yaml": "ruamel", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel", "math-verify": "math_verify"}
 """Where the name of a distribution is not the name that is imported."""
 
 
@@ -77,7 +77,7 @@ def imported() -> set[str]:
 def test_every_core_dependency_is_imported_and_every_import_is_declared() -> None:
     core = {IMPORT_NAMES.get(name, name) for name in map(distribution, PROJECT["project"]["dependencies"])}
     groups = PROJECT["project"]["optional-dependencies"]
-    optional = ("flash", "hf", "liger", "remote", "swanlab", "wandb")
+    optional = ("flash", "hf", "liger", "maths", "remote", "swanlab", "wandb")
     extras = {IMPORT_NAMES.get(name, name) for group in optional for name in map(distribution, groups[group])}
     foreign = imported() - set(sys.stdlib_module_names) - {"llmtrainer", "pydantic_core"}
     assert core - foreign == set(), "declared and never imported"

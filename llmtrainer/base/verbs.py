@@ -87,6 +87,10 @@ VERBS = {
         "llmtrainer.apps.inspect:inspect", "rows as the model sees them, coloured by weight",
         ("inspect recipes/tiny/pretrain.yaml step=3 rows=2", "inspect notes.txt tokenizer=runs/tokenizer"),
     ),
+    "rank": Verb(
+        "llmtrainer.apps.rank:rank", "answers put in order by you, as data for reward models and preferences",
+        ("rank answers.jsonl ranked.jsonl", "rank four_lines.txt ranked.jsonl prompt='Write a verse.'"),
+    ),
     "plot": Verb(
         "llmtrainer.training.use:plot", "curves of one or several runs as PNG",
         ("plot runs/demo", "plot runs/a runs/b"),

@@ -10,6 +10,7 @@ it is to do, in a JSON object on the descriptor that its one argument names:
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import importlib.abc
 import importlib.util
@@ -29,7 +30,7 @@ DEPTH = 200
 
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
 """Landlock's system calls, the same on every machine."""
-_EXECUTE, _WRITE, _READ, _LIST = 1, 2, 4, 8
+_WRITE, _READ, _LIST = 2, 4, 8
 _REMOVE_AND_MAKE = 0x10 | 0x20 | 0x80 | 0x100 | 1 << 13 | 1 << 14
 _HANDLED = {1: 2**13 - 1, 2: 2**14 - 1, 3: 2**15 - 1, 4: 2**15 - 1}
 """Kinds of access by Landlock's version; from the fifth on, controlling devices is one more."""
@@ -95,7 +96,8 @@ def _landlock(libc: ctypes.CDLL, readable: list[str], folder: str) -> None:
     handled = _HANDLED.get(version, 2**16 - 1)
     attributes = struct.pack("=QQQ", handled, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _done(libc.syscall(_CREATE, attributes, len(attributes), 0))
-    for path, access in [*((path, _READ | _LIST) for path in readable), (folder, _READ | _LIST | _WRITE | _REMOVE_AND_MAKE)]:
+    own = (folder, _READ | _LIST | _WRITE | _REMOVE_AND_MAKE)
+    for path, access in [*((path, _READ | _LIST) for path in readable), own]:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -215,13 +217,11 @@ class Line:
         if "error" in reply:
             name = str(reply["error"])
             self.error = self.error or name
-            import builtins
-
             found = getattr(builtins, name, None)
-            is_plain = isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, Warning)
-            if not is_plain or issubclass(found, UnicodeError | BaseExceptionGroup):
-                raise RuntimeError(name)
-            raise found(name)
+            odd = (Warning, UnicodeError, BaseExceptionGroup)
+            if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, odd):
+                raise found(name)
+            raise RuntimeError(name)
         try:
             return decoded(reply["value"]) if "value" in reply else None
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
@@ -231,7 +231,8 @@ class Line:
 
 def _test(task: Mapping[str, Any]) -> None:
     """Run each test; the verdict goes to a descriptor that no other process has."""
-    line, verdict = Line(task), {"passed": 0, "of": len(task["tests"]), "calls": 0, "why": None}
+    line = Line(task)
+    verdict: dict[str, Any] = {"passed": 0, "of": len(task["tests"]), "calls": 0, "why": None}
     module = module_of("tests")
     try:
         Text(task["setup"]).into(module)

@@ -8,6 +8,7 @@ before the first run, not assumed.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
@@ -134,7 +135,7 @@ class Sandbox:
         gives back plain values: it can neither see nor tell the verdict.
         """
         with ExitStack() as stack:
-            ends = [stack.enter_context(open(end, "rb", buffering=0)) for _ in range(3) for end in os.pipe()]
+            ends = [stack.enter_context(io.FileIO(end)) for _ in range(3) for end in os.pipe()]
             asks, asked, replies, replied, verdict, told = (end.fileno() for end in ends)
             message = self.limits.output_kib * 1024
             watched = _Watched(self.limits, self.quiet)

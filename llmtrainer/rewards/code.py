@@ -151,7 +151,7 @@ class Code(Rule):
 
 
 def code_in(text: str) -> str:
-    """The program in an answer: its last fence of Python, or of no language, closed or not; without fences all of it."""
+    """The program in an answer: its last fence of Python, or of no language, closed or not; without fences all."""
     fences = [(language.lower(), code) for language, code in _FENCE.findall(text)]
     known = [code for language, code in fences if language in ("", "python", "python3", "py")]
     if known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PrivateAttr
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.text import did_you_mean
+from llmtrainer.core.named import PATTERN, callable_named, name_of
 from llmtrainer.core.protocols import Reward
 from llmtrainer.core.reward import checked
 from llmtrainer.core.rollout import Answer, Verdict
@@ -26,7 +25,7 @@ class Function(Reward):
     answer. UserError stops the run.
     """
 
-    function: str = Field(pattern=r"^[\w.]+:[\w.<>]+$")
+    function: str = Field(pattern=PATTERN)
     """`package.module:function`, imported from where Python finds modules."""
 
     per: Literal["answer", "batch"] = "answer"
@@ -45,8 +44,7 @@ class Function(Reward):
     @classmethod
     def given(cls, function: Given, **settings: Any) -> Self:
         """A reward by a function that the program has in hand, whether or not it could be imported by name."""
-        name = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
-        made = cls(function=name, **settings)
+        made = cls(function=name_of(function), **settings)
         made._function = function
         return made
 
@@ -59,7 +57,7 @@ class Function(Reward):
         return [verdict.value for verdict in self.verdicts(answers)]
 
     def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
-        function = self._function if self._function is not None else self._imported()
+        function = self._function if self._function is not None else callable_named(self.function, "a reward")
         self._function = function
         if not answers:
             return []
@@ -134,28 +132,3 @@ class Function(Reward):
         except Exception as error:
             self._told[:] = [traceback.format_exc()]
             return Verdict(None, type(error).__name__)
-
-    def _imported(self) -> Given:
-        module, _, name = self.function.partition(":")
-        try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
-                raise UserError(
-                    f"there is no module `{module}`", where=f"the reward `{self.function}`",
-                    why="it is imported by this Python, which looks into its own path",
-                    fix="install it, or start from the folder that it is in",
-                ) from None
-            raise
-        for step in name.split("."):
-            holder, found = found, getattr(found, step, None)
-            if found is None:
-                raise UserError(
-                    f"`{module}` has no `{name}`", where=f"the reward `{self.function}`",
-                    fix=did_you_mean(step, [item for item in vars(holder) if not item.startswith("_")])
-                    if hasattr(holder, "__dict__") else None,
-                )  # fmt: skip
-        if not callable(found):
-            raise UserError(f"`{self.function}` is no function", where=f"it is {type(found).__name__}")
-        function: Given = found
-        return function

@@ -1,0 +1,200 @@
+"""Conversations of several turns: a sampler writes the policy's turns, an environment answers each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from llmtrainer.base.config import Config
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.environment import Environment, Episode, Feedback
+from llmtrainer.core.randomness import derive
+from llmtrainer.core.rollout import Prompt
+from llmtrainer.generation.sampling import Sampling
+
+End = Literal["done", "turns", "errors", "length", "failed"]
+"""The environment said so; the limits of turns or of errors; too long; or the environment raised."""
+
+
+class Turn(Protocol):
+    """What is needed of a completion."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def finish(self) -> str: ...
+
+    @property
+    def logp(self) -> NDArray[np.float64]: ...
+
+
+class Sampler(Protocol):
+    """Whoever writes turns: the answers to `prompts`, `each` to a prompt, in order."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int
+    ) -> Sequence[Turn]: ...
+
+
+class Turns(Config):
+    """With whom a policy talks, and for how long."""
+
+    environment: Environment
+    """Who answers: `{kind: callback, function: "game:play"}`."""
+
+    max_turns: int = Field(default=8, ge=1)
+    """Turns of the policy in one conversation."""
+
+    max_errors: int = Field(default=2, ge=1)
+    """So many turns in a row that the environment cannot use end a conversation."""
+
+    max_tokens: int = Field(default=4096, ge=1)
+    """Tokens of a conversation behind its prompt, at most; no turn is begun that might go beyond."""
+
+    workers: int = Field(default=4, ge=1)
+    """Conversations that the environment answers at a time, in threads."""
+
+    exceptions: Literal["stop", "fail"] = "stop"
+    """What an exception of the environment does: stop the run with its own traceback, or end the one conversation,
+    which then has no reward."""
+
+
+@dataclass
+class Conversation:
+    """What came of one prompt: what is trained, and what people read."""
+
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    """What follows the prompt: sampled ids, and between turns what the environment said."""
+    weights: list[float] = field(default_factory=list)
+    """1 for each sampled token, 0 for each that the environment said."""
+    logp: list[float] = field(default_factory=list)
+    """Log-probability of each sampled token when it was drawn; 0 where the weight is 0."""
+    said: list[str] = field(default_factory=list)
+    """Texts of the policy's turns."""
+    heard: list[Feedback] = field(default_factory=list)
+    """What the environment said to each of them."""
+    end: End | None = None
+    """Why it ended; None while it goes on."""
+    finish: str = ""
+    """`finish` of the last turn."""
+    error: str | None = None
+    """The name of the environment's exception, where one ended it."""
+
+    @property
+    def reward(self) -> float | None:
+        """The sum of what the environment gave for turns; None where it gave nothing or failed."""
+        given = [feedback.reward for feedback in self.heard if feedback.reward is not None]
+        return sum(given) if given and self.end != "failed" else None
+
+    @property
+    def errors(self) -> int:
+        """Turns at the end that the environment could not use."""
+        used = [place for place, feedback in enumerate(self.heard) if not feedback.error]
+        return len(self.heard) - (used[-1] + 1 if used else 0)
+
+    def write(self, turn: Turn, text: str) -> None:
+        """Add a turn of the policy."""
+        assert len(turn.tokens) == len(turn.logp), "a completion has one log-probability for each of its tokens"
+        self.tokens += turn.tokens
+        self.weights += [1.0] * len(turn.tokens)
+        self.logp += map(float, turn.logp)
+        self.said.append(text)
+        self.finish = turn.finish
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Add what the environment said."""
+        self.tokens += tokens
+        self.weights += [0.0] * len(tokens)
+        self.logp += [0.0] * len(tokens)
+
+
+Spoken = Callable[[Turn], str]
+"""The text of a turn, without control tokens."""
+Encoded = Callable[[Conversation, Feedback], Sequence[int]]
+"""The ids that show a feedback to the policy, up to where its next turn begins: the end of its own turn where a
+template has one that was not sampled, the feedback in its role, and what opens an assistant's turn."""
+
+
+def converse(
+    sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, turns: Turns,
+    spoken: Spoken, encoded: Encoded,
+) -> list[Conversation]:
+    """`each` conversations about every prompt, those of the first prompt first.
+
+    All that are still open are sampled together, turn by turn: a function of (weights, prompts, sampling, seed) where
+    the environment is one of what it was told, however many threads it has. Raises what the environment raised, with
+    its own traceback, of the first conversation in order where several did; UserError always.
+    """
+    talks = [Conversation(prompt) for prompt in prompts for _ in range(each)]
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(turns.workers, thread_name_prefix="environment"))
+        episodes: list[Episode] = []
+        for talk in talks:
+            episodes.append(turns.environment.begin(talk.prompt))
+            stack.callback(episodes[-1].close)
+        for number in range(turns.max_turns):
+            active = [place for place, talk in enumerate(talks) if talk.end is None]
+            if not active:
+                break
+            asked = [[*talks[place].prompt.tokens, *talks[place].tokens] for place in active]
+            written = sampler.sample(asked, 1, sampling, derive(seed, "turn", number))
+            assert len(written) == len(active), f"{len(written)} completions of {len(active)} prompts"
+            for place, turn in zip(active, written, strict=True):
+                talks[place].write(turn, spoken(turn))
+            waiting = [pool.submit(_answer, episodes[place], talks[place], turns) for place in active]
+            answers = _all(waiting)
+            for place, feedback in zip(active, answers, strict=True):
+                _go_on(talks[place], feedback, turns, number, sampling.max_new_tokens, encoded)
+    return talks
+
+
+def _answer(episode: Episode, talk: Conversation, turns: Turns) -> Feedback | str:
+    """What the environment says; the name of its exception where that costs only the conversation."""
+    try:
+        return episode.step(talk.said[-1])
+    except UserError:
+        raise
+    except Exception as error:
+        if turns.exceptions == "stop":
+            raise
+        return type(error).__name__
+
+
+def _all(waiting: Sequence[Any]) -> list[Feedback | str]:
+    """The results in order, once all have ended: no thread goes on behind an exception."""
+    for future in waiting:
+        future.exception()
+    return [future.result() for future in waiting]
+
+
+def _go_on(
+    talk: Conversation, feedback: Feedback | str, turns: Turns, number: int, next_turn: int, encoded: Encoded
+) -> None:
+    """Note what the environment said, and end the conversation or prepare its next turn."""
+    if isinstance(feedback, str):
+        talk.end, talk.error = "failed", feedback
+        return
+    talk.heard.append(feedback)
+    if feedback.done:
+        talk.end = "done"
+    elif talk.errors >= turns.max_errors:
+        talk.end = "errors"
+    elif talk.finish == "length":
+        talk.end = "length"     # its turn has no end to which anything could be said
+    elif number + 1 == turns.max_turns:
+        talk.end = "turns"
+    else:
+        heard = encoded(talk, feedback)
+        if len(talk.tokens) + len(heard) + next_turn > turns.max_tokens:
+            talk.end = "length"
+        else:
+            talk.read(heard)
