@@ -27,7 +27,7 @@ BESIDE = ("generation_config.json",)
 class TokenAddition(Config):
     """Control tokens for a model that lacks them: each is one id that no text can become, with a row of its own."""
 
-    words: ClassVar[tuple[str, ...]] = ("model",)
+    words: ClassVar[tuple[str, ...]] = ("model", "out", "tokens")
 
     model: str
     """A run directory (its newest checkpoint), a checkpoint, a Hugging Face folder, or a hub id."""

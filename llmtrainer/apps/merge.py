@@ -23,7 +23,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.peft_format import is_adapter, read_config
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
-from llmtrainer.training.models import base_of, insert_adapter, load_base, model_folder, tokenizer_folder
+from llmtrainer.training.models import base_of, insert_adapter, load_base, model_folder, no_model, tokenizer_folder
 from llmtrainer.training.publishing import (
     GENERATION,
     PROBES,
@@ -108,6 +108,8 @@ def merge(settings: Merge) -> Merged:
     the stored type, or the folder does not give the logits of the adapter beside its model."""
     source, out = model_folder(settings.model), Path(settings.out)
     if not is_adapter(source):
+        if not (source / "config.json").is_file():
+            raise no_model(settings.model)
         raise UserError(
             "this is a whole model, with no adapter to merge", where=str(source),
             fix=f"llmtrainer export {settings.model} out={settings.out}",

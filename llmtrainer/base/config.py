@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,7 +55,8 @@ def load_with_origins(
 ) -> tuple[Some, dict[str, str]]:
     """As `load`, with the origin of every value by dotted name: `default`, `recipe.yaml:7` or `command line`."""
     data, origins = read_yaml_file(Path(file)) if file is not None else ({}, {})
-    for name, value in _by_word(config_type, words).items():
+    given = {_spelled(config_type, override.partition("=")[0], data) for override in overrides}
+    for name, value in _by_word(config_type, words, given).items():
         _put(data, origins, (name,), value, {name: COMMAND_LINE})
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -120,10 +121,13 @@ class _Schema(GenerateJsonSchema):
         return plain(dft)   # a unit as the text that a recipe has
 
 
-def _by_word(config_type: type[Config], words: Sequence[str]) -> dict[str, Any]:
-    """Bare words by the names of the fields they fill."""
+def _by_word(config_type: type[Config], words: Sequence[str], given: Collection[str]) -> dict[str, Any]:
+    """Bare words by the names of the fields they fill. A field that is `given` as `key=value` takes none: one of
+    the two would be lost."""
     rest, found = list(words), dict[str, Any]()
     for name in config_type.words:
+        if name in given:
+            continue
         annotation = config_type.model_fields[name].annotation
         if rest and item_type(annotation, "0") is not None:
             found[name], rest = [Text(word) for word in rest], []

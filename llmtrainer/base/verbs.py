@@ -76,8 +76,8 @@ VERBS = {
     ),
     "add-tokens": Verb(
         "llmtrainer.apps.add_tokens:add_tokens", "a model with more control tokens, such as the roles of a template",
-        ("add-tokens runs/base out=based tokens=['<|user|>','<|assistant|>']", "add-tokens runs/base out=based "
-         "template=llama3"),
+        ("add-tokens runs/base runs/based template=llama3",
+         "add-tokens runs/base runs/based '<|user|>' '<|assistant|>'"),
     ),
     "merge": Verb(
         "llmtrainer.apps.merge:merge", "an adapter and its model as one Hugging Face folder, proved to be the same",

@@ -48,10 +48,7 @@ def open_model(
     """
     folder = model_folder(path)
     if not folder.is_dir():
-        raise UserError(
-            f"no model `{path}`", why=f"there is no such folder in {Path.cwd()}",
-            fix="name a run directory, a checkpoint, a Hugging Face folder or a hub id: HuggingFaceTB/SmolLM2-135M",
-        )
+        raise no_model(path)
     chosen = _precision_of(folder) if precision == "auto" else precision
     place = find_device(device, chosen)
     words = tokenizers.load_tokenizer(
@@ -67,6 +64,16 @@ def open_model(
         )
     policy.eval()
     return Opened(folder, policy.to(place), words, chosen)
+
+
+def no_model(path: str | Path) -> UserError:
+    """What is said where a name leads to no model."""
+    there = Path(path).is_dir()
+    return UserError(
+        f"no model `{path}`",
+        why="there is no config.json in that folder" if there else f"there is no such folder in {Path.cwd()}",
+        fix="name a run directory, a checkpoint, a Hugging Face folder or a hub id: HuggingFaceTB/SmolLM2-135M",
+    )
 
 
 def load_model(path: str | Path, precision: Precision = "float32", device: str = "cpu") -> Policy:
@@ -172,8 +179,10 @@ def tokenizer_class(folder: Path) -> str | None:
 
 
 def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's, be it of one that was stopped before its first checkpoint, or never began."""
     run = RunDir(path)
-    return run.checkpoints.is_dir() or (run.recipe.is_file() and not (path / "manifest.json").is_file())
+    begun = run.recipe.is_file() or (run.events.is_file() and not (path / "config.json").is_file())
+    return run.checkpoints.is_dir() or (begun and not (path / "manifest.json").is_file())
 
 
 def _precision_of(folder: Path) -> str:

@@ -131,6 +131,16 @@ def test_the_command_adds_what_a_template_needs(
     assert load_policy(tmp_path / "out").vocabulary == told["rows"]
 
 
+def test_the_folder_and_the_tokens_may_be_bare_words(
+    tokenizer: FileTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = model(tmp_path / "base", tokenizer, tied=True, rows=320, dtype=torch.float32)
+    for words in ([str(tmp_path / "out")], [f"out={tmp_path / 'other'}"]):
+        assert main(["add-tokens", str(source), *words, *NAMES[:2], "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert list(told["added"]) == list(NAMES[:2]) and told["path"] == words[0].removeprefix("out=")
+
+
 def test_new_rows_are_trained_saved_and_loaded_like_any_other(tokenizer: FileTokenizer, tmp_path: Path) -> None:
     source = model(tmp_path / "base", tokenizer, tied=True, rows=320, dtype=torch.float32)
     told = add_tokens(settings(source, tmp_path / "out"))

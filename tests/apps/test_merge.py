@@ -165,3 +165,15 @@ def test_a_gated_mixture_is_exported_as_an_adapter_for_every_combination_and_is_
     assert merge(Merge(model=str(tmp_path / "out" / "t1a3"), out=str(tmp_path / "one"))).changed == 0
     with pytest.raises(UserError, match="which adapters it goes through"):
         merge(Merge(model=str(tmp_path / "gated"), out=str(tmp_path / "merged")))
+
+
+def test_a_run_that_has_no_checkpoint_and_a_folder_without_a_model_are_called_what_they_are(tmp_path: Path) -> None:
+    for name, file in (("refused", "events.jsonl"), ("text", "readme.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("")
+    with pytest.raises(UserError, match="no checkpoint in this run"):
+        merge(Merge(model=str(tmp_path / "refused"), out=str(tmp_path / "out")))
+    for name, why in (("text", "no config.json"), ("nowhere", "no such folder")):
+        with pytest.raises(UserError, match="no model") as error:
+            merge(Merge(model=str(tmp_path / name), out=str(tmp_path / "out")))
+        assert why in str(error.value.why)

@@ -82,6 +82,13 @@ def test_a_yaml_file_of_records_is_a_word_and_one_of_keys_the_settings(
     )
 
 
+def test_a_word_fills_no_field_that_is_given_by_its_key() -> None:
+    assert Order.words[:2] == ("guest", "tables")
+    order = load(Order, None, ["guest=ann"], ["1", "2"])
+    assert (order.guest, order.tables) == ("ann", (1, 2))
+    assert "one word too many" in refused(None, "guest=ann", "tables=[1]", words=("bob",)).what
+
+
 def test_of_a_verb_without_words_a_yaml_file_is_always_the_settings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no keys"):
         sorted_words(Cone, [str(written(tmp_path, "- [a, b]"))])
