@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,6 @@ class Row:
     """How much each token counts where something announces it, [n + 1]. None: 1."""
     gates: NDArray[np.int64] | None = None
     """The number of the row's gate in each group of a mixture of adapters, [G]. None: nobody asks."""
-    told: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """What is known of each target, by the name of its signal without `_BT`: [n] each."""
 
     @property
     def inputs(self) -> int:
@@ -84,7 +82,6 @@ def collate(rows: Sequence[Row]) -> Batch:
         document[b, :n] = row.document[:-1]
         sequence[b, :n] = row.document[:-1] + sequences
         sequences = int(sequence[b, n - 1]) + 1
-    signals = {GATES: torch.from_numpy(gates)} if G else {}
     return Batch(
         tokens_BT=torch.from_numpy(tokens),
         targets_BT=torch.from_numpy(targets),
@@ -93,7 +90,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         position_BT=torch.from_numpy(position),
         sequence_BT=torch.from_numpy(sequence),
         place_B=torch.tensor([row.place for row in rows], dtype=torch.int64),
-        signals=signals | {f"{name}_BT": torch.from_numpy(_padded(rows, name, T)) for name in _told(rows)},
+        signals={GATES: torch.from_numpy(gates)} if G else {},
     )
 
 
@@ -109,10 +106,6 @@ def end_to_end(rows: Sequence[Row]) -> Batch:
         return torch.from_numpy(np.concatenate(parts).astype(dtype)[None])
 
     gates = [np.tile(row.gates, (row.inputs, 1)) for row in rows if row.gates is not None]
-    signals = {GATES: joined(gates, np.int64)} if G else {}
-    for name in _told(rows):
-        parts = [row.told[name] for row in rows]
-        signals[f"{name}_BT"] = joined(parts, parts[0].dtype.type)
     number_BT = joined([np.full(row.inputs, number) for number, row in enumerate(rows)], np.int32)
     return Batch(
         tokens_BT=joined([row.tokens[:-1] for row in rows], np.int64),
@@ -123,7 +116,7 @@ def end_to_end(rows: Sequence[Row]) -> Batch:
         sequence_BT=number_BT.clone(),
         place_B=torch.tensor([rows[0].place], dtype=torch.int64),
         place_BT=joined([np.full(row.inputs, row.place) for row in rows], np.int64),
-        signals=signals,
+        signals={GATES: joined(gates, np.int64)} if G else {},
     )
 
 
@@ -131,23 +124,6 @@ def filler(place: int, groups: int = 0) -> Row:
     """A row of nothing: one token of padding with weight 0; beside rows with gates, with none of each group open."""
     gates = np.full(groups, -1, dtype=np.int64) if groups else None
     return Row(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32), place, gates=gates)
-
-
-def _told(rows: Sequence[Row]) -> list[str]:
-    """What is known of the targets of every row that has any."""
-    found = {tuple(sorted(row.told)) for row in rows if row.inputs}
-    assert len(found) <= 1, "more is known of some rows of a batch than of others"
-    return list(next(iter(found), ()))
-
-
-def _padded(rows: Sequence[Row], name: str, T: int) -> NDArray[Any]:
-    """A signal of rows side by side, 0 where a row has ended: [B, T]."""
-    dtype = next(row.told[name].dtype for row in rows if row.inputs)
-    found = np.zeros((len(rows), T), dtype=dtype)
-    for b, row in enumerate(rows):
-        if row.inputs:
-            found[b, : row.inputs] = row.told[name]
-    return found
 
 
 def _groups(rows: Sequence[Row]) -> int:
