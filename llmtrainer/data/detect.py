@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in
-from llmtrainer.core.example import Example
-from llmtrainer.data.format import Format
+from llmtrainer.core.example import Comparison, Example, Message
+from llmtrainer.data.format import Format, RecordFormat
 from llmtrainer.data.records import Record
 
 FIRST = 16
@@ -21,32 +21,36 @@ _SHOWN = 160
 """Characters of a text in what is printed."""
 
 
+Known = TypeVar("Known", bound=RecordFormat)
+
+
 @dataclass(frozen=True)
-class Detected:
+class Detected(Generic[Known]):
     """What a file was found to be."""
 
-    format: Format
+    format: Known
     how: str
     """For people: the format, how it is known, and the first example."""
 
 
-def detect(wanted: Format, found: Iterable[Record], *, bad_may_drop: bool = False) -> Detected | None:
+def detect(wanted: Known, found: Iterable[Record], *, bad_may_drop: bool = False) -> Detected[Known] | None:
     """The format of a file with these records: the one that is wanted, or, for `auto`, the only one that the first
     records fit. None for a file without records. `bad_may_drop`: a record that fits no format does not count. Raises
     UserError where none or several fit."""
     first = list(itertools.islice(found, FIRST))
+    known: tuple[Known, ...] = formats(type(wanted).base())
     if bad_may_drop:
-        first = [record for record in first if any(item.matches(record.value) for item in formats())] or first
+        first = [record for record in first if any(item.matches(record.value) for item in known)] or first
     if not first:
         return None
-    chosen = wanted if wanted.kind != "auto" else _only(first)
+    chosen = wanted if wanted.kind != "auto" else _only(known, first)
     example = placed(chosen, first[0])
-    known = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
-    return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes:\n{shown(example)}")
+    how = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
+    return Detected(chosen, f"format {chosen.kind} ({how}); {first[0].place}, becomes:\n{shown(example)}")
 
 
-def placed(format: Format, record: Record) -> Example:
-    """The example of a record; an error says where the record stands."""
+def placed(format: RecordFormat, record: Record) -> Any:
+    """What a record holds, in the format's own class; an error says where the record stands."""
     try:
         return format.example(record.value)
     except UserError as error:
@@ -54,18 +58,43 @@ def placed(format: Format, record: Record) -> Example:
         raise
 
 
-def shown(example: Example) -> str:
+def shown(example: Example | Comparison) -> str:
     """An example for people, a line a message, long texts shortened."""
+    if isinstance(example, Comparison):
+        return _compared(example)
     lines = ["  without a template: what is read, then what is learned"] if example.plain else []
-    lines += [f"  tools: {', '.join(_name(tool) for tool in example.tools)}"] if example.tools else []
-    for message in example.messages:
-        told = message.content
-        if message.thinking:
-            told = f"({short(message.thinking)}) {told}"
-        for call in message.tool_calls:
-            told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
-        lines.append(f"  {message.role}: {short(told)}")
+    lines += _tools(example) + [_line(message) for message in example.messages]
     return "\n".join(lines)
+
+
+def _compared(comparison: Comparison) -> str:
+    if comparison.ids:
+        prompt, *answers = (len(ids) for ids in comparison.ids)
+        return f"  {prompt:,} tokens of the prompt; then, the best first, {', '.join(f'{n:,}' for n in answers)}"
+    lines = ["  without a template: what is read, then each answer"] if comparison.plain else []
+    lines += _tools(comparison) + [_line(message) for message in comparison.prompt]
+    for place, answer in enumerate(comparison.answers):
+        if comparison.liked is not None:
+            title = "liked" if comparison.liked else "not liked"
+        elif comparison.scores:
+            title = f"answer {place + 1}, score {comparison.scores[place]:g}"
+        else:
+            title = f"answer {place + 1}, the {'best' if place == 0 else 'next'}"
+        lines += [f"  -- {title}", *(_line(message) for message in answer)]
+    return "\n".join(lines)
+
+
+def _tools(example: Example | Comparison) -> list[str]:
+    return [f"  tools: {', '.join(_name(tool) for tool in example.tools)}"] if example.tools else []
+
+
+def _line(message: Message) -> str:
+    told = message.content
+    if message.thinking:
+        told = f"({short(message.thinking)}) {told}"
+    for call in message.tool_calls:
+        told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
+    return f"  {message.role}: {short(told)}"
 
 
 def plain(example: Example) -> dict[str, Any]:
@@ -73,16 +102,16 @@ def plain(example: Example) -> dict[str, Any]:
     return asdict(example)
 
 
-def _only(first: list[Record]) -> Format:
-    fits = [format for format in formats() if all(format.matches(record.value) for record in first)]
+def _only(known: tuple[Known, ...], first: list[Record]) -> Known:
+    fits = [format for format in known if all(format.matches(record.value) for record in first)]
     if len(fits) == 1:
         return fits[0]
-    odd = next((record for record in first if not any(format.matches(record.value) for format in formats())), first[0])
+    odd = next((record for record in first if not any(format.matches(record.value) for format in known)), first[0])
     keys = ", ".join(_keys(odd.value))
     if not fits:
         raise UserError(
             "no format fits these records", where=odd.place, why=f"this one has {keys}",
-            fix=f"name the format, format=KIND (in a recipe data.format): {', '.join(item.kind for item in formats())}",
+            fix=f"name the format, format=KIND (in a recipe data.format): {', '.join(item.kind for item in known)}",
         )
     names = " or ".join(f"format={item.kind}" for item in fits)
     raise UserError(
@@ -92,9 +121,9 @@ def _only(first: list[Record]) -> Format:
 
 
 @cache
-def formats() -> tuple[Format, ...]:
-    """Every format of the folder, with its own names of keys."""
-    return tuple(find_kind(Format, Format.folder, kind)() for kind in kinds_in(Format.folder) if kind != "auto")
+def formats(base: type[Any] = Format) -> tuple[Any, ...]:
+    """Every format of a folder, with its own names of keys."""
+    return tuple(find_kind(base, base.folder, kind)() for kind in kinds_in(base.folder) if kind != "auto")
 
 
 def _keys(value: Any) -> list[str]:
