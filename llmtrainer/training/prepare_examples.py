@@ -15,11 +15,13 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.data import stdlib
 from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading
-from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
+from llmtrainer.data.example_rows import Choices
+from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Totals, require_few_losses
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import Format, RecordFormat
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.open import find
+from llmtrainer.data.outcome import RowChoices
 from llmtrainer.data.packed import FATES, Store, is_store
 from llmtrainer.data.records import holding, records
 from llmtrainer.tokenizer.chat import Chat
@@ -41,8 +43,8 @@ class Wish:
     """Which files, how they are read, and what their rows are to be."""
 
     paths: tuple[str, ...]
-    format: Format
-    choices: Choices
+    format: RecordFormat
+    choices: RowChoices
     max_dropped_share: float = 0.1
     template: str = "auto"
     date: str | None = None

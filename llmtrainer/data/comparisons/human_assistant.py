@@ -14,8 +14,8 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class HumanAssistant(ComparisonFormat):
-    """`{"chosen", "rejected"}`, each a whole dialogue `\\n\\nHuman: ...\\n\\nAssistant: ...`. They become messages: what
-    both begin with is the prompt, and what the assistant says last the answer."""
+    """`{"chosen", "rejected"}`, each a whole dialogue `\\n\\nHuman: ...\\n\\nAssistant: ...`. They become messages:
+    what both begin with is the prompt, and what the assistant says last the answer."""
 
     sample: ClassVar[tuple[Any, Comparison]] = (
         {"chosen": "\n\nHuman: 2 + 3?\n\nAssistant: 5", "rejected": "\n\nHuman: 2 + 3?\n\nAssistant: 6"},
