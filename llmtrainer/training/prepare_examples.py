@@ -89,9 +89,21 @@ def look(wish: Wish) -> Found:
     if empty and files:
         warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
     if not files:
-        raise UserError("there are no records to learn from", where=wish.name, fix="name a file of conversations")
+        raise UserError("there are no records to learn from", where=wish.name, fix="name a file of records")
+    if "liked" in told and len(told) > 1 and compares(wish.format):
+        other = next(kind for kind in told if kind != "liked")
+        raise UserError(
+            "some files compare answers, and some say whether one was liked", where=wish.name,
+            why=f"formats liked and {other}: no objective learns from both at once",
+            fix="name files of one sort",
+        )
     how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]
     return Found(tuple(files), tuple(how))
+
+
+def compares(format: RecordFormat) -> bool:
+    """Whether records of this format are comparisons."""
+    return isinstance(format, ComparisonFormat)
 
 
 def key_of(wish: Wish, files: Sequence[ExampleFile], hashes: dict[str, Any]) -> str:
@@ -174,6 +186,12 @@ def _given(wish: Wish) -> Store:
         raise UserError(
             "the token store was made of text, not of conversations", where=str(store.path),
             fix="data.kind=documents, or name the files of conversations",
+        )
+    if bool(store.comparisons) != compares(wish.format):
+        raise UserError(
+            "the token store holds " + ("comparisons" if store.comparisons else "conversations"),
+            where=str(store.path),
+            fix="data.kind=preferences" if store.comparisons else "data.kind=examples",
         )
     if store.manifest.get("template") != wish.chat.fingerprint:
         raise UserError(
