@@ -50,11 +50,15 @@ class Comparison:
     prompt: tuple[Message, ...]
     """The turns that every answer follows."""
     answers: tuple[tuple[Message, ...], ...]
-    """At least two, the best first; or, with `liked`, one."""
+    """At least two, the best first; or, with `liked`, one. Empty where there are `ids`."""
     liked: bool | None = None
     """Whether the only answer was liked (KTO). None: answers are compared with each other."""
     margin: float | None = None
     """By how much the first is better, where the record says so."""
+    scores: tuple[float, ...] = ()
+    """What each answer scored, falling, where the record says so."""
+    ids: tuple[tuple[int, ...], ...] = ()
+    """Where another program has tokenised the record: ids of the prompt, then of each answer."""
     tools: tuple[Mapping[str, Any], ...] = ()
     plain: bool = False
     """As of Example: prompt and answers as they stand, without a template."""

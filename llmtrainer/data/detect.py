@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in
-from llmtrainer.core.example import Example
+from llmtrainer.core.example import Comparison, Example, Message
 from llmtrainer.data import stdlib
 from llmtrainer.data.document import Reading, SourceFile
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import Format, RecordFormat
 from llmtrainer.data.records import Record, first_value, holding
 
 FIRST = 16
@@ -23,28 +23,32 @@ _SHOWN = 160
 """Characters of a text in what is printed."""
 
 
+Known = TypeVar("Known", bound=RecordFormat)
+
+
 @dataclass(frozen=True)
-class Detected:
+class Detected(Generic[Known]):
     """What a file was found to be."""
 
-    format: Format
+    format: Known
     how: str
     """For people: the format, how it is known, and the first example."""
 
 
-def detect(wanted: Format, found: Iterable[Record], *, bad_may_drop: bool = False) -> Detected | None:
+def detect(wanted: Known, found: Iterable[Record], *, bad_may_drop: bool = False) -> Detected[Known] | None:
     """The format of a file with these records: the one that is wanted, or, for `auto`, the only one that the first
     records fit. None for a file without records. `bad_may_drop`: a record that fits no format does not count. Raises
     UserError where none or several fit."""
     first = list(itertools.islice(found, FIRST))
+    known: tuple[Known, ...] = formats(type(wanted).base())
     if bad_may_drop:
-        first = [record for record in first if any(item.matches(record.value) for item in formats())] or first
+        first = [record for record in first if any(item.matches(record.value) for item in known)] or first
     if not first:
         return None
-    chosen = wanted if wanted.kind != "auto" else _only(first)
+    chosen = wanted if wanted.kind != "auto" else _only(known, first)
     example = placed(chosen, first[0])
-    known = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
-    return Detected(chosen, f"format {chosen.kind} ({known}); {first[0].place}, becomes:\n{shown(example)}")
+    how = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
+    return Detected(chosen, f"format {chosen.kind} ({how}); {first[0].place}, becomes:\n{shown(example)}")
 
 
 def conversations_in(
@@ -66,8 +70,8 @@ def conversations_in(
     return holding(files, warn) if certain or any(format.matches(first) for format in formats()) else []
 
 
-def placed(format: Format, record: Record) -> Example:
-    """The example of a record; an error says where the record stands."""
+def placed(format: RecordFormat, record: Record) -> Any:
+    """What a record holds, in the format's own class; an error says where the record stands."""
     try:
         return format.example(record.value)
     except UserError as error:
@@ -75,18 +79,43 @@ def placed(format: Format, record: Record) -> Example:
         raise
 
 
-def shown(example: Example) -> str:
+def shown(example: Example | Comparison) -> str:
     """An example for people, a line a message, long texts shortened."""
+    if isinstance(example, Comparison):
+        return _compared(example)
     lines = ["  without a template: what is read, then what is learned"] if example.plain else []
-    lines += [f"  tools: {', '.join(_name(tool) for tool in example.tools)}"] if example.tools else []
-    for message in example.messages:
-        told = message.content
-        if message.thinking:
-            told = f"({short(message.thinking)}) {told}"
-        for call in message.tool_calls:
-            told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
-        lines.append(f"  {message.role}: {short(told)}")
+    lines += _tools(example) + [_line(message) for message in example.messages]
     return "\n".join(lines)
+
+
+def _compared(comparison: Comparison) -> str:
+    if comparison.ids:
+        prompt, *answers = (len(ids) for ids in comparison.ids)
+        return f"  {prompt:,} tokens of the prompt; then, the best first, {', '.join(f'{n:,}' for n in answers)}"
+    lines = ["  without a template: what is read, then each answer"] if comparison.plain else []
+    lines += _tools(comparison) + [_line(message) for message in comparison.prompt]
+    for place, answer in enumerate(comparison.answers):
+        if comparison.liked is not None:
+            title = "liked" if comparison.liked else "not liked"
+        elif comparison.scores:
+            title = f"answer {place + 1}, score {comparison.scores[place]:g}"
+        else:
+            title = f"answer {place + 1}, the {'best' if place == 0 else 'next'}"
+        lines += [f"  -- {title}", *(_line(message) for message in answer)]
+    return "\n".join(lines)
+
+
+def _tools(example: Example | Comparison) -> list[str]:
+    return [f"  tools: {', '.join(_name(tool) for tool in example.tools)}"] if example.tools else []
+
+
+def _line(message: Message) -> str:
+    told = message.content
+    if message.thinking:
+        told = f"({short(message.thinking)}) {told}"
+    for call in message.tool_calls:
+        told += f"{_name(call)}({json.dumps(call['function']['arguments'], ensure_ascii=False)})"
+    return f"  {message.role}: {short(told)}"
 
 
 def plain(example: Example) -> dict[str, Any]:
@@ -94,18 +123,18 @@ def plain(example: Example) -> dict[str, Any]:
     return asdict(example)
 
 
-def _only(first: list[Record]) -> Format:
-    fits = [format for format in formats() if all(format.matches(record.value) for record in first)]
+def _only(known: tuple[Known, ...], first: list[Record]) -> Known:
+    fits = [format for format in known if all(format.matches(record.value) for record in first)]
     if len(fits) == 1:
         return fits[0]
-    odd = next((record for record in first if not any(format.matches(record.value) for format in formats())), first[0])
-    if (meant := _meant(first, odd)) is not None:
+    odd = next((record for record in first if not any(format.matches(record.value) for format in known)), first[0])
+    if (meant := _meant(known, first, odd)) is not None:
         placed(meant, odd)    # says which key is missing or wrong
     keys = ", ".join(_keys(odd.value))
     if not fits:
         raise UserError(
             "no format fits these records", where=odd.place, why=f"this one has {keys}",
-            fix=f"name the format, format=KIND (in a recipe data.format): {', '.join(item.kind for item in formats())}",
+            fix=f"name the format, format=KIND (in a recipe data.format): {', '.join(item.kind for item in known)}",
         )
     names = " or ".join(f"format={item.kind}" for item in fits)
     raise UserError(
@@ -114,20 +143,20 @@ def _only(first: list[Record]) -> Format:
     )
 
 
-def _meant(first: list[Record], odd: Record) -> Format | None:
+def _meant(known: tuple[Known, ...], first: list[Record], odd: Record) -> Known | None:
     """The format of a file in which one of the first records is wrong: the only one that any of them fits; or where
     none fits any, the only one that has a name for a key of the wrong one."""
-    fits = [format for format in formats() if any(format.matches(record.value) for record in first)]
+    fits = [format for format in known if any(format.matches(record.value) for record in first)]
     if not fits and isinstance(odd.value, dict):
-        named = ((format, vars(format).values()) for format in formats())
+        named = ((format, vars(format).values()) for format in known)
         fits = [format for format, keys in named if any(key in odd.value for key in keys)]
     return fits[0] if len(fits) == 1 else None
 
 
 @cache
-def formats() -> tuple[Format, ...]:
-    """Every format of the folder, with its own names of keys."""
-    return tuple(find_kind(Format, Format.folder, kind)() for kind in kinds_in(Format.folder) if kind != "auto")
+def formats(base: type[Any] = Format) -> tuple[Any, ...]:
+    """Every format of a folder, with its own names of keys."""
+    return tuple(find_kind(base, base.folder, kind)() for kind in kinds_in(base.folder) if kind != "auto")
 
 
 def _keys(value: Any) -> list[str]:

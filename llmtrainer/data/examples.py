@@ -7,17 +7,15 @@ import itertools
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.example import Example, Message, TokenRow
-from llmtrainer.data.detect import placed
 from llmtrainer.data.document import Reading, SourceFile
 from llmtrainer.data.encode import (
     SHARD_TOKENS,
@@ -26,11 +24,12 @@ from llmtrainer.data.encode import (
     hashed,
     state_of,
 )
-from llmtrainer.data.fates import KEPT, Run, Totals, joined, require_few_losses, totals
-from llmtrainer.data.format import Format
-from llmtrainer.data.length import LengthPolicy, Piece
+from llmtrainer.data.fates import Run, Totals, joined, require_few_losses, totals
+from llmtrainer.data.format import RecordFormat
+from llmtrainer.data.length import Piece
 from llmtrainer.data.made_once import store_made_once
-from llmtrainer.data.packed import FATES, Store, dtype_for
+from llmtrainer.data.outcome import RowChoices, RowMaker
+from llmtrainer.data.packed import FATES, Compared, Store, dtype_for
 from llmtrainer.data.records import Record, records
 from llmtrainer.data.shards import ShardWriter
 from llmtrainer.data.workers import worked_by, worked_here
@@ -39,26 +38,7 @@ if TYPE_CHECKING:    # core imports torch, which a process that only tokenises w
     from llmtrainer.core.protocols import Tokenizer
 
 BATCH_RECORDS = 128
-Learn = Literal["answers", "last_answer", "everything"]
 _BLOCK = 2**14
-
-
-class RowMaker(Protocol):
-    """Examples to ids: a chat template with its tokenizer."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which ids an example becomes, tokenizer included."""
-        ...
-
-    @property
-    def end_ids(self) -> Sequence[int]:
-        """Ids at which an answer stops."""
-        ...
-
-    def rows(self, example: Example) -> Sequence[TokenRow]:
-        """One row, or several where the template shows an earlier answer otherwise than the last."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,29 +46,7 @@ class ExampleFile:
     """A file of records, and how they are to be read."""
 
     source: SourceFile
-    format: Format
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What decides the rows besides files, tokenizer and template."""
-
-    length: LengthPolicy
-    bad_records: Literal["stop", "drop"] = "stop"
-    """What a record that its format or the template refuses does: end the preparation, or become a fate."""
-    allow_truncated: bool = False
-    allow_pickle: bool = False
-    learn: Learn = "answers"
-    """Which tokens are targets: those of the answers, of the last one alone, or all of the last row of a record."""
-    gate: str | None = None
-    """The key of a record under which it names the adapters of a mixture that it goes through."""
-
-    def facts(self) -> list[Any]:
-        length = self.length
-        cut = [length.cut_side, length.cut_end] if length.too_long == "cut" else []
-        found: list[Any] = [length.longest, length.too_long, *cut, self.bad_records, self.allow_truncated]
-        found += [] if self.learn == "answers" else [self.learn]
-        return found if self.gate is None else [*found, ["gate", self.gate]]
+    format: RecordFormat
 
 
 @dataclass
@@ -115,6 +73,8 @@ class _Made:
     """The fate of each record, as `Run.plain`."""
     gates: list[str]
     """What each row calls the adapters that it goes through; empty where that is not asked for."""
+    compared: list[Compared | None]
+    """What the rows of each record are to each other."""
 
 
 def write_examples(
@@ -123,7 +83,7 @@ def write_examples(
     tokenizer: Tokenizer,
     out: Path,
     *,
-    choices: Choices,
+    choices: RowChoices,
     max_dropped_share: float = 0.1,
     workers: int = 0,
     shard_tokens: int = SHARD_TOKENS,
@@ -239,7 +199,7 @@ def _append(writer: ShardWriter, batch: _Batch, made: _Made) -> None:
         writer.add(
             made.ids[tokens], made.lengths[rows], np.repeat(batch.sources[at:stop], made.rows[at:stop]),
             made.sizes[at:stop], made.weights[tokens], [run.plain() for run in joined(made.runs[at:stop])],
-            made.gates[rows],
+            made.gates[rows], [item for item in made.compared[at:stop] if item is not None],
         )  # fmt: skip
         at = stop
 
@@ -265,7 +225,7 @@ def _finish(
 
 
 def _worker(
-    make: Callable[[], RowMaker], formats: list[Format], choices: Choices, vocabulary: int, end: int
+    make: Callable[[], RowMaker], formats: list[RecordFormat], choices: RowChoices, vocabulary: int, end: int
 ) -> Callable[[_Batch], _Made]:
     maker = make()
     # What is joined without a template stops at the tokenizer's own end.
@@ -274,13 +234,17 @@ def _worker(
 
 
 def _made(
-    maker: RowMaker, formats: list[Format], choices: Choices, vocabulary: int, ends: frozenset[int], batch: _Batch
+    maker: RowMaker, formats: list[RecordFormat], choices: RowChoices, vocabulary: int, ends: frozenset[int],
+    batch: _Batch,
 ) -> _Made:
     pieces: list[Piece] = []
-    rows, sizes, runs, gates = [], [], [], []
+    rows, sizes, runs = [], [], []
+    gates: list[str] = []
+    compared: list[Compared | None] = []
     for record, source in zip(batch.records, batch.sources, strict=True):
-        fate, why, said, gate, found = _fate(maker, formats[source], choices, ends, record)
+        fate, why, said, found, gate, relation = choices.outcome(maker, formats[source], ends, record)
         gates += [] if gate is None else [gate] * len(found)
+        compared.append(relation if found else None)
         place = None if fate == "kept" else record.place
         pieces += found
         rows.append(len(found))
@@ -291,82 +255,5 @@ def _made(
     return _Made(
         ids, np.concatenate([np.zeros(0, np.float32), *(piece.weights for piece in pieces)]),
         np.array([len(piece.tokens) for piece in pieces], dtype=np.int64), np.array(rows, dtype=np.int64),
-        np.array(sizes, dtype=np.int64), runs, gates,
+        np.array(sizes, dtype=np.int64), runs, gates, compared,
     )  # fmt: skip
-
-
-def _fate(
-    maker: RowMaker, format: Format, choices: Choices, ends: frozenset[int], record: Record
-) -> tuple[str, str | None, int, str | None, list[Piece]]:
-    """(fate, why, bytes of text, gates, rows) of a record."""
-    try:
-        example = placed(format, record)
-        gate = _gate(example, record, choices.gate)
-        rows = _rows(maker, example, record, choices.learn)
-    except UserError as error:
-        if choices.bad_records == "stop":
-            raise
-        return "bad record", error.what, 0, None, []
-    said = sum(len(message.content.encode(errors="replace")) for message in example.messages)
-    fates, kept = [], []
-    for row in rows:
-        fate, pieces = _shortened(row, choices.length, ends)
-        fates.append(fate)
-        kept += pieces
-    other = [fate for fate in fates if fate != "kept"]
-    lost = any(fate not in KEPT for fate in other)
-    fate = "kept in part" if kept and lost else other[0] if other else "kept"
-    longest = max(len(row.tokens) for row in rows)
-    return fate, None if fate == "kept" else f"{longest:,} tokens", said, gate, kept
-
-
-def _gate(example: Example, record: Record, key: str | None) -> str | None:
-    """What a record calls the adapters that it goes through; None where nobody asks."""
-    if key is None:
-        return None
-    gate = example.facts.get(key)
-    if not isinstance(gate, str):
-        raise UserError(
-            "a record names no gates", where=f"{record.place}, key `{key}`",
-            why="every sample of a gated mixture names its adapters in a text, such as `t1a3`; an empty one: none"
-            if gate is None else f"it is {gate!r} where a text is wanted",
-            fix="mend the record, or name the key that has them (data.gate=KEY)",
-        )
-    return gate
-
-
-def _shortened(row: Piece, length: LengthPolicy, ends: frozenset[int]) -> tuple[str, list[Piece]]:
-    """(fate, rows that are stored) of one row; a row without a target is never stored."""
-    if not row.targets:
-        return "nothing to learn", []
-    fate, pieces = length.applied(row, ends)
-    found = [piece for piece in pieces if piece.targets]
-    return ("targets cut away" if pieces and not found else fate), found
-
-
-def _rows(maker: RowMaker, example: Example, record: Record, learn: str) -> list[Piece]:
-    if learn == "last_answer":
-        example = _with_one_answer(example)
-    try:
-        rows = maker.rows(example)
-    except UserError as error:
-        error.where = record.place if error.where is None else f"{record.place}, {error.where}"
-        raise
-    assert rows and all(len(row.tokens) == len(row.weights) for row in rows)
-    if learn == "everything":
-        rows = [TokenRow(rows[-1].tokens, (1.0,) * len(rows[-1].tokens))]
-    return [Piece(np.array(row.tokens, dtype=np.int64), np.array(row.weights, dtype=np.float32)) for row in rows]
-
-
-def _with_one_answer(example: Example) -> Example:
-    """The conversation, of which the last answer that counts is learned and what lies before it is only read."""
-    counting = [place for place, message in enumerate(example.messages) if _counts(message)]
-    earlier = counting[:-1]
-    messages = [
-        replace(message, weight=0.0) if place in earlier else message for place, message in enumerate(example.messages)
-    ]
-    return replace(example, messages=tuple(messages))
-
-
-def _counts(message: Message) -> bool:
-    return message.role == "assistant" and (message.weight is None or message.weight > 0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 from llmtrainer.base.config import Kind
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.example import Example, Message
+from llmtrainer.core.example import Comparison, Example, Message
 
 ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -18,23 +18,48 @@ ROLES = {
 """Who speaks, by the names that files have for it. `function_call` and `tool_call` are the assistant's calls."""
 
 
-class Format(Kind):
-    """How a file writes a conversation down. `auto` looks at the first records, says what they are, and shows one."""
+class RecordFormat(Kind):
+    """How a file writes something down. `auto` looks at the first records, says what they are, and shows one."""
 
-    folder: ClassVar[str] = "llmtrainer.data.formats"
     default_kind: ClassVar[str] = "auto"
     shorthand: ClassVar[str] = "kind"
-
-    sample: ClassVar[tuple[Any, Example]]
-    """A record, and what it becomes."""
 
     def matches(self, record: object) -> bool:
         """Whether a record looks like one of this format: by its keys and their types, not by what they say."""
         raise NotImplementedError
 
+    def example(self, record: object) -> Example | Comparison:
+        """What a record holds. UserError names the key that is missing or wrong, by its path inside the record; who
+        reads the file adds file and line."""
+        raise NotImplementedError
+
+
+class Format(RecordFormat):
+    """How a file writes a conversation down. `auto` looks at the first records, says what they are, and shows one."""
+
+    folder: ClassVar[str] = "llmtrainer.data.formats"
+
+    sample: ClassVar[tuple[Any, Example]]
+    """A record, and what it becomes."""
+
     def example(self, record: object) -> Example:
         """The example that a record holds. UserError names the key that is missing or wrong, by its path inside the
         record; who reads the file adds file and line."""
+        raise NotImplementedError
+
+
+class ComparisonFormat(RecordFormat):
+    """How a file writes down which answers are better. `auto` looks at the first records, says what they are, and
+    shows one."""
+
+    folder: ClassVar[str] = "llmtrainer.data.comparisons"
+
+    sample: ClassVar[tuple[Any, Comparison]]
+    """A record, and what it becomes."""
+
+    def example(self, record: object) -> Comparison:
+        """The comparison that a record holds. UserError names the key that is missing or wrong, by its path inside
+        the record; who reads the file adds file and line."""
         raise NotImplementedError
 
 
@@ -167,7 +192,9 @@ def turn(value: object, path: str) -> Message:
 
 def either(value: object, path: str) -> Message:
     """One message under OpenAI's keys or ShareGPT's."""
-    return turn(value, path) if "from" in mapping(value, path) else message(value, path)
+    record = mapping(value, path)
+    theirs = "role" not in record and ("from" in record or "value" in record)
+    return turn(record, path) if theirs else message(record, path)
 
 
 def turns(value: object, path: str) -> tuple[Message, ...]:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from llmtrainer.base.errors import UserError
 
 VERSION = 1
 MANIFEST, DOCUMENTS, FATES, GATES = "manifest.json", "documents.bin", "fates.jsonl", "gates.bin"
+COMPARISONS, SHARED, LIKED, MARGINS = "comparisons.bin", "shared.bin", "liked.bin", "margins.bin"
+OF_COMPARISONS = (COMPARISONS, SHARED, LIKED, MARGINS)
 _STRIDE = 4096
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
@@ -36,6 +38,19 @@ def weights_name(index: int) -> str:
 def dtype_for(vocabulary: int) -> np.dtype[Any]:
     """The narrowest id that holds a vocabulary: two bytes up to 65,536 ids, else four (little-endian)."""
     return np.dtype("<u2" if vocabulary <= 2**16 else "<u4")
+
+
+class Compared(NamedTuple):
+    """What is kept of a comparison besides its documents, which follow each other, the best first."""
+
+    documents: int
+    """How many answers there are, a document each."""
+    shared: int
+    """Tokens that all of them begin with and none of them learns: the prompt."""
+    liked: bool | None = None
+    """Whether the only answer was liked; None: answers are compared with each other."""
+    margin: float | None = None
+    """By how much the first is better than the other."""
 
 
 class Store:
@@ -73,6 +88,8 @@ class Store:
         """What rows call the adapters of a mixture that they go through; empty where no row says."""
         self._gate_D = np.memmap(self.path / GATES, "<i4", "r") if self.gate_names else np.zeros(0, dtype="<i4")
         self._gates_NG: NDArray[np.int64] | None = None
+        self.comparisons = int(self.manifest.get("comparisons", 0))
+        """How many comparisons the documents are the answers of; 0 where they are none. See comparisons.py."""
         if len(self.offsets) != self.documents + 1 or self.offsets[-1] != self.tokens:
             raise self._damaged(DOCUMENTS, "its offsets do not match the counts of the manifest")
         if self.gate_names and len(self._gate_D) != self.documents:
@@ -130,6 +147,10 @@ class Store:
     def gates(self, document: int) -> NDArray[np.int64] | None:
         """The gates of a row as `number_gates` had them, a number for each group: [G]. None before that."""
         return None if self._gates_NG is None else self._gates_NG[self._gate_D[document]]
+
+    def holds(self, name: str) -> bool:
+        """Whether it has this file."""
+        return name in self._files
 
     @property
     def gate_groups(self) -> int:

@@ -16,7 +16,22 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import sync_folder
-from llmtrainer.data.packed import DOCUMENTS, FATES, GATES, MANIFEST, VERSION, sha256_of, shard_name, weights_name
+from llmtrainer.data.packed import (
+    COMPARISONS,
+    DOCUMENTS,
+    FATES,
+    GATES,
+    LIKED,
+    MANIFEST,
+    MARGINS,
+    OF_COMPARISONS,
+    SHARED,
+    VERSION,
+    Compared,
+    sha256_of,
+    shard_name,
+    weights_name,
+)
 
 _JOURNAL, _GROWING, _GROWING_WEIGHTS = "journal.jsonl", ".growing", ".growing-weights"
 _SWITCH, _FLOAT = np.dtype("|u1"), np.dtype("<f4")
@@ -103,13 +118,17 @@ class ShardWriter:
     def add(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], sources: NDArray[np.int64], sizes: NDArray[np.int64],
         weights: NDArray[np.float32] | None = None, notes: Sequence[Any] = (), gates: Sequence[str] = (),
+        compared: Sequence[Compared] = (),
     ) -> None:  # fmt: skip
         """Add documents that are not to be torn apart to the open shard, and close it if they fill it. `notes` are
         written into the journal with the shard: what the writer of the documents must know to go on behind them.
-        `gates`: what each document calls the adapters that it goes through, of all documents or of none."""
+        `gates`: what each document calls the adapters that it goes through, of all documents or of none. `compared`:
+        the comparisons that the documents are the answers of, of all documents or of none."""
         assert (weights is not None) == self.weighted and (weights is None or len(weights) == len(ids))
         assert len(gates) in (0, len(lengths))
+        assert not compared or sum(item.documents for item in compared) == len(lengths)
         self._gates += gates
+        self._compared += compared
         self._write(ids.astype(self.dtype, copy=False))
         if weights is not None:
             self._shard_weights.write(weights.astype(_FLOAT, copy=False).tobytes())
@@ -149,12 +168,15 @@ class ShardWriter:
         gates = [gate for line in self.closed for gate in line.get("gates", ())]
         names = sorted(set(gates))
         kept |= self._finish_gates(gates, names)
+        compared = [Compared(*item) for line in self.closed for item in line.get("compared", ())]
+        kept |= self._finish_compared(compared)
         offsets = {"bytes": 8 * (self.documents + 1), "sha256": sha256_of(self.partial / DOCUMENTS)}
         manifest = {
             "version": VERSION,
             "dtype": self.dtype.str,
             **({"weights": self._weight_type.str} if self.weighted else {}),
             **({"gates": names} if names else {}),
+            **({"comparisons": len(compared)} if compared else {}),
             **facts,
             "documents": self.documents,
             "tokens": self.tokens,
@@ -200,6 +222,23 @@ class ShardWriter:
         places = {name: place for place, name in enumerate(names)}
         return self._finish_file(GATES, np.array([places[gate] for gate in gates], dtype="<i4").tobytes())
 
+    def _finish_compared(self, compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
+        """Where each comparison begins, what its answers share, and, where any says so, its label or margin."""
+        if not compared:
+            return {}
+        ends = np.cumsum([0, *(item.documents for item in compared)])
+        assert ends[-1] == self.documents, "some documents belong to no comparison"
+        held = {COMPARISONS: ends.astype("<i8"), SHARED: np.array([item.shared for item in compared], dtype="<i4")}
+        if any(item.liked is not None for item in compared):
+            assert all(item.liked is not None for item in compared), "some compare, and some are liked or not"
+            held[LIKED] = np.array([item.liked for item in compared], dtype="|u1")
+        if any(item.margin is not None for item in compared):
+            held[MARGINS] = np.array([item.margin or 0.0 for item in compared], dtype="<f4")
+        found: dict[str, dict[str, Any]] = {}
+        for name, numbers in held.items():
+            found |= self._finish_file(name, numbers.tobytes())
+        return found
+
     def _finish_file(self, name: str, content: bytes) -> dict[str, dict[str, Any]]:
         with (self.partial / name).open("wb") as file:
             file.write(content)
@@ -218,6 +257,7 @@ class ShardWriter:
         self._of_source: dict[int, int] = {}
         self._notes: list[Any] = []
         self._gates: list[str] = []
+        self._compared: list[Compared] = []
         if self.weighted:
             self._shard_weights = (self.partial / _GROWING_WEIGHTS).open("wb")
             self._fractions = False
@@ -245,6 +285,7 @@ class ShardWriter:
             "sources": sorted(self._of_source.items()),
             **({"fractions": self._fractions, "notes": self._notes} if self.weighted else {}),
             **({"gates": self._gates} if self._gates else {}),
+            **({"compared": self._compared} if self._compared else {}),
         }
         # Only now does the shard count: what this line vouches for is on the disk before it.
         self._journal.write(json.dumps(line).encode() + b"\n")
@@ -290,7 +331,7 @@ def _retype(source: Path, target: Path, old: np.dtype[Any], new: np.dtype[Any]) 
 
 def _start(partial: Path, key: str) -> None:
     for item in partial.iterdir():
-        known = (_JOURNAL, _GROWING, _GROWING_WEIGHTS, MANIFEST, DOCUMENTS, FATES, GATES)
+        known = (_JOURNAL, _GROWING, _GROWING_WEIGHTS, MANIFEST, DOCUMENTS, FATES, GATES, *OF_COMPARISONS)
         if item.name in known or item.match("tokens-*.bin") or item.match("weights-*.bin"):
             item.unlink()
     (partial / DOCUMENTS).write_bytes(np.zeros(1, dtype="<i8").tobytes())

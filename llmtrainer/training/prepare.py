@@ -18,7 +18,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Bytes
 from llmtrainer.data.document import AnyPath, Document, SourceFile
 from llmtrainer.data.encode import write_store
-from llmtrainer.data.examples import Learn
+from llmtrainer.data.example_rows import Learn
 from llmtrainer.data.megatron import write_pair
 from llmtrainer.data.open import documents, find, is_container
 from llmtrainer.data.packed import Store, is_store

@@ -15,11 +15,13 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.data import stdlib
 from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading
-from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
+from llmtrainer.data.example_rows import Choices
+from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Totals, require_few_losses
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import Format, RecordFormat
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.open import find
+from llmtrainer.data.outcome import RowChoices
 from llmtrainer.data.packed import FATES, Store, is_store
 from llmtrainer.data.records import holding, records
 from llmtrainer.tokenizer.chat import Chat
@@ -41,8 +43,8 @@ class Wish:
     """Which files, how they are read, and what their rows are to be."""
 
     paths: tuple[str, ...]
-    format: Format
-    choices: Choices
+    format: RecordFormat
+    choices: RowChoices
     max_dropped_share: float = 0.1
     template: str = "auto"
     date: str | None = None
@@ -87,9 +89,21 @@ def look(wish: Wish) -> Found:
     if empty and files:
         warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
     if not files:
-        raise UserError("there are no records to learn from", where=wish.name, fix="name a file of conversations")
+        raise UserError("there are no records to learn from", where=wish.name, fix="name a file of records")
+    if "liked" in told and len(told) > 1 and compares(wish.format):
+        other = next(kind for kind in told if kind != "liked")
+        raise UserError(
+            "some files compare answers, and some say whether one was liked", where=wish.name,
+            why=f"formats liked and {other}: no objective learns from both at once",
+            fix="name files of one sort",
+        )
     how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]
     return Found(tuple(files), tuple(how))
+
+
+def compares(format: RecordFormat) -> bool:
+    """Whether records of this format are comparisons."""
+    return isinstance(format, ComparisonFormat)
 
 
 def key_of(wish: Wish, files: Sequence[ExampleFile], hashes: dict[str, Any]) -> str:
@@ -172,6 +186,12 @@ def _given(wish: Wish) -> Store:
         raise UserError(
             "the token store was made of text, not of conversations", where=str(store.path),
             fix="data.kind=documents, or name the files of conversations",
+        )
+    if bool(store.comparisons) != compares(wish.format):
+        raise UserError(
+            "the token store holds " + ("comparisons" if store.comparisons else "conversations"),
+            where=str(store.path),
+            fix="data.kind=preferences" if store.comparisons else "data.kind=examples",
         )
     if store.manifest.get("template") != wish.chat.fingerprint:
         raise UserError(

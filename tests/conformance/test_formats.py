@@ -1,4 +1,4 @@
-"""What every format of conversations must do, whichever keys it reads."""
+"""What every format of conversations, and of comparisons, must do, whichever keys it reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import pytest
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import ComparisonFormat, Format
 
-KINDS = [kind for kind in kinds_in(Format.folder) if kind != "auto"]
+BASES: dict[str, type[Format] | type[ComparisonFormat]] = {"formats": Format, "comparisons": ComparisonFormat}
+KINDS = [f"{name}.{kind}" for name, base in BASES.items() for kind in kinds_in(base.folder) if kind != "auto"]
 
 
-def made(kind: str) -> Format:
-    return find_kind(Format, Format.folder, kind)()
+def made(kind: str) -> Format | ComparisonFormat:
+    name, _, kind = kind.partition(".")
+    return find_kind(BASES[name], BASES[name].folder, kind)()    # type: ignore[type-abstract, arg-type]
 
 
 def without_a_key(record: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,4 +69,5 @@ def test_a_record_that_is_no_such_thing_is_refused_by_a_user_error(kind: str, re
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sample_of_a_format_fits_no_other(kind: str) -> None:
     record = made(kind).sample[0]
-    assert [other for other in KINDS if made(other).matches(record)] == [kind]
+    others = [other for other in KINDS if other.partition(".")[0] == kind.partition(".")[0]]
+    assert [other for other in others if made(other).matches(record)] == [kind]

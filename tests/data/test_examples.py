@@ -14,7 +14,8 @@ import pytest
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data import examples as writing
-from llmtrainer.data.examples import Choices, ExampleFile, duplicates, fates_of, write_examples
+from llmtrainer.data.example_rows import Choices
+from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Run, joined, totals
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.packed import FATES, Store

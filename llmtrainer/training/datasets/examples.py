@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.budget_source import BudgetSource
-from llmtrainer.data.examples import Choices, Learn
+from llmtrainer.data.example_rows import Choices, Learn
 from llmtrainer.data.format import Format
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy

@@ -1,0 +1,104 @@
+"""What the formats of comparisons share: prompts of texts or messages, answers, scores and labels under many names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmtrainer.core.example import Message
+from llmtrainer.data.format import optional_text, refused, text, turns
+
+Turns = tuple[Message, ...]
+
+NAMES = ("prompt_id", "id")
+BETTER = ("chosen", "selected")
+"""What the better of two answers is called."""
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+MARGINS = ("margin", *(name for names in SCORES for name in names))
+"""Keys of a record that say by how much the better answer is better."""
+
+
+def better_key(record: object, named: str | None) -> str:
+    """The key of the better answer: the one that is named, else the first usual one that the record has."""
+    if named is not None:
+        return named
+    return next((key for key in BETTER if isinstance(record, Mapping) and key in record), BETTER[0])
+
+
+def prompt_of(value: object, path: str, system: str | None, *, as_messages: bool) -> tuple[Turns, bool]:
+    """(turns, whether they are read as they stand) of a prompt: a text, or messages under OpenAI's keys or
+    ShareGPT's."""
+    if isinstance(value, str):
+        plain = system is None and not as_messages
+        return _with_system((Message("user", value),), system), plain
+    return _with_system(turns(value, path), system), False
+
+
+def answer_of(value: object, path: str) -> Turns:
+    """The turns of an answer: a text, a message, or a list of them, of which one at least is the assistant's."""
+    if isinstance(value, str):
+        return (Message("assistant", value),)
+    if not isinstance(value, Mapping | list | tuple):
+        refused(f"`{path}` is no answer", path, "it is a text, a message, or a list of messages with their roles")
+    found = turns(value, path)
+    if not any(message.role == "assistant" for message in found):
+        refused("an answer has no message of the assistant", path)
+    return found
+
+
+def _with_system(messages: Turns, system: str | None) -> Turns:
+    if not system or messages[0].role == "system":
+        return messages
+    return (Message("system", system), *messages)
+
+
+def system_of(record: Mapping[str, Any]) -> str | None:
+    """What stands under `system`, if it says anything."""
+    return optional_text(record, "system") or None
+
+
+def margin_of(record: Mapping[str, Any]) -> float | None:
+    """By how much the better answer is better: `margin`, or the difference of the two scores."""
+    if record.get("margin") is not None:
+        return number(record["margin"], "margin")
+    for better, worse in SCORES:
+        if record.get(better) is not None and record.get(worse) is not None:
+            return number(record[better], better) - number(record[worse], worse)
+    return None
+
+
+def number(value: object, path: str) -> float:
+    """A finite number, which a table may hold as text."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        found = None
+    if found is None or not math.isfinite(found):
+        refused(f"`{path}` is {value!r} where a number is wanted", path)
+    return found
+
+
+def label(value: object, path: str) -> bool:
+    """Whether an answer was liked: true or false, or 1 or 0."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    refused(f"`{path}` is {value!r} where true or false is wanted", path, "true: the answer was liked")
+
+
+def is_label(value: object) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false")
+    return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def told(value: object, path: str) -> str:
+    """A text that says something."""
+    found = text(value, path)
+    if not found.strip():
+        refused(f"`{path}` says nothing", path)
+    return found

@@ -1,0 +1,109 @@
+"""Several answers to one prompt, in the order of how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from llmtrainer.core.example import Comparison, Message
+from llmtrainer.data.compared import NAMES, Turns, answer_of, number, prompt_of, system_of
+from llmtrainer.data.format import ComparisonFormat, are_turns, identity, items, mapping, others, refused
+
+ANSWERS = ("answers", "responses", "completions")
+_TEXTS = ("text", "answer", "response", "completion", "content")
+_SCORES = ("score", "rating", "overall_score", "reward")
+
+
+class Ranked(ComparisonFormat):
+    """`{"prompt", "answers": [the best, the next, ...]}`, texts or messages; `{"answers": [{"text", "score"}, ...]}` in
+    any order, or `scores` beside them, of which the highest is the best; or a list of texts without a prompt. Of
+    answers with the same score the first counts. `responses` and `completions` are names for `answers` too."""
+
+    prompt: str = "prompt"
+    """The key of the prompt, a text or messages. A record may have none."""
+
+    answers: str | None = None
+    """The key of the list. Left out: answers, responses or completions."""
+
+    as_messages: bool = False
+    """Whether the chat template stands around a prompt and answers that are texts."""
+
+    sample: ClassVar[tuple[Any, Comparison]] = (
+        {"prompt": "2 + 3 = ", "answers": [{"text": "6", "score": 1}, {"text": "5", "score": 3}]},
+        Comparison(
+            (Message("user", "2 + 3 = "),), ((Message("assistant", "5"),), (Message("assistant", "6"),)),
+            scores=(3.0, 1.0), plain=True,
+        ),
+    )  # fmt: skip
+
+    def matches(self, record: object) -> bool:
+        if isinstance(record, list):
+            return len(record) >= 2 and all(isinstance(item, str) for item in record)
+        found = record.get(self._key(record)) if isinstance(record, dict) else None
+        return isinstance(found, list) and len(found) >= 2 and all(
+            isinstance(item, str) or are_turns(item) or (isinstance(item, Mapping) and _text_key(item) is not None)
+            for item in found
+        )
+
+    def example(self, record: object) -> Comparison:
+        whole = {"answers": record} if isinstance(record, list) else mapping(record)
+        key = self._key(whole)
+        if key not in whole:
+            refused(
+                f"a record has no `{key}`", key,
+                f"it has: {', '.join(f'`{name}`' for name in list(whole)[:12]) or 'nothing'}",
+                "mend the record, or name the format that the file has (in a recipe data.format)",
+            )
+        found = items(whole[key], key)
+        if len(found) < 2:
+            refused(f"`{key}` has {len(found)} answers", key, "two at least are compared")
+        answers = [_answer(item, f"{key}.{place}") for place, item in enumerate(found)]
+        scores = _scores(whole, found, key)
+        if scores:
+            order = sorted(range(len(answers)), key=lambda place: -scores[place])
+            answers, scores = [answers[place] for place in order], [scores[place] for place in order]
+        told = whole.get(self.prompt)
+        texts = all(len(answer) == 1 and not answer[0].tool_calls for answer in answers)
+        prompt, plain = prompt_of(
+            "" if told is None else told, self.prompt, system_of(whole), as_messages=self.as_messages or not texts
+        )
+        if told is None and not plain:
+            refused(f"a record has no `{self.prompt}`", self.prompt, "messages answer something")
+        return Comparison(
+            prompt, tuple(answers), scores=tuple(scores), plain=plain, name=identity(whole, *NAMES),
+            facts=others(whole, key, self.prompt, "scores", "system", *NAMES),
+        )
+
+    def _key(self, record: Mapping[str, Any]) -> str:
+        return self.answers or next((name for name in ANSWERS if name in record), ANSWERS[0])
+
+
+def _text_key(item: Mapping[str, Any]) -> str | None:
+    return next((name for name in _TEXTS if isinstance(item.get(name), str)), None)
+
+
+def _answer(item: object, path: str) -> Turns:
+    if isinstance(item, Mapping) and not are_turns(item) and (name := _text_key(item)) is not None:
+        return answer_of(item[name], f"{path}.{name}")
+    if isinstance(item, Mapping) and not are_turns(item):
+        refused("an answer has no text", f"{path}.{_TEXTS[0]}", f"it has: {', '.join(f'`{name}`' for name in item)}")
+    return answer_of(item, path)
+
+
+def _scores(record: Mapping[str, Any], found: Any, key: str) -> list[float]:
+    """What each answer scored, as given; empty where nobody says."""
+    if record.get("scores") is not None:
+        beside = items(record["scores"], "scores")
+        if len(beside) != len(found):
+            refused(f"there are {len(beside)} scores for {len(found)} answers", "scores")
+        return [number(item, f"scores.{place}") for place, item in enumerate(beside)]
+    names = [next((name for name in _SCORES if isinstance(item, Mapping) and name in item), None) for item in found]
+    usual = next((name for name in names if name is not None), None)
+    if usual is None:
+        return []
+    scores = []
+    for place, (item, name) in enumerate(zip(found, names, strict=True)):
+        if name is None:
+            refused("an answer has no score, and others have", f"{key}.{place}.{usual}")
+        scores.append(number(item[name], f"{key}.{place}.{name}"))
+    return scores

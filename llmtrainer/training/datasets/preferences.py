@@ -1,0 +1,127 @@
+"""Answers to compare: what preference objectives and reward models learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
+from llmtrainer.data.comparison_rows import ComparisonChoices, PromptCut
+from llmtrainer.data.comparison_source import ComparisonSource
+from llmtrainer.data.comparisons.auto import Auto
+from llmtrainer.data.format import ComparisonFormat
+from llmtrainer.data.packed import LIKED as LABELS
+from llmtrainer.data.packed import MARGINS, Store
+from llmtrainer.training.dataset import Opened, Rows, Setting
+from llmtrainer.training.prepare_examples import Wish, prepared_examples
+from llmtrainer.training.record_files import RecordFiles
+
+
+class Preferences(RecordFiles):
+    """Which comparisons, how they are read and rendered, and how many of them make a step."""
+
+    of: ClassVar[str] = "comparisons"
+
+    format: ComparisonFormat = Auto()
+    """How the files write a comparison: auto tells it of each file by its first records, and the run says what it
+    found. Or a kind by name: texts (prompt, chosen, rejected), messages, conversations, instruction, human_assistant,
+    ranked (several answers, or answers with scores), liked (one answer and a label), ids."""
+
+    too_long: Literal["cut", "drop", "keep"] = "cut"
+    """What becomes of a comparison whose prompt with its longest answer has more than `sequence_length` tokens: cut the
+    prompt, and then, where that is not enough, the ends of the answers; drop it; or keep it as it is."""
+
+    prompt_cut: PromptCut = "keep_end"
+    """Which tokens of a prompt stay that is cut: the last ones, or the first."""
+
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """So many tokens of a prompt stay where a comparison is cut; a shorter prompt stays whole. Left out: half of
+    `sequence_length`."""
+
+    pairs_per_step: int = Field(default=64, ge=1)
+    """Comparisons of one optimizer step over all ranks: the learning knob."""
+
+    share_prompt: bool = True
+    """Read the prompt of a comparison once for all its answers, which do not see each other: the same numbers in less
+    time. false: each answer has its prompt in front of it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Preferences:
+        for name in ("tokens_per_step", "sequences_per_step"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"data.{name} is set, and a step of preferences is counted in comparisons",
+                    fix="data.pairs_per_step=64",
+                )
+        if self.max_prompt_length is not None:
+            if self.too_long != "cut":
+                raise UserError(
+                    f"data.max_prompt_length is for data.too_long=cut, which is {self.too_long}",
+                    fix="remove data.max_prompt_length, or data.too_long=cut",
+                )
+            if self.max_prompt_length >= self.sequence_length:
+                raise UserError(
+                    f"data.max_prompt_length is {self.max_prompt_length:,}, no less than data.sequence_length "
+                    f"{self.sequence_length:,}",
+                    why="nothing would be left for the answers", fix=f"data.max_prompt_length={self.sequence_length // 2}",
+                )
+        return self
+
+    def opened(self, setting: Setting) -> Opened:
+        # A format reads its own keys when a file is prepared, which the cache may spare; here they count as read.
+        for name in type(self.format).model_fields:
+            getattr(self.format, name)
+        _ = self.prompt_cut, self.max_prompt_length    # a prepared store was cut when it was made
+        store, measured = self.prepared(setting.folder, setting.cache)
+        chat = self.chat(setting.folder)
+        train = ComparisonSource(
+            store, pairs_per_step=self.pairs_per_step, held_out=self.held_out, shuffle=self.shuffle,
+            **self._cut(setting),
+        )  # fmt: skip
+        signals = [GROUP, ROW]
+        signals += [LIKED] if store.holds(LABELS) else []
+        signals += [MARGIN] if store.holds(MARGINS) else []
+        return Opened(
+            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
+            self.max_dropped_share, tuple(signals),
+        )  # fmt: skip
+
+    def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
+        """The rows of the training set and of each evaluation set, made now unless the cache has them. `folder`: the
+        tokenizer's."""
+        shared: dict[str, Any] = {
+            "format": self.format, "choices": self._choices(), "max_dropped_share": self.max_dropped_share,
+            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
+            "chat": self.chat(folder), "folder": folder,
+        }  # fmt: skip
+        train = prepared_examples(Wish(self.train, **shared), cache)
+        return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self.sets().items()}
+
+    def _choices(self) -> ComparisonChoices:
+        return ComparisonChoices(
+            self.sequence_length, self.too_long, self.prompt_cut, self.max_prompt_length, self.bad_records,
+            self.allow_truncated, self.allow_pickle,
+        )
+
+    def _cut(self, setting: Setting) -> dict[str, Any]:
+        return {
+            "tokens_per_batch": self.tokens_per_batch, "seed": setting.seed, "share_prompt": self.share_prompt,
+            "rank": setting.engine.rank, "world_size": setting.engine.world_size,
+        }  # fmt: skip
+
+    def _measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
+        """The held-out part and the named sets, each as one step of all its comparisons."""
+        found: dict[str, Rows] = {}
+        still: dict[str, Any] = {**self._cut(setting), "shuffle": False, "prefetch": False}
+        if self.held_out:
+            part: dict[str, Any] = {**still, "part": "held_out", "held_out": self.held_out}
+            whole = ComparisonSource(store, pairs_per_step=1, **part)
+            rows = min(setting.held_out_rows, whole.rows_per_epoch)
+            found["held_out"] = ComparisonSource(store, pairs_per_step=rows, **part)
+        for name, held in sets.items():
+            found[name] = ComparisonSource(held, pairs_per_step=held.comparisons, **still)
+        return found
