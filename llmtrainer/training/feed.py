@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, OLD, REFERENCE, ROLLOUT, Batch
+from llmtrainer.core.batch import ADVANTAGE, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, Batch, Outputs
 from llmtrainer.core.protocols import Annotator, Engine, Source
+from llmtrainer.core.weights_version import weights_version
+from llmtrainer.generation.loop import text_stream
+from llmtrainer.generation.sampler import Sampled
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.reference import FACT, LiveReference, at_rest, reference_of, require_same_reference
+from llmtrainer.training.reference import FACT, Frozen, LiveReference, at_rest, reference_of, require_same_reference
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUTS, State
-from llmtrainer.training.writer import PolicyWriter
+from llmtrainer.training.writing import text_after
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,12 @@ def feed_of(
     resumption: Resumption | None, tell: Callable[[Mapping[str, Any]], None],
 ) -> Feed:
     """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
-    annotators, facts = annotators_of(recipe, rows, policy, engine, compute, resumption)
-    source = source_of(recipe, rows, policy, tokenizer, engine, tell)
+    frozen = frozen_of(recipe, policy, engine, compute, resumption)
+    facts = {} if frozen is None else {FACT: frozen.sha256}
+    # A source of rollouts asks the reference itself, once for all passes over an answer.
+    annotators = () if frozen is None or rows.prompts is not None else (LiveReference(frozen),)
+    require_known(recipe.objective.reads, rows, annotators)
+    source = source_of(recipe, rows, policy, tokenizer, engine, frozen, tell)
     starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy) else {}
     if not isinstance(source, RolloutSource):
         return Feed(source, annotators, facts, {}, dict, starts_at)
@@ -57,7 +63,7 @@ def feed_of(
 
 
 def source_of(
-    recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine,
+    recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine, frozen: Frozen | None,
     tell: Callable[[Mapping[str, Any]], None],
 ) -> Source:
     """The rows on disk, or those that the policy writes itself. UserError where objective and data do not belong
@@ -79,25 +85,21 @@ def source_of(
         )
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
-    writer = writer_of(recipe, rows, policy, tokenizer)
+    settings = recipe.rollout
+    sampling = with_ends(settings.sampling, rows)
 
-    def look(batch: Batch) -> Tensor:
+    def look(batch: Batch, wants: tuple[str, ...]) -> Outputs:
         with at_rest(policy), torch.no_grad():
-            found = engine.forward(batch, ("logp",)).logp_BT
-        assert found is not None
-        return found
+            return engine.forward(batch, wants)
 
     return RolloutSource(
-        rows.prompts, writer, recipe.objective, recipe.rollout, tokens_per_batch=recipe.data.tokens_per_batch,
-        seed=recipe.seed, look=look, tell=tell,
+        rows.prompts, settings.sampler.open(policy, tokenizer, engine.forward, settings.weights), recipe.objective,
+        settings.model_copy(update={"sampling": sampling}),
+        text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer),
+        tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
+        reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
+        version=lambda: weights_version(policy.module), tell=tell,
     )
-
-
-def writer_of(recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer) -> PolicyWriter:
-    """The policy as it answers in training."""
-    sampling = recipe.rollout.sampling
-    require_plain(sampling)
-    return PolicyWriter(policy, tokenizer, with_ends(sampling, rows), recipe.rollout.rows_at_once)
 
 
 def with_ends(sampling: Sampling, rows: Opened) -> Sampling:
@@ -106,50 +108,42 @@ def with_ends(sampling: Sampling, rows: Opened) -> Sampling:
     return sampling.model_copy(update={"stop_ids": tuple(dict.fromkeys([*sampling.stop_ids, *ends]))})
 
 
-def require_plain(sampling: Sampling) -> None:
-    """Refuse to draw from another distribution than the one whose probabilities are trained."""
-    plain = Sampling()
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if getattr(sampling, name) != getattr(plain, name):
-            raise UserError(
-                f"rollout.sampling.{name} is {getattr(sampling, name)}",
-                why="answers would be drawn from another distribution than the one that is trained",
-                fix=f"rollout.sampling.{name}={getattr(plain, name)}",
-            )
-    if sampling.penalises or sampling.suppress:
-        raise UserError(
-            "penalties and suppressed ids change what answers are drawn from", where="rollout.sampling",
-            why="their probabilities would not be those that are trained",
-            fix="remove the penalties and `suppress` from rollout.sampling",
-        )
+def text_of(tokenizer: FileTokenizer, sampling: Sampling, prompt: Sequence[int], answer: Sampled) -> str:
+    """What was written, without control tokens and without the stop string that ended it."""
+    if sampling.stop:
+        growing = text_stream(sampling, tokenizer, prompt)
+        return "".join(growing.feed(token) for token in answer.tokens) + growing.close()
+    ended = bool(answer.tokens) and answer.tokens[-1] in sampling.stop_ids
+    return text_after(tokenizer, prompt, answer.tokens[:-1] if ended else answer.tokens)
 
 
-def annotators_of(
-    recipe: Recipe, rows: Opened, policy: Policy, engine: Engine, compute: torch.dtype,
-    resumption: Resumption | None,
-) -> tuple[tuple[Annotator, ...], dict[str, str]]:
-    """Who adds the signals that the objective reads, and what every checkpoint says of them.
+def frozen_of(
+    recipe: Recipe, policy: Policy, engine: Engine, compute: torch.dtype, resumption: Resumption | None
+) -> Frozen | None:
+    """The reference that the objective asks for. UserError where it is another than the run began with."""
+    if REFERENCE not in recipe.objective.reads:
+        return None
+    frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
+    if resumption is not None:
+        require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
+    return frozen
 
-    UserError where nobody knows a signal, and where the reference is another than the run began with.
-    """
-    annotators: list[Annotator] = []
-    facts: dict[str, str] = {}
-    if REFERENCE in recipe.objective.reads:
-        frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
-        if resumption is not None:
-            require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
-        facts[FACT] = frozen.sha256
-        annotators.append(LiveReference(frozen))
-    written = () if rows.prompts is None else (ADVANTAGE, OLD, ROLLOUT)
+
+WRITTEN = (ADVANTAGE, OLD, ROLLOUT, REFERENCE, OLD_VALUE, RETURN)
+"""What a source of rollouts knows of its rows."""
+
+
+def require_known(reads: Sequence[str], rows: Opened, annotators: Sequence[Annotator]) -> None:
+    """UserError where the objective reads a signal that nobody knows."""
+    written = () if rows.prompts is None else WRITTEN
     known = {*rows.signals, *written, *(name for annotator in annotators for name in annotator.adds)}
-    if missing := [name for name in recipe.objective.reads if name not in known]:
+    if missing := [name for name in reads if name not in known]:
         raise UserError(
             f"the objective reads `{missing[0]}`, and nobody knows it",
             where="objective.kind, data.kind",
             why="the rows know: " + (", ".join(sorted(known)) or "only their tokens"),
             fix="data.kind=preferences for comparisons, data.kind=prompts for answers of the policy's own",
         )
-    return tuple(annotators), facts
 
 
 def begins_at_its_reference(recipe: Recipe, policy: Policy) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,58 +12,127 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmtrainer.core.batch import ADVANTAGE, KEPT, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, TEMPERATURE
+from llmtrainer.core.credit import Moments, State
 from llmtrainer.core.rollout import Rollout
+from llmtrainer.generation.sampler import Kept, Sampled
+
+Arrays = tuple[NDArray[Any], ...]
 
 
 @dataclass(frozen=True)
 class Held:
-    """The answers of one rollout, ready to be cut into steps."""
+    """The answers of one rollout, with what each of their tokens earned."""
 
     number: int
     """Of the rollout, from 0."""
     rollout: Rollout
-    advantages: tuple[NDArray[np.float64], ...]
+    written: tuple[Sampled, ...]
+    """The answers as they were sampled."""
+    advantages: Arrays = ()
     """For each token of each answer."""
-    old_logp: tuple[tuple[NDArray[Any], ...], ...]
-    """For each step of the rollout and each of its answers, what the policy that wrote it gives every learned token
-    where it stands in that step; empty where a rollout is one step."""
-    figures: Mapping[str, float]
+    returns: Arrays | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def signals(self, several_steps: bool, vocabulary: int) -> dict[str, list[NDArray[Any]]]:
+        """By the name of the signal, what is known of each learned token of each answer.
+
+        several_steps: whether the policy changes while the rollout is learned, so that what it said before must be
+        known. vocabulary: rows of the head.
+        """
+        rollout = self.rollout
+        known: dict[str, Arrays | None] = {
+            ADVANTAGE: self.advantages, RETURN: self.returns, OLD_VALUE: rollout.values,
+            OLD: rollout.trainer_logp if several_steps else None, ROLLOUT: rollout.old_logp,
+            REFERENCE: rollout.reference_logp,
+        }  # fmt: skip
+        found = {
+            name: [array[weight > 0] for array, weight in zip(arrays, rollout.weights, strict=True)]
+            for name, arrays in known.items() if arrays is not None
+        }  # fmt: skip
+        return found | self.drawn_from(vocabulary)
+
+    def drawn_from(self, vocabulary: int) -> dict[str, list[NDArray[Any]]]:
+        """What a log-probability of a token is of: the temperature and the ids, where it is not the model's own."""
+        found: dict[str, list[NDArray[Any]]] = {}
+        if any(one.temperature not in (0.0, 1.0) for one in self.written):
+            found[TEMPERATURE] = [np.full(len(one.tokens), one.temperature or 1.0) for one in self.written]
+        if any(one.kept is not None for one in self.written):
+            every = [replace(one, kept=one.kept or (None,) * len(one.tokens)) for one in self.written]
+            bits = [one.kept_bits(vocabulary) for one in every]
+            found[KEPT] = [one for one in bits if one is not None]
+        return found
 
 
-_FLAT = ("prompts", "answers", "weights", "old_logp", "reference_logp", "values")
+_FLAT = ("prompts", "answers", "weights", "old_logp", "trainer_logp", "reference_logp", "values")
 """Fields of a rollout that are an array for each answer."""
 
 
-def packed(held: Held) -> dict[str, Tensor]:
-    """A rollout as named tensors."""
+def packed(held: Held | None, cursor: int, state: State) -> dict[str, Tensor]:
+    """A source of rollouts as named tensors. cursor: prompts drawn so far."""
+    found = {"cursor": torch.tensor(cursor), "state": _text(asdict(state))}
+    if held is None:
+        return found
     rollout = held.rollout
-    found: dict[str, Tensor] = {
-        "number": torch.tensor(held.number),
-        "group_R": torch.from_numpy(rollout.group_R), "reward_R": torch.from_numpy(rollout.reward_R),
-        "ended_R": torch.from_numpy(rollout.ended_R), "version": _text(rollout.version),
-        "figures": _text(json.dumps(dict(held.figures))), "steps": torch.tensor(len(held.old_logp)),
-        **_flat("advantages", held.advantages),
+    found |= {
+        "number": torch.tensor(held.number), "group_R": torch.from_numpy(rollout.group_R),
+        "reward_R": torch.from_numpy(rollout.reward_R), "ended_R": torch.from_numpy(rollout.ended_R),
+        "told": _text({"version": rollout.version, "figures": dict(held.figures)}),
+        **_flat("advantages", held.advantages), **_written(held.written),
     }  # fmt: skip
+    if held.returns is not None:
+        found |= _flat("returns", held.returns)
     for name in _FLAT:
         if (arrays := getattr(rollout, name)) is not None:
             found |= _flat(name, arrays)
-    for step, arrays in enumerate(held.old_logp):
-        found |= _flat(f"old_{step}", arrays)
     return found
 
 
-def unpacked(state: Mapping[str, Tensor]) -> Held:
+def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
     """What `packed` was given."""
-    fields = {name: _arrays(state, name) for name in _FLAT if f"{name}.lengths" in state}
+    known = _json(state["state"])
+    kept = State(Moments(**known["rewards"]), known["kl"])
+    cursor = int(state["cursor"])
+    if "number" not in state:
+        return None, cursor, kept
+    told = _json(state["told"])
     rollout = Rollout(
-        **fields, group_R=state["group_R"].numpy(), reward_R=state["reward_R"].numpy(),
-        ended_R=state["ended_R"].numpy(), version=_string(state["version"]),
+        **{name: _arrays(state, name) for name in _FLAT if f"{name}.lengths" in state},  # type: ignore[arg-type]
+        group_R=state["group_R"].numpy(), reward_R=state["reward_R"].numpy(), ended_R=state["ended_R"].numpy(),
+        version=told["version"],
     )  # fmt: skip
-    return Held(
-        int(state["number"]), rollout, _arrays(state, "advantages"),
-        tuple(_arrays(state, f"old_{step}") for step in range(int(state["steps"]))),
-        json.loads(_string(state["figures"])),
-    )
+    returns = _arrays(state, "returns") if "returns.lengths" in state else None
+    written = _read_written(state, rollout)
+    held = Held(int(state["number"]), rollout, written, _arrays(state, "advantages"), returns, told["figures"])
+    return held, cursor, kept
+
+
+def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:
+    """Temperatures, and the ids that tokens were drawn from where that was not all of them."""
+    every = Kept(np.empty(0, dtype=np.int32), left_out=True)
+    kept = [one or every for answer in written for one in answer.kept or [every] * len(answer.tokens)]
+    told = {
+        "temperature": [answer.temperature for answer in written], "finish": [answer.finish for answer in written],
+        "filtered": [answer.kept is not None for answer in written],
+    }  # fmt: skip
+    return {
+        "written": _text(told), **_flat("kept", [one.ids for one in kept]),
+        "left_out": torch.tensor([one.left_out for one in kept]),
+    }  # fmt: skip
+
+
+def _read_written(state: Mapping[str, Tensor], rollout: Rollout) -> tuple[Sampled, ...]:
+    told, ids, left_out = _json(state["written"]), _arrays(state, "kept"), state["left_out"].tolist()
+    kept = [Kept(*both) for both in zip(ids, left_out, strict=True)]
+    found, at = [], 0
+    for number, tokens in enumerate(rollout.answers):
+        mine = tuple(kept[at : at + len(tokens)])
+        at += len(tokens)
+        found.append(Sampled(
+            tuple(tokens.tolist()), told["finish"][number], rollout.old_logp[number], rollout.old_logp[number],
+            told["temperature"][number], mine if told["filtered"][number] else None, rollout.version,
+        ))  # fmt: skip
+    return tuple(found)
 
 
 def _flat(name: str, arrays: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
@@ -71,14 +140,14 @@ def _flat(name: str, arrays: Sequence[NDArray[Any]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.concatenate(arrays)), f"{name}.lengths": lengths}
 
 
-def _arrays(state: Mapping[str, Tensor], name: str) -> tuple[NDArray[Any], ...]:
+def _arrays(state: Mapping[str, Tensor], name: str) -> Arrays:
     borders = np.cumsum(state[f"{name}.lengths"].numpy())[:-1]
     return tuple(np.split(state[name].numpy(), borders))
 
 
-def _text(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+def _text(value: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _string(tensor: Tensor) -> str:
-    return bytes(tensor.tolist()).decode()
+def _json(tensor: Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))

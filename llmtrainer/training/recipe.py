@@ -15,6 +15,8 @@ from llmtrainer.core.protocols import EngineConfig, Family, Reward, Rule
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.core.suite import Suite
 from llmtrainer.evals.perplexity import Perplexity  # noqa: F401  a default below needs no kind named
+from llmtrainer.generation.sampler import SamplerKind
+from llmtrainer.generation.samplers.own import Own
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.objectives.causal_lm import CausalLM
 from llmtrainer.optim.groups import Group
@@ -129,8 +131,16 @@ class Rollouts(Config):
     rewards: tuple[Reward, ...] = ()
     """What answers are worth: rewards by kind, added up by their weights, each reported under its name."""
 
-    rows_at_once: int = Field(default=64, ge=1)
-    """Answers that are written side by side: the memory knob of the cache. Changes no answer."""
+    sampler: SamplerKind = Own(mode="fast")
+    """Who writes the answers, and with how much memory."""
+
+    weights: Literal["shared", "copied"] = "shared"
+    """Whose weights the sampler reads: those that are trained, or a copy that is renewed before every rollout. Both
+    write the same answers; every answer carries the hash of its weights, and others than the trained are refused."""
+
+    share_prompt: bool = True
+    """Learn the prompt of a group once for all its answers, which do not see each other: the same numbers in less
+    time."""
 
     redraw: int = Field(default=0, ge=0)
     """So many more rounds of prompts may be drawn to replace groups all of whose answers earned the same, which teach

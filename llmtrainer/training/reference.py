@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GATES, REFERENCE, Batch, Outputs
+from llmtrainer.core.batch import GATES, KEPT, REFERENCE, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.protocols import Engine, Family
 from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
@@ -35,11 +35,10 @@ class Frozen:
     """Over every weight by name: two references with the same hash say the same."""
 
     @torch.no_grad()
-    def logp(self, batch: Batch) -> Tensor:
-        """What it gives each target, [B, T], as Outputs.logp_BT."""
-        found = self.read(replace(batch, signals=_gates(batch)), ("logp",)).logp_BT
-        assert found is not None
-        return found
+    def say(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        """What it makes of a batch, over the same ids at the same temperature as the policy."""
+        known = {name: batch.signals[name] for name in (GATES, KEPT, TEMPERATURE) if name in batch.signals}
+        return self.read(replace(batch, signals=known), wants)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ class LiveReference:
     adds: tuple[str, ...] = (REFERENCE,)
 
     def __call__(self, batch: Batch) -> Batch:
-        return batch.with_signals({REFERENCE: self.frozen.logp(batch)})
+        logp_BT = self.frozen.say(batch, ("logp",)).logp_BT
+        assert logp_BT is not None
+        return batch.with_signals({REFERENCE: logp_BT})
 
 
 def reference_of(
@@ -195,8 +196,3 @@ def _adapters_off(policy: Policy) -> Iterator[None]:
         policy.adapter = shape
         for layer, adapter in zip(layers, beside, strict=True):
             layer.adapter = adapter
-
-
-def _gates(batch: Batch) -> dict[str, Tensor]:
-    """The signals that decide what is computed, and none that was annotated."""
-    return {GATES: batch.signals[GATES]} if GATES in batch.signals else {}

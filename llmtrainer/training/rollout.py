@@ -5,41 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, OLD, ROLLOUT, Batch
+from llmtrainer.core.batch import REFERENCE, ROLLOUT, Batch, Outputs
+from llmtrainer.core.credit import FRESH
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.randomness import derive
-from llmtrainer.core.rollout import Answer, Prompt
+from llmtrainer.core.rollout import Answer, Prompt, Rollout
+from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
 from llmtrainer.data.budget import cut_step
-from llmtrainer.data.collate import Row, end_to_end
 from llmtrainer.data.prompts import Prompts
-from llmtrainer.generation.loop import Completion
+from llmtrainer.generation.sampler import Sampled, Sampler, require_version
 from llmtrainer.training.answers import Group, figures_of, joined, samples_of, scored
 from llmtrainer.training.held import Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
+from llmtrainer.training.row_signals import read_back, with_row_signals
 
-
-class Writer(Protocol):
-    """Who writes answers: the policy as it is when asked."""
-
-    def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Completion]:
-        """One answer to each prompt, with log-probabilities. Equal prompts are read once."""
-        ...
-
-    def version(self) -> str:
-        """Hash of the weights that write."""
-        ...
-
-    def text(self, prompt: Sequence[int], answer: Completion) -> str:
-        """What was written, as a reward reads it."""
-        ...
+Look = Callable[[Batch, tuple[str, ...]], Outputs]
+"""What a model says of a batch, without dropout and without a gradient."""
 
 
 class RolloutSource:
@@ -47,32 +35,38 @@ class RolloutSource:
 
     Step n belongs to rollout n div k, k the steps of a rollout. Which prompts that is, and every draw of sampling, is
     a function of (seed, rollout); the answers follow from the weights as they are when it begins. So what a checkpoint
-    inside of a rollout needs besides the weights is the rollout itself: `state`.
+    inside of a rollout needs besides the weights is the rollout itself: `state`. Each pass cuts the answers into the
+    same micro-batches, so that what the policy said of them when they were written is known to the last bit.
     """
 
     def __init__(
-        self, prompts: Prompts, writer: Writer, objective: Objective, settings: Rollouts, *,
-        tokens_per_batch: int, seed: int,
-        look: Callable[[Batch], Tensor], tell: Callable[[Mapping[str, Any]], None],
+        self, prompts: Prompts, sampler: Sampler, objective: Objective, settings: Rollouts, *,
+        text: Callable[[Sequence[int], Sampled], str], tokens_per_batch: int, seed: int, vocabulary: int,
+        look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
     ) -> None:  # fmt: skip
-        """look: what the policy gives each target now, [B, T]. tell: shows what a rollout came to."""
+        """text: an answer as rewards read it, from the ids of its prompt. look, reference: what the policy and the
+        reference say now. version: hash of the policy's weights. tell: shows what a rollout came to."""
         require_rewards(settings)
-        self._prompts, self._writer, self._objective, self._settings = prompts, writer, objective, settings
-        self._seed, self._look, self._tell, self._tokens_per_batch = seed, look, tell, tokens_per_batch
+        self._prompts, self._sampler, self._objective, self._settings = prompts, sampler, objective, settings
+        self._text, self._seed, self._vocabulary = text, seed, vocabulary
+        self._look, self._reference, self._version, self._tell = look, reference, version, tell
+        self._tokens_per_batch = tokens_per_batch
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
-        if self._answers % self.rows_per_step:
+        if self._answers % self.rows_per_step or self.rows_per_step % settings.group_size:
             raise UserError(
-                f"{self._answers:,} answers of a rollout are no whole number of steps of {self.rows_per_step:,}",
-                where="data.prompts_per_step x rollout.group_size, rollout.answers_per_step",
-                why="an answer would be learned by a policy that did not write it, or by none",
-                fix=f"rollout.answers_per_step={self._answers}, or a divisor of it",
+                f"a step of {self.rows_per_step:,} answers does not divide a rollout of {prompts.prompts_per_step:,} "
+                f"groups of {settings.group_size:,}",
+                where="rollout.answers_per_step",
+                why="a step learns from whole groups, and every group is learned once in each pass",
+                fix=f"rollout.answers_per_step={settings.group_size}, or a multiple of it that divides {self._answers}",
             )
-        self.steps_per_rollout = settings.epochs * self._answers // self.rows_per_step
+        self._parts = self._answers // self.rows_per_step
+        self.steps_per_rollout = settings.epochs * self._parts
         self.fingerprint = prompts.fingerprint
         self._held: Held | None = None
-        self._cursor = 0
+        self._cursor, self._state = 0, FRESH
 
     def epochs(self, step: int) -> float:
         """Passes over the prompts after so many steps."""
@@ -81,43 +75,50 @@ class RolloutSource:
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step; a rollout is gathered when its first step is asked for."""
-        number, part = divmod(step, self.steps_per_rollout)
+        number, place = divmod(step, self.steps_per_rollout)
         if self._held is None or self._held.number != number:
-            assert part == 0, "a rollout is gathered at its first step, and kept in every checkpoint after it"
+            assert place == 0, "a rollout is gathered at its first step, and kept in every checkpoint after it"
             self._held = self._gathered(number)
-        if part == 0:
-            require_version(self._held.rollout.version, self._writer.version())
-        return self._cut(self._held, part)
+        return self._cut(self._held, place % self._parts)
 
     def told(self) -> Mapping[str, float]:
         """What the rollout came to that the last step belongs to."""
         return {} if self._held is None else self._held.figures
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: the prompts drawn so far, and the rollout that is being learned."""
-        state = {"cursor": torch.tensor(self._cursor)}
-        return state if self._held is None else state | packed(self._held)
+        """What a checkpoint keeps: the prompts drawn so far, running statistics, and the rollout that is learned."""
+        return packed(self._held, self._cursor, self._state)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, in the middle of a rollout too."""
-        self._cursor = int(state["cursor"])
-        self._held = unpacked(state) if "number" in state else None
+        self._held, self._cursor, self._state = unpacked(state)
 
     def close(self) -> None:
-        """Nothing runs beside the trainer."""
+        self._sampler.close()
 
     def _gathered(self, number: int) -> Held:
         started = time.perf_counter()
+        self._sampler.sync()
         groups = list(self._groups())
-        rollout = joined(groups, self._writer.version())
-        advantages = tuple(self._objective.credit(rollout))
-        held = Held(number, rollout, advantages, (), {})
-        if self.steps_per_rollout > 1:
-            looked = tuple(self._looked(held, part) for part in range(self.steps_per_rollout))
-            held = replace(held, old_logp=looked)
-        figures = {**figures_of(groups), "rollout/seconds": time.perf_counter() - started}
+        written = tuple(one for group in groups for one in group.written)
+        # Before anything is learned from them: other weights than the trained ones must not have written answers.
+        require_version(written, self._version())
+        seconds = time.perf_counter() - started
+        held = Held(number, joined(groups), written)
+        if self._asks:
+            held = self._looked(held)
+        rollout, objective = held.rollout, self._objective
+        self._state = objective.advance(self._state, rollout)
+        returns = objective.returns(rollout, self._state)
+        figures = {
+            **figures_of(groups), "rollout/seconds": seconds,
+            "rollout/trained": float(objective.trains(rollout).mean()),
+        }
         self._tell({"rollout": number, **figures, "samples": samples_of(groups)})
-        return replace(held, figures=figures)
+        return replace(
+            held, figures=figures, advantages=tuple(objective.credit(rollout, self._state)),
+            returns=None if returns is None else tuple(returns),
+        )
 
     def _groups(self) -> Iterator[Group]:
         """As many groups as a rollout has, of the next prompts."""
@@ -132,78 +133,94 @@ class RolloutSource:
                 return
 
     def _written(self, prompts: Sequence[Prompt]) -> list[Group]:
-        G, seed = self._settings.group_size, derive(self._seed, "rollout", self._cursor)
+        G, seed, settings = self._settings.group_size, derive(self._seed, "rollout", self._cursor), self._settings
         self._cursor += len(prompts)
+        written = self._sampler.sample([prompt.tokens for prompt in prompts], G, settings.sampling, seed)
         asked = [prompt for prompt in prompts for _ in range(G)]
-        written = self._writer.write([prompt.tokens for prompt in asked], seed)
         answers = [
-            Answer(
-                prompt.messages, self._writer.text(prompt.tokens, one), one.tokens, one.finish, prompt.facts
-            )
+            Answer(prompt.messages, self._text(prompt.tokens, one), one.tokens, one.finish, prompt.facts)
             for prompt, one in zip(asked, written, strict=True)
         ]
-        parts = {reward.title: scored(reward, answers) for reward in self._settings.rewards}
-        total_R = np.sum([reward.weight * parts[reward.title] for reward in self._settings.rewards], axis=0)
+        scores = scored(settings.rewards, answers)
         slices = [slice(at, at + G) for at in range(0, len(asked), G)]
         return [
-            Group(
-                prompt, tuple(written[part]), tuple(answers[part]), total_R[part],
-                {name: scores[part] for name, scores in parts.items()},
-            )
+            Group(prompt, tuple(written[part]), tuple(answers[part]), scores.total_R[part], scores.of(part))
             for prompt, part in zip(prompts, slices, strict=True)
         ]
 
-    def _looked(self, held: Held, part: int) -> tuple[NDArray[Any], ...]:
-        """What the policy gives the learned tokens of each answer of a step, where they stand in it."""
-        chosen = self._chosen(held, part)
-        found: dict[int, NDArray[Any]] = {}
-        for batch, places in self._packed([self._row(held, answer, None) for answer in chosen]):
-            logp_BT = self._look(batch).cpu()
-            counted_BT = batch.weights_BT > 0
-            for sequence, place in enumerate(places):
-                found[place] = logp_BT[counted_BT & (batch.sequence_BT == sequence)].numpy()
-        return tuple(found[place] for place in range(len(chosen)))
+    @property
+    def _asks(self) -> tuple[str, ...]:
+        """What the policy must say of its answers before they are learned. Answers that are learned in one single step
+        need not be asked about: there the policy that writes is the one that is trained."""
+        objective = self._objective
+        compares = self.steps_per_rollout > 1 or ROLLOUT in objective.reads or REFERENCE in objective.reads
+        return (("logp",) if compares else ()) + (("value",) if "value" in objective.wants else ())
+
+    def _looked(self, held: Held) -> Held:
+        """The rollout with what policy, critic and reference say of every token that was written."""
+        rollout = held.rollout
+        found: dict[str, list[NDArray[Any]]] = {}
+        drawn = held.drawn_from(self._vocabulary)
+        for part in range(self._parts):
+            for bare, rows in self._packed(held, self._chosen(held, part, rollout.valid_R)):
+                batch = with_row_signals(bare, [{name: arrays[row] for name, arrays in drawn.items()} for row in rows])
+                out = self._look(batch, self._asks)
+                said = {"trainer_logp": out.logp_BT, "values": out.value_BT}
+                if self._reference is not None:
+                    said["reference_logp"] = self._reference(batch, ("logp",)).logp_BT
+                for name, value_BT in said.items():
+                    if value_BT is not None:
+                        into = found.setdefault(name, [np.zeros(len(tokens)) for tokens in rollout.answers])
+                        for row, value in zip(rows, read_back(batch, value_BT), strict=True):
+                            into[row][rollout.weights[row] > 0] = value
+        said_of = {name: tuple(arrays) for name, arrays in found.items()}
+        return replace(held, rollout=replace(
+            rollout, trainer_logp=said_of.get("trainer_logp"), values=said_of.get("values"),
+            reference_logp=said_of.get("reference_logp"),
+        ))  # fmt: skip
 
     def _cut(self, held: Held, part: int) -> list[Batch]:
-        chosen = self._chosen(held, part)
-        old = held.old_logp[part] if held.old_logp else [None] * len(chosen)
-        rows = [self._row(held, answer, logp) for answer, logp in zip(chosen, old, strict=True)]
-        return [batch for batch, _ in self._packed(rows)]
-
-    def _chosen(self, held: Held, part: int) -> list[int]:
-        """The answers of one step that are trained. Every pass has an order of its own."""
-        steps = self._answers // self.rows_per_step
-        epoch, place = divmod(part, steps)
-        random = np.random.default_rng(derive(self._seed, "answers", held.number, epoch))
-        order = random.permutation(self._answers) if steps > 1 else np.arange(self._answers)
-        numbers = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         trained_R = self._objective.trains(held.rollout)
-        return [int(number) for number in numbers if trained_R[number]]
+        signals = held.signals(self.steps_per_rollout > 1, self._vocabulary)
+        return [
+            with_row_signals(batch, [{name: arrays[row] for name, arrays in signals.items()} for row in rows])
+            for batch, rows in self._packed(held, self._chosen(held, part, trained_R))
+        ]
 
-    def _row(self, held: Held, answer: int, old_logp: NDArray[Any] | None) -> Row:
-        rollout = held.rollout
-        prompt, tokens, weights = rollout.prompts[answer], rollout.answers[answer], rollout.weights[answer]
-        read = len(prompt) - 1
-        told: dict[str, NDArray[Any]] = {
-            _plain(ADVANTAGE): np.concatenate([np.zeros(read), held.advantages[answer]]).astype(np.float32)
-        }
-        if old_logp is not None:
-            told[_plain(OLD)] = np.zeros(read + len(tokens), dtype=old_logp.dtype)
-            told[_plain(OLD)][read:][weights > 0] = old_logp
-        if ROLLOUT in self._objective.reads:
-            told[_plain(ROLLOUT)] = np.concatenate([np.zeros(read), rollout.old_logp[answer]])
-        counts = np.concatenate([np.zeros(len(prompt), dtype=np.float32), weights])
-        whole = np.concatenate([prompt, tokens])
-        return Row(whole, np.zeros(len(whole), dtype=np.int32), answer, counts, told=told)
+    def _chosen(self, held: Held, part: int, wanted_R: NDArray[np.bool_]) -> list[list[int]]:
+        """The answers of one step, group by group, of those that are wanted."""
+        groups = self._answers // self._settings.group_size
+        order = np.arange(groups)
+        if self._parts > 1:
+            order = np.random.default_rng(derive(self._seed, "answers", held.number)).permutation(groups)
+        each = groups // self._parts
+        members = [np.flatnonzero((held.rollout.group_R == group) & wanted_R) for group in order]
+        return [rows.tolist() for rows in members[part * each : (part + 1) * each] if len(rows)]
 
-    def _packed(self, rows: Sequence[Row]) -> Iterator[tuple[Batch, list[int]]]:
-        """Micro-batches, each with the places of its rows among these."""
-        if not rows:
+    def _packed(self, held: Held, groups: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, list[int]]]:
+        """Micro-batches of whole groups, each with the numbers of its answers in the order of its sequences."""
+        if not groups:
             return
-        read = np.array([row.inputs for row in rows], dtype=np.int64)
+        items = [_rows_of(held.rollout, rows) for rows in groups]
+        read = read_tokens(
+            np.array([sum(map(len, item.rows)) for item in items]), np.array([len(item.rows) for item in items]),
+            np.array([item.shared for item in items]), self._settings.share_prompt,
+        )  # fmt: skip
         (mine,) = cut_step(read, max(self._tokens_per_batch, int(read.max())))
         for places in mine:
-            yield end_to_end([rows[place] for place in places.tolist()]), places.tolist()
+            chosen = [items[place] for place in places.tolist()]
+            batch = collate_comparisons(chosen, share=self._settings.share_prompt, liked=False, margin=False)
+            yield replace(batch, signals={}), [row for place in places.tolist() for row in groups[place]]
+
+
+def _rows_of(rollout: Rollout, rows: Sequence[int]) -> AnswerRows:
+    prompt = rollout.prompts[rows[0]]
+    nothing = np.zeros(len(prompt), dtype=np.float32)
+    return AnswerRows(
+        rows=tuple(np.concatenate([prompt, rollout.answers[row]]) for row in rows),
+        weights=tuple(np.concatenate([nothing, rollout.weights[row]]) for row in rows),
+        shared=len(prompt), first=rows[0], place=rows[0],
+    )  # fmt: skip
 
 
 def require_rewards(settings: Rollouts) -> None:
@@ -220,18 +237,3 @@ def require_rewards(settings: Rollouts) -> None:
             f"two rewards are called `{twice[0]}`", where="rollout.rewards", why="their figures would have one name",
             fix="give one of them another name: {kind: regex, name: form, ...}",
         )
-
-
-def require_version(wrote: str, trains: str) -> None:
-    """Refuse to learn the first step of a rollout with other weights than wrote it."""
-    if wrote != trains:
-        raise UserError(
-            "the answers were written by other weights than those that are trained",
-            why=f"their hash is {wrote[:16]}, the policy's {trains[:16]}: the ratio of a first step would not be 1",
-            fix="have the sampler take the weights after every step: rollout.weights=shared",
-        )
-
-
-def _plain(signal: str) -> str:
-    """A signal of each target, without its letters."""
-    return signal.removesuffix("_BT")
