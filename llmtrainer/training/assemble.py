@@ -43,6 +43,7 @@ from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUT, Saver
+from llmtrainer.training.shared_prompts import require_exact_sharing
 from llmtrainer.training.sources import annotators_of, source_of
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
@@ -96,6 +97,7 @@ def assemble(
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     facts |= arranged.facts
+    require_exact_sharing(rows.train, policy)
     for text in arranged.fallbacks:
         warn(text)
     if resumption is not None:
@@ -119,7 +121,7 @@ def assemble(
     saver.tidy()
     saver.require_space()
     if resumption is None and rows.chat is not None and rows.train is not None:
-        look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, warn)
+        look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, annotators, warn)
     parts = Parts(
         seed=recipe.seed, source=source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
@@ -164,14 +166,14 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
 
 def look_before(
     recipe: Recipe, run: RunDir, store: Store, rows: Opened, tokenizer: Tokenizer, policy: Policy, engine: Engine,
-    warn: Callable[[str], None],
+    annotators: Sequence[Annotator], warn: Callable[[str], None],
 ) -> None:
     """What is held against the rows of a fine-tuning run before its first step."""
     assert rows.chat is not None
     preflight(
         run, store, tokenizer, policy.vocabulary, recipe.objective, engine,
         ends=sorted({*rows.chat.end_ids, tokenizer.end}), context=policy.context_length,
-        max_dropped_share=rows.max_dropped_share,
+        max_dropped_share=rows.max_dropped_share, largest=rows.largest, annotators=annotators,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
 
