@@ -53,3 +53,5 @@ FOREIGN_FLOAT64 = {
 angles and norms whatever the weights are."""
 FINITE_DIFFERENCE_RELATIVE = 1e-5
 """The slope of a loss along a direction of all weights, by two evaluations, float64."""
+SHARED_PROMPT_FLOAT32 = 1e-5
+"""An answer beside another behind one prompt, against a row of its own, float32: relative to the number."""

@@ -104,6 +104,17 @@ class ComparisonSource:
         self._ahead = ReadAhead(self._batches, prefetch)
 
     @property
+    def branches(self) -> bool:
+        """Whether any prompt is read once for several answers."""
+        shared = (self.table.shared > 1) & (self.table.answers > 1)
+        return self.share_prompt and bool(shared[self._numbers].any())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and answer."""
+        return int(np.diff(self.store.offsets[0 : self.store.documents + 1]).max())
+
+    @property
     def steps_per_epoch(self) -> float:
         return self._draws.steps_per_epoch
 

@@ -43,13 +43,19 @@ class Visible:
     @cached_property
     def mask_BTT(self) -> Tensor:
         """bool [B, query, key]."""
-        T = self.document_BT.shape[1]
-        seen = self.document_BT[:, :, None] == self.document_BT[:, None, :]
-        seen &= torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
-        query_BT1, key_B1T = self.sequence_BT[:, :, None], self.sequence_BT[:, None, :]
-        seen &= (key_B1T == -1) | (key_B1T == query_BT1)
+        whole = slice(0, self.document_BT.shape[1])
+        return self._mask(whole, whole)
+
+    def _mask(self, queries: slice, keys: slice) -> Tensor:
+        """The part of the mask for some queries and keys: bool [B, queries, keys]."""
+        document_BT, sequence_BT, position_BT = self.document_BT, self.sequence_BT, self.position_BT
+        place_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+        seen = document_BT[:, queries, None] == document_BT[:, None, keys]
+        seen &= place_T[queries, None] >= place_T[None, keys]
+        query_BQ1, key_B1K = sequence_BT[:, queries, None], sequence_BT[:, None, keys]
+        seen &= (key_B1K == -1) | (key_B1K == query_BQ1)
         if self.window is not None:
-            seen &= self.position_BT[:, :, None] - self.position_BT[:, None, :] < self.window
+            seen &= position_BT[:, queries, None] - position_BT[:, None, keys] < self.window
         return seen
 
     @cached_property
@@ -89,7 +95,7 @@ class Visible:
         across two would multiply each with the other's keys. Short neighbours share a block all the same."""
         T = self.document_BT.shape[1]
         changes = self.document_BT[0, 1:] != self.document_BT[0, :-1]
-        if len(self.document_BT) > 1 or self.branching or not bool(changes.any()):
+        if len(self.document_BT) > 1 or not bool(changes.any()):
             return [*range(0, T, BLOCK), T]
         # Not below a document's begin: the block's first rows would need the keys of the document before.
         ends = sorted({min(-(-place // _GRAIN) * _GRAIN, T) for place in [*(1 + changes.nonzero()[:, 0]).tolist(), T]})
@@ -107,7 +113,7 @@ class Visible:
     def _block(self, start: int, stop: int) -> Block:
         earliest = int(self.first_BT[:, start].min()) // _GRAIN * _GRAIN
         if self.branching:
-            hidden = ~self.mask_BTT[:, start:stop, earliest:stop]
+            hidden = ~self._mask(slice(start, stop), slice(earliest, stop))
             return Block(start, stop, earliest, stop, hidden[:, None, None])
         if int(self.first_BT[:, stop - 1].max()) <= earliest:
             return Block(start, stop, earliest, stop, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from llmtrainer.base.units import Duration, Progress
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
-from llmtrainer.core.protocols import Engine, Tokenizer, opening
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, opening
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
 from llmtrainer.generation.loop import complete
@@ -44,6 +44,7 @@ from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, find_resumption, require_same
 from llmtrainer.training.saving import Saver
+from llmtrainer.training.shared_prompts import require_exact_sharing
 from llmtrainer.training.spread import keeper, write_spread
 from llmtrainer.training.throughput import flops_per_token, peak_flops
 from llmtrainer.training.trainer import Trainer
@@ -107,7 +108,7 @@ def assemble(
     saver.tidy()
     saver.require_space()
     if resumption is None and rows.chat is not None and rows.train is not None:
-        look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, warn)
+        look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, feed.annotators, warn)
     parts = Parts(
         seed=recipe.seed, source=feed.source, policy=policy, objective=recipe.objective, engine=engine,
         schedule=recipe.optim.schedule, schedule_length=length, duration=recipe.duration,
@@ -135,6 +136,7 @@ def trained_policy(
         require_gates(policy, rows.train.store, "data.train")
     policy.to(engine.device)
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
+    require_exact_sharing(rows.train, policy)
     for text in arranged.fallbacks:
         warn(text)
     if resumption is not None:
@@ -168,14 +170,14 @@ def facts_of(recipe: Recipe, precision: str, rows: Opened, tokenizer: Tokenizer)
 
 def look_before(
     recipe: Recipe, run: RunDir, store: Store, rows: Opened, tokenizer: Tokenizer, policy: Policy, engine: Engine,
-    warn: Callable[[str], None],
+    annotators: Sequence[Annotator], warn: Callable[[str], None],
 ) -> None:
     """What is held against the rows of a fine-tuning run before its first step."""
     assert rows.chat is not None
     preflight(
         run, store, tokenizer, policy.vocabulary, recipe.objective, engine,
         ends=sorted({*rows.chat.end_ids, tokenizer.end}), context=policy.context_length,
-        max_dropped_share=rows.max_dropped_share,
+        max_dropped_share=rows.max_dropped_share, largest=rows.largest, annotators=annotators,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
 

@@ -86,6 +86,8 @@ class Opened:
     model on the way is asked in its form."""
     max_dropped_share: float = 0.0
     """How much of the training set the recipe lets be lost."""
+    largest: Callable[[], Batch] | None = None
+    """The micro-batch that needs the most memory, where rows cannot be put together one by one."""
     signals: tuple[str, ...] = ()
     """What the rows say besides their tokens, by the names that objectives read."""
     prompts: Prompts | None = None

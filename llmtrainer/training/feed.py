@@ -24,6 +24,7 @@ from llmtrainer.training.reference import FACT, Frozen, LiveReference, at_rest, 
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUTS, State
+from llmtrainer.training.shared_prompts import require_exact
 from llmtrainer.training.writing import text_after
 
 
@@ -86,6 +87,8 @@ def source_of(
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
     settings = recipe.rollout
+    if settings.share_prompt and settings.group_size > 1:
+        require_exact("rollout.share_prompt", policy, policy.context_length)
     sampling = with_ends(settings.sampling, rows)
 
     def look(batch: Batch, wants: tuple[str, ...]) -> Outputs:

@@ -18,11 +18,12 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count, loss_of
-from llmtrainer.core.protocols import Engine, Tokenizer
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer
 from llmtrainer.data.collate import Row, end_to_end
 from llmtrainer.data.examples import fates_of
 from llmtrainer.data.packed import FATES, Store
 from llmtrainer.training.console import say
+from llmtrainer.training.preflight_comparisons import by_comparison, looked_at
 
 FILE = "preflight.json"
 ALL = "preflight"
@@ -76,13 +77,15 @@ class Seen:
 def preflight(
     run: RunDir, store: Store, tokenizer: Tokenizer, policy_rows: int, objective: Objective, engine: Engine, *,
     ends: Collection[int], context: int, tokens_per_batch: int, allow: Sequence[str], warn: Callable[[str], None],
-    max_dropped_share: float = 0.0,
+    max_dropped_share: float = 0.0, largest: Callable[[], Batch] | None = None, annotators: Sequence[Annotator] = (),
 ) -> None:
     """Write what is found to `preflight.json` in the run folder. Raises UserError, on every rank, where a guard trips
     that `allow` does not name.
 
     `policy_rows`: embedding rows of the model. `context`: the most tokens it reads. `ends`: ids at which an answer
     stops. `max_dropped_share`: what the recipe lets be lost; where that is more, as much may also be cut.
+    `largest`: the micro-batch that needs the most memory, unless it is that of the longest rows. `annotators`: who adds
+    what the objective reads.
     """
     if ALL in allow:
         return
@@ -96,7 +99,8 @@ def preflight(
     # An id without an embedding, or a place without one, would end the process before anybody could read why.
     fatal = {"vocabulary", *({"context"} - set(allow))}
     if engine.sum({"bad": float(any(guard.name in fatal and not guard.ok for guard in guards))})["bad"] == 0:
-        guards.append(_memory(store, objective, engine, tokens_per_batch, skip="memory" in allow))
+        batch = None if "memory" in allow else largest() if largest else longest_batch(store, tokens_per_batch)
+        guards.append(_memory(batch, objective, engine, annotators))
     guards = [replace(guard, allowed=guard.name in allow) for guard in guards]
     if engine.rank == 0:
         _write(run, guards, figures, store, tokenizer)
@@ -128,8 +132,10 @@ def look(store: Store, ends: Collection[int], pad: int) -> Seen:
         seen.highest = max(seen.highest, int(tokens.max(initial=0)))
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         digests[document] = int.from_bytes(digest, "little")
+    if store.comparisons:    # the same answer may be compared with several others
+        digests = by_comparison(store, digests)
     _, first, which = np.unique(digests, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[which] != np.arange(store.documents))
+    again = np.flatnonzero(first[which] != np.arange(len(digests)))
     seen.duplicates = len(again)
     if len(again):
         seen.first_duplicate = int(again[0]), int(first[which[again[0]]])
@@ -166,7 +172,7 @@ def guards_of(
         f"taught to stop{same}",
     )  # fmt: skip
     yield _truncation(store, most_cut)
-    read = max(seen.longest - 1, 0)
+    read = seen.longest if store.comparisons else max(seen.longest - 1, 0)
     yield Guard(
         "context", read <= context,
         f"the longest row reads {read:,} tokens, the model's context is {context:,}"
@@ -178,11 +184,14 @@ def guards_of(
         f"stands in the data is read as text{same}",
     )  # fmt: skip
     document, before = seen.first_duplicate
-    again = f", such as row {document + 1:,}, the same as row {before + 1:,}" if seen.duplicates else ""
+    one, all_ = ("comparison", store.comparisons) if store.comparisons else ("row", rows)
+    again = f", such as {one} {document + 1:,}, the same as {one} {before + 1:,}" if seen.duplicates else ""
     yield Guard(
-        "duplicates", seen.duplicates <= MOST_DUPLICATES * seen.rows,
-        f"{seen.duplicates / rows:.1%} of the rows are the same as an earlier one{again}",
+        "duplicates", seen.duplicates <= MOST_DUPLICATES * all_,
+        f"{seen.duplicates / all_:.1%} of the {one}s are the same as an earlier one{again}",
     )  # fmt: skip
+    if store.comparisons:
+        yield from (Guard(*item) for item in looked_at(store, ends))
     known = min(tokenizer.vocabulary, policy_rows)
     wanted = max(seen.highest, tokenizer.end, *ends)
     yield Guard(
@@ -206,13 +215,15 @@ def _truncation(store: Store, most: float) -> Guard:
     )
 
 
-def _memory(store: Store, objective: Objective, engine: Engine, tokens_per_batch: int, *, skip: bool) -> Guard:
+def _memory(batch: Batch | None, objective: Objective, engine: Engine, annotators: Sequence[Annotator]) -> Guard:
     """Forward and backward of the largest micro-batch there can be, the longest rows first, and nothing kept."""
-    if skip:
+    if batch is None:
         return Guard("memory", True, "the longest rows were not tried")
-    batch = longest_batch(store, tokens_per_batch).to(engine.device)
+    batch = batch.to(engine.device)
     told = f"a micro-batch of {batch.input_tokens:,} tokens, its longest row {int(batch.position_BT.max()) + 1:,}"
     try:
+        for annotate in annotators:
+            batch = annotate(batch)
         with engine.micro(last=True):
             terms = objective.terms(engine.forward(batch, objective.wants), batch)
             engine.backward(loss_of(terms, engine.sum(count([batch]))))

@@ -18,7 +18,7 @@ from llmtrainer.data.document import Reading
 from llmtrainer.data.example_rows import Choices
 from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Totals, require_few_losses
-from llmtrainer.data.format import Format, RecordFormat
+from llmtrainer.data.format import ComparisonFormat, Format, RecordFormat
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.open import find
 from llmtrainer.data.outcome import RowChoices

@@ -271,8 +271,8 @@ class Recipe(Config):
 
     allow: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
     """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`; and guards of the
-    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, vocabulary, memory, or all of
-    them: preflight."""
+    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, vocabulary, memory; of
+    comparisons also equal_answers, empty_answers, labels; or all of them: preflight."""
 
     @model_validator(mode="after")
     def _has_what_it_measures(self) -> Recipe:

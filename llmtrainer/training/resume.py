@@ -23,8 +23,8 @@ from llmtrainer.training.saving import OPTIMIZER
 
 MAY_CHANGE = (
     "run", "duration", "evaluate", "save", "log", "resume", "cache", "allow", "engine",
-    "data.tokens_per_batch", "data.train.workers", "data.workers", "data.evaluate", "data.test_dataset_dir",
-    "optim.schedule.length",
+    "data.tokens_per_batch", "data.share_prompt", "data.train.workers", "data.workers", "data.evaluate",
+    "data.test_dataset_dir", "optim.schedule.length",
 )  # fmt: skip
 """What a continued run may change without asking. A schedule's length counts only if it is given anew."""
 

@@ -67,7 +67,8 @@ class Preferences(RecordFiles):
                 raise UserError(
                     f"data.max_prompt_length is {self.max_prompt_length:,}, no less than data.sequence_length "
                     f"{self.sequence_length:,}",
-                    why="nothing would be left for the answers", fix=f"data.max_prompt_length={self.sequence_length // 2}",
+                    why="nothing would be left for the answers",
+                    fix=f"data.max_prompt_length={self.sequence_length // 2}",
                 )
         return self
 
@@ -87,7 +88,7 @@ class Preferences(RecordFiles):
         signals += [MARGIN] if store.holds(MARGINS) else []
         return Opened(
             train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
-            self.max_dropped_share, tuple(signals),
+            self.max_dropped_share, train.largest, tuple(signals),
         )  # fmt: skip
 
     def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
