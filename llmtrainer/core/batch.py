@@ -51,10 +51,12 @@ BESIDE = "beside_S"
 """A signal: 1 where the sequence belongs to the objective beside the main one and 0 where to that, float32. Where a run
 mixes two objectives, every batch of every rank has it."""
 TEACHER_IDS = "teacher_ids_BTK"
-"""A signal: the K ids that a teacher holds for likeliest at each target's place, int64."""
+"""A signal: K different ids that a teacher holds for likeliest at each target's place, int64."""
 TEACHER_LOGP = "teacher_logp_BTK"
 """A signal: the teacher's log-probabilities of those ids, float32. What is missing to 1 is the exact mass of all the
 other ids; a K as large as the vocabulary leaves nothing out."""
+TEACHER_TEMPERATURE = "teacher_temperature"
+"""A signal: the temperature of those log-probabilities, one number; 1 where it is missing."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class Outputs:
     """Logarithm of the softmax's denominator, for z-loss; 0 where the target's weight is 0."""
     mean_logp_BT: Tensor | None = None
     """Mean log-probability over all ids, for label smoothing; 0 where the target's weight is 0."""
+    listed_logp_BTK: Tensor | None = None
+    """Log-probabilities of the ids of the signal `teacher_ids_BTK`, at the teacher's temperature."""
+    rest_logp_BT: Tensor | None = None
+    """Logarithm of the mass of all other ids at that temperature; -inf where there are none."""
     score_S: Tensor | None = None
     """One number for each trained sequence, read behind its last real token; float32 or wider."""
     value_BT: Tensor | None = None

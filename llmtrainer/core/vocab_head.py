@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmtrainer.core import listed
 from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.products import turned_copy
 
-WANTS = ("logp", "entropy", "log_partition", "mean_logp")
+WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS)
 """What a policy can be asked for: fields of Outputs without their shape."""
 
 _CHUNK_BYTES = 128 * 2**20
@@ -118,8 +119,13 @@ def score_gathered(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
-    drawn = Drawn.of(batch, chosen_N)
-    found = log_probabilities(hidden_ND, weight_VD, targets_N, wants, chunk, arithmetic, ids, drawn)
+    found, plain = dict[str, Tensor](), tuple(name for name in wants if name not in listed.WANTS)
+    if plain:
+        drawn = Drawn.of(batch, chosen_N)
+        found |= log_probabilities(hidden_ND, weight_VD, targets_N, plain, chunk, arithmetic, ids, drawn)
+    if plain != wants:
+        rows = max(_SLICE_ROWS, _SLICE_BYTES // max(1, weight_VD.shape[0] * hidden_ND.element_size()))
+        found |= listed.log_probabilities(hidden_ND, weight_VD, *listed.asked(batch, chosen_N), chunk or rows)
     return _outputs(found, batch, chosen_N)
 
 
@@ -128,15 +134,17 @@ def _outputs(found: dict[str, Tensor], batch: Batch, chosen_N: Tensor | None) ->
 
     def spread(value_N: Tensor | None) -> Tensor | None:
         if value_N is None or chosen_N is None:
-            return None if value_N is None else value_N.view(batch.targets_BT.shape)
-        whole = value_N.new_zeros(batch.targets_BT.numel()).index_copy(0, chosen_N, value_N)
-        return whole.view(batch.targets_BT.shape)
+            return None if value_N is None else value_N.unflatten(0, batch.targets_BT.shape)
+        whole = value_N.new_zeros(batch.targets_BT.numel(), *value_N.shape[1:]).index_copy(0, chosen_N, value_N)
+        return whole.unflatten(0, batch.targets_BT.shape)
 
     return Outputs(
         logp_BT=spread(found.get("logp")),
         entropy_BT=spread(found.get("entropy")),
         log_partition_BT=spread(found.get("log_partition")),
         mean_logp_BT=spread(found.get("mean_logp")),
+        listed_logp_BTK=spread(found.get("listed_logp")),
+        rest_logp_BT=spread(found.get("rest_logp")),
     )
 
 
@@ -148,12 +156,14 @@ def score_logits(
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    taught = not set(wants).isdisjoint(listed.WANTS)
+    found = listed.of_logits(logits_NV, *listed.asked(batch, chosen_N)) if taught else {}
     if (drawn := Drawn.of(batch, chosen_N)) is not None:
         assert "mean_logp" not in wants, _NO_MEAN
         logits_NV = drawn.narrowed(logits_NV, slice(None))
     partition_N = logits_NV.logsumexp(-1)
     every_logp_NV = logits_NV - partition_N[:, None]
-    found = {
+    found |= {
         "logp": every_logp_NV.gather(-1, targets_N[:, None])[:, 0],
         "entropy": -(every_logp_NV.exp() * every_logp_NV).sum(-1),
         "log_partition": partition_N,

@@ -52,6 +52,10 @@ VARIANTS: dict[str, list[Settings]] = {
         },
         {"kl": 0.0, "rewards": "batch"}, {"value_clip": None},
     ],
+    "distill": [
+        {"coefficient": 0.3, "divergence": "jensen_shannon", "mixture": 0.2}, {"temperature": 2.0, "coefficient": 1.0},
+        {"divergence": "reverse_kl"}, {"divergence": "cross_entropy"},
+    ],
     "mix": [
         {"main": {"kind": "grpo", "kl": 0.1}, "beside": {"kind": "causal_lm", "z_loss": 1e-2}, "weight": 0.3},
         {"main": {"kind": "dpo"}, "weight": 0.0}, {"main": {"kind": "ppo"}}, {"beside": {"kind": "kto"}},
@@ -86,7 +90,8 @@ class World:
     # Uneven on purpose, and 1 among them: with equal rows the mean of means is the mean, and nothing is proved.
     LENGTHS = (5, 19, 3, 1, 28, 2, 16, 4, 11, 30, 7, 1)
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, settings: Settings | None = None, dropout: float = 0.0) -> None:
+        self.temperature = float(str((settings or {}).get("temperature", 1.0)))
         draw = random.Random(45)
         self.documents = ragged_documents([length + 2 for length in self.LENGTHS])
         self.weights = [draw.choice([0.5, 1.0, 2.0]) for _ in self.documents]
@@ -122,7 +127,7 @@ class World:
             signals.ROLLOUT: near[0] + 0.3 * near[1][2], signals.ADVANTAGE: near[1][3],
             signals.OLD_VALUE: near[1][4], signals.RETURN: near[1][4] + 0.3 * near[1][5],
             signals.BESIDE: (place_S // 2 % 3 == 1).float(),
-            signals.TEACHER_LOGP: teacher_BTK,
+            signals.TEACHER_LOGP: teacher_BTK, signals.TEACHER_TEMPERATURE: torch.tensor(self.temperature),
             signals.TEACHER_IDS: torch.arange(4).expand(teacher_BTK.shape) * 7 + place_S[:, None, None],
         }
 
@@ -140,7 +145,8 @@ class World:
         batch = self.batch(0, 2)
         shape = batch.tokens_BT.shape
         nothing = {
-            name: value[:0] if name.endswith("_S") else value * 0 for name, value in batch.signals.items()
+            name: value[:0] if name.endswith("_S") else value * 0 if value.dim() else value
+            for name, value in batch.signals.items()
         }
         return replace(
             batch, weights_BT=torch.zeros(shape), document_BT=torch.full(shape, -1, dtype=torch.int32),
@@ -166,5 +172,4 @@ class Together:
             out = replace(out, score_S=batch.mean_by_sequence(read_BT))
         if "cut_points" in wants:
             out = replace(out, cut_points_K=torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64))
-        assert all(getattr(out, f"{name}_BT", None) is not None or name in ("score", "cut_points") for name in wants)
         return out

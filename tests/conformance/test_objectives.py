@@ -39,7 +39,7 @@ def gradient(world: World, objective: Objective, sizes: list[int]) -> tuple[floa
 
 @every_objective
 def test_loss_gradient_and_log_do_not_depend_on_how_a_step_is_cut(settings: Settings) -> None:
-    objective, world = Objective.model_validate(settings), World(dropout=0.1)
+    objective, world = Objective.model_validate(settings), World(settings, dropout=0.1)
     loss, whole, told = gradient(world, objective, [6])
     assert float(whole.norm()) > 0
     draw = random.Random(47)
@@ -55,7 +55,7 @@ def test_loss_gradient_and_log_do_not_depend_on_how_a_step_is_cut(settings: Sett
 
 @every_objective
 def test_a_batch_of_padding_gives_zero_and_finite_zero_gradients(settings: Settings) -> None:
-    objective, world = Objective.model_validate(settings), World()
+    objective, world = Objective.model_validate(settings), World(settings)
     empty = world.empty()
     terms = objective.terms(world.policy(empty, objective.wants), empty)
     assert all(float(term.total.detach()) == 0.0 for term in terms)
@@ -73,7 +73,7 @@ def test_an_objective_loads_back_from_what_it_is_dumped_as(settings: Settings) -
 
 @every_objective
 def test_every_setting_is_read_and_every_signal_is_declared(settings: Settings) -> None:
-    objective, world = Objective.model_validate(settings), World()
+    objective, world = Objective.model_validate(settings), World(settings)
     forget_reads(objective)
     batch = world.batch(0, 4)
     needed = {"group_S", "kl_S", *objective.reads}
@@ -97,7 +97,7 @@ def test_every_field_is_tried_with_something_else_than_its_default(kind: str) ->
 
 @pytest.mark.parametrize("settings", [item for item in TRIED if item.get("loss") not in DETACHED], ids=name_of)
 def test_the_gradient_is_the_slope_of_the_loss(settings: Settings) -> None:
-    objective, world = Objective.model_validate(settings), World()
+    objective, world = Objective.model_validate(settings), World(settings)
     _, whole, _ = gradient(world, objective, [6])
     parameters = [p for p in world.policy.decoder.parameters() if p.grad is not None]
     draw = torch.Generator().manual_seed(48)
