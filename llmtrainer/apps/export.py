@@ -61,6 +61,8 @@ class Exported(Result):
     """What was proved, by name."""
     differences: list[str] = field(default_factory=list)
     """Fields of config.json that are not as the source had them."""
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that reads the folder."""
 
     def text(self) -> str:
         lines = [f"{self.path}: {self.tensors:,} tensors, {self.bytes / 1e6:,.1f} MB in {self.precision}"]
@@ -69,7 +71,7 @@ class Exported(Result):
         lines += [
             "", "Load it with transformers:",
             f'  tokenizer = AutoTokenizer.from_pretrained("{self.path}")',
-            f'  model = AutoModelForCausalLM.from_pretrained("{self.path}", dtype="auto")',
+            f'  model = {self.loader}.from_pretrained("{self.path}", dtype="auto")',
         ]
         return "\n".join(lines)
 
@@ -98,7 +100,8 @@ def export(settings: Export) -> Exported:
     made = publish(
         decoder, tokenizer, source, out, precision, shard_bytes=settings.shard_bytes, check=settings.check
     )
-    return Exported(str(out), precision, made.tensors, made.bytes, made.files, made.checks, made.differences)
+    loader = "AutoModelForCausalLM" if decoder.worded else "AutoModelForSequenceClassification"
+    return Exported(str(out), precision, made.tensors, made.bytes, made.files, made.checks, made.differences, loader)
 
 
 def _combinations(source: Path, out: Path) -> Exported:

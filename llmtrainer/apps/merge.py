@@ -156,8 +156,8 @@ def merge(settings: Merge) -> Merged:
         )  # fmt: skip
     else:
         made = publish_foreign(decoder, tokenizer, base, out, precision, prove=prove, words=words)
+    effect = furthest(_like(decoder, load_base(base, compute, frozen=True).eval()), rows, wanted)
     del decoder
-    effect = furthest(load_base(base, compute, frozen=True).eval(), rows, wanted)
     checks = {**made.checks, "base": f"{changed} tensors changed; the adapter moves logits by {effect:.2e}"}
     return Merged(
         str(out), str(base), precision, made.tensors, made.bytes, changed, found, bound, effect, made.files, checks,
@@ -172,6 +172,13 @@ def _opened(source: Path, base: Path, compute: torch.dtype) -> Policy:
     insert_adapter(policy, source)
     policy.eval()
     return policy
+
+
+def _like(decoder: Policy, alone: Policy) -> Policy:
+    """The model alone, compared by the same matrix: beside a score, a head for the vocabulary is gone."""
+    if isinstance(alone, Decoder) and not decoder.worded:
+        alone.lm_head = None
+    return alone
 
 
 def merge_in_place(decoder: Policy) -> None:
@@ -199,7 +206,7 @@ def probes(tokenizer: FileTokenizer, decoder: Policy) -> list[Batch]:
 
 @torch.no_grad()
 def logits(decoder: Policy, row: Batch) -> Tensor:
-    """[B, T, V]"""
+    """[B, T, V]; of a model that gives a score, its hidden states as seen by the embedding."""
     if isinstance(decoder, Decoder):
         return decoder.hidden(row) @ decoder.head_weight.to(decoder.compute).t()
     return decoder.logits(row)

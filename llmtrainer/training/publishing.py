@@ -26,6 +26,7 @@ from llmtrainer.models.foreign_loading import ForeignModel
 from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
 from llmtrainer.models.weights import CONFIG, INDEX, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
+from llmtrainer.training.scoring import scores_of
 
 GENERATION = "generation_config.json"
 PROBES = (
@@ -76,6 +77,9 @@ def publish(
     UserError where no class of transformers computes the model, or what was written does not read back as it was.
     """
     require_fit(tokenizer, decoder.vocabulary, source)
+    if decoder.worded and decoder.score is not None:
+        decoder.score = None    # other programs have no place for a critic's head beside the vocabulary's
+        decoder.family = decoder.family.model_copy(update={"head": None})
     with appearing(out) as partial:
         config = described(decoder, tokenizer, source, precision)
         weights = {name: value.to(DTYPES[precision]) for name, value in tensors(decoder).items()}
@@ -211,7 +215,7 @@ def _meant(family: Llama, key: str) -> object:
 
 
 def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileTokenizer) -> dict[str, str]:
-    """The same ids, logits and greedy text, in float32. UserError, naming what differs, if they are not."""
+    """The same ids, logits and greedy text, or the same score, in float32. UserError, naming what differs, if not."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -223,9 +227,12 @@ def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileToke
     for text in PROBES:
         found = list(theirs(text, split_special_tokens=True)["input_ids"])
         _require(found == opening(tokenizer) + tokenizer.encode(text), folder, "AutoTokenizer", f"the ids of {text!r}")
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    told = {"AutoTokenizer": f"the same ids of {len(PROBES)} texts"}
     prompt = (opening(tokenizer) + tokenizer.encode(PROBES[0]))[: decoder.context_length // 2]
     tokens_BT = torch.tensor([prompt])
+    if not decoder.worded:
+        return {**told, "score": _same_score(folder, decoder, prompt)}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = model(tokens_BT).logits[0, -1]
         cache = decoder.cache(1, len(prompt))
@@ -237,9 +244,20 @@ def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileToke
     (ours,) = complete(decoder, [prompt], Sampling(temperature=0.0, max_new_tokens=room), tokenizer)
     _require(text[: len(ours.tokens)] == list(ours.tokens), folder, "generate", "the likeliest text")
     return {
-        "AutoTokenizer": f"the same ids of {len(PROBES)} texts", "logits": f"equal to {far:.0e} of the largest",
-        "greedy text": f"the same {len(ours.tokens)} tokens",
-    }
+        **told, "logits": f"equal to {far:.0e} of the largest", "greedy text": f"the same {len(ours.tokens)} tokens",
+    }  # fmt: skip
+
+
+def _same_score(folder: Path, decoder: Decoder, prompt: list[int]) -> str:
+    """Of one text, by transformers' class for a sequence with one label."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = float(model(torch.tensor([prompt])).logits[0, 0])
+    far = abs(float(scores_of(decoder, [prompt])[0]) - wanted)
+    _require(far <= LOGITS_RELATIVE * max(1.0, abs(wanted)), folder, "score", f"{far:.1e} of {wanted:.3g}")
+    return f"AutoModelForSequenceClassification gives the same, to {far:.0e}"
 
 
 def differences(source: Path, config: Mapping[str, Any]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.models import load_base, load_whole, model_folder
+from llmtrainer.training.policy_heads import HEADS
 from llmtrainer.training.recipe import Reference
 
 FACT = "reference_sha256"
@@ -121,7 +122,7 @@ def _read_by(engine: Engine, frozen: Policy, policy: Policy) -> Frozen:
 
 def _without_adapter(policy: Policy) -> Frozen:
     """The model itself: what the policy was before its adapter learned anything."""
-    base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
+    base = _base(policy)
 
     def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
         with at_rest(policy), _adapters_off(policy):
@@ -139,13 +140,21 @@ def _as_it_began(policy: Policy, folder: Path) -> Frozen:
     with torch.no_grad():
         for name, value in adapter_tensors(policy).items():
             value.copy_(now[name])
-    base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
+    base = _base(policy)
 
     def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
         with at_rest(policy), swapped.in_place():
             return policy(batch, wants)  # type: ignore[no-any-return]
 
     return Frozen(read, sha256_of(base | began))
+
+
+def _base(policy: Policy) -> dict[str, Tensor]:
+    """The weights that stay as they are beside an adapter: without a head or a critic that is trained with it."""
+    return {
+        name: value for name, value in policy.state_dict().items()
+        if ".adapter." not in name and not name.startswith(HEADS)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
