@@ -61,7 +61,7 @@ class Liked(ComparisonFormat):
             if (system := system_of(whole)) and prompt[0].role != "system":
                 prompt = (Message("system", system), *prompt)
             answer: Turns = (last,)
-            used = (dialogue,)
+            used: tuple[str, ...] = (dialogue,)
         else:
             key = _first(whole, ANSWERS)
             answer = answer_of(needed(whole, key), key)
