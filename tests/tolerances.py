@@ -55,3 +55,6 @@ FINITE_DIFFERENCE_RELATIVE = 1e-5
 """The slope of a loss along a direction of all weights, by two evaluations, float64."""
 SHARED_PROMPT_FLOAT32 = 1e-5
 """An answer beside another behind one prompt, against a row of its own, float32: relative to the number."""
+
+FLOAT64_TWO_WAYS = {"rtol": 1e-9, "atol": 1e-12}
+"""The same float64 numbers by two arrangements of the same rows: token by token and at once, shared and apart."""

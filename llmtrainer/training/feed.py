@@ -87,6 +87,10 @@ def source_of(
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
     settings = recipe.rollout
+    # A run that continues in the middle of a rollout writes its next answers later: here these settings count as read.
+    for part in (settings.sampling, settings.sampler, *settings.rewards):
+        for name in type(part).model_fields:
+            getattr(part, name)
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)
     sampling = with_ends(settings.sampling, rows)

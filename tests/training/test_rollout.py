@@ -1,0 +1,235 @@
+"""Runs that learn from their own answers: what is learned, what does not change it, and what continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmtrainer.base.config import load
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.objective import count, loss_of
+from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.weights import save_weights
+from llmtrainer.tokenizer.tokenizer import load_tokenizer
+from llmtrainer.training.checkpoint import read_manifest
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.rollout import RolloutSource
+from llmtrainer.training.run import open_trainer, train
+from tests.tolerances import FLOAT64_TWO_WAYS
+from tests.training import toy_rewards
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def rl(world: Path, tmp_path: Path) -> Make:
+    """A recipe that learns from answers to 12 prompts: rl("duration=4 steps")."""
+    policy = Llama(hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=64, context_length=64).build(320)
+    policy.initialise(9)
+    save_weights(policy, tmp_path / "base")
+    load_tokenizer(world / "tokenizer").save(tmp_path / "base")
+    words = ["abc", "a bcd", "efg h", "ha", "c d e f", "gab", "deaf", "bead", "head", "fed", "cab", "dab"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    (tmp_path / "rl.yaml").write_text(f"""\
+run: {tmp_path}/run
+model: {{start_from: {tmp_path}/base}}
+tokenizer: {tmp_path}/base
+cache: {tmp_path}/cache
+data:
+  {{kind: prompts, train: {tmp_path}/prompts.jsonl, template: completion, prompts_per_step: 4, tokens_per_batch: 96}}
+objective: {{kind: grpo}}
+rollout:
+  group_size: 4
+  sampling: {{max_new_tokens: 8}}
+  rewards: [{{kind: function, function: "tests.training.toy_rewards:share_of_a"}}]
+optim: {{schedule: {{kind: constant, peak: 1e-3, warmup: 0 steps}}}}
+precision: float32
+duration: 4 steps
+save: {{every: never}}
+seed: 5
+""")
+    return lambda *overrides: load(Recipe, tmp_path / "rl.yaml", overrides=overrides)
+
+
+def stepped(recipe: Recipe) -> list[dict[str, float]]:
+    with open_trainer(recipe) as trainer:
+        return [{"loss": info.loss, "grad_norm": info.grad_norm, **info.metrics} for info in trainer.steps()]
+
+
+def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(recipe.run) / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+SEVERAL = ("rollout.epochs=2", "rollout.answers_per_step=8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampling", ["{max_new_tokens: 8}", "{max_new_tokens: 8, temperature: 0.7, top_k: 20}"])
+def test_the_ratio_of_the_first_inner_step_is_exactly_1(rl: Make, precision: str, sampling: str) -> None:
+    # Rates as large as this move the policy far from the one that wrote: later steps must show it.
+    settings = rl(*SEVERAL, f"precision={precision}", f"rollout.sampling={sampling}", "optim.schedule.peak=3e-2")
+    first, *others = stepped(settings)
+    assert first["policy/ratio"] == 1.0 and first["policy/moved"] == 0.0
+    assert all(step["policy/moved"] > 0.0 for step in others[:3])
+
+
+def test_answers_that_are_learned_in_one_step_have_the_ratio_1_without_being_read_again(rl: Make) -> None:
+    for step in stepped(rl("duration=2 steps")):
+        assert step["policy/ratio"] == 1.0
+
+
+def test_what_sampling_saw_is_what_training_computes(rl: Make) -> None:
+    settings = rl(*SEVERAL, "precision=float64", "rollout.sampling.temperature=0.8", "rollout.sampling.top_p=0.9")
+    with open_trainer(settings) as trainer:
+        for _ in trainer.steps():
+            held = trainer.parts.source._held
+            assert held.rollout.trainer_logp is not None
+            for sampler, policy in zip(held.rollout.old_logp, held.rollout.trainer_logp, strict=True):
+                np.testing.assert_allclose(sampler, policy, **FLOAT64_TWO_WAYS)
+
+
+def test_a_prompt_that_is_shared_and_micro_batches_change_no_number(rl: Make) -> None:
+    ways = [(), ("rollout.share_prompt=false",), ("data.tokens_per_batch=40",), ("data.tokens_per_batch=4000",)]
+    wanted = ("objective.kl=0.1", "objective.entropy=0.01", "precision=float64", *SEVERAL)
+    found = []
+    for number, way in enumerate(ways):
+        found.append(stepped(rl(*wanted, *way, f"run={rl().run}-{number}")))
+    for other in found[1:]:
+        for step, expected in zip(other, found[0], strict=True):
+            for name in ("loss", "grad_norm", "loss/kl", "policy/entropy", "policy/moved", "reward/mean"):
+                assert step[name] == pytest.approx(
+                    expected[name], rel=FLOAT64_TWO_WAYS["rtol"], abs=FLOAT64_TWO_WAYS["atol"]
+                ), name
+
+
+@pytest.mark.parametrize("objective", ["{kind: grpo, kl: 0.1}", "{kind: grpo, kl: 0.1, kl_in: reward}"])
+def test_a_run_that_is_resumed_inside_of_a_rollout_has_the_same_bits(rl: Make, objective: str) -> None:
+    wanted = (*SEVERAL, f"objective={objective}", "rollout.sampling.top_k=30")
+    straight = rl(*wanted, "duration=7 steps")
+    train(straight)
+    resumed = ("optim.schedule.length=7 steps", f"run={straight.run}-resumed")
+    for duration in ("3 steps", "5 steps", "7 steps"):
+        train(rl(*wanted, *resumed, f"duration={duration}"))
+    both = [read_manifest(Path(run) / "checkpoints" / "step-00000007")["files"]
+            for run in (straight.run, f"{straight.run}-resumed")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert both[0][name]["sha256"] == both[1][name]["sha256"], name
+
+
+def test_a_copy_of_the_weights_writes_the_same_answers(rl: Make) -> None:
+    told = []
+    for number, weights in enumerate(["shared", "copied"]):
+        settings = rl(*SEVERAL, f"rollout.weights={weights}", f"run={rl().run}-{number}", "duration=9 steps")
+        train(settings)
+        told.append([{k: v for k, v in event.items() if k not in ("time", "rollout/seconds")}
+                     for event in events(settings, "rollout")])
+    assert len(told[0]) == 3 and told[0] == told[1]
+
+
+def test_a_copy_that_was_not_renewed_is_refused(rl: Make) -> None:
+    with open_trainer(rl("rollout.weights=copied", "duration=3 steps")) as trainer:
+        trainer.parts.source._sampler.sync = lambda: None
+        with pytest.raises(UserError, match="does not hold the trainer's weights"):
+            for _ in trainer.steps():
+                pass
+
+
+def test_every_answer_is_rewarded_once(rl: Make) -> None:
+    toy_rewards.CALLS.clear()
+    reward = "[{kind: function, function: 'tests.training.toy_rewards:counted', per: batch}]"
+    train(rl(*SEVERAL, f"rollout.rewards={reward}", "duration=8 steps"))
+    assert toy_rewards.CALLS == [16, 16]
+
+
+def test_answers_without_a_reward_shape_no_group_and_are_not_learned(rl: Make) -> None:
+    reward = "[{kind: function, function: 'tests.training.toy_rewards:sometimes'}]"
+    settings = rl(f"rollout.rewards={reward}", "duration=1 steps", "precision=float64")
+    with open_trainer(settings) as trainer:
+        trainer.parts.source.batches(0)
+        held = trainer.parts.source._held
+    rollout = held.rollout
+    odd = np.array([answer[0] % 2 == 1 for answer in rollout.answers])
+    assert odd.any() and not odd.all()
+    assert np.isnan(rollout.reward_R[odd]).all() and not np.isnan(rollout.reward_R[~odd]).any()
+    for group in range(4):
+        kept = (rollout.group_R == group) & ~odd
+        reward_G = rollout.reward_R[kept]
+        expected = (reward_G - reward_G.mean()) / (reward_G.std() + 1e-4) if len(reward_G) > 1 else [0.0]
+        if len(reward_G) > 1 and reward_G.std() == 0.0:
+            expected = np.zeros(len(reward_G))
+        for number, value in zip(np.flatnonzero(kept), expected, strict=True):
+            np.testing.assert_allclose(held.advantages[number], value, rtol=1e-12)
+
+
+def test_groups_that_teach_nothing_are_replaced_by_the_next_prompts(rl: Make) -> None:
+    reward = "rollout.rewards=[{kind: function, function: 'tests.training.toy_rewards:length'}]"
+    plain = rl(reward, "duration=6 steps", "rollout.sampling.max_new_tokens=40")
+    redrawn = rl(reward, "duration=6 steps", "rollout.sampling.max_new_tokens=40", "rollout.redraw=4",
+                 f"run={plain.run}-redrawn")
+    for recipe in (plain, redrawn):
+        train(recipe)
+    flat = [sum(event["rollout/flat_groups"] for event in events(recipe, "rollout")) for recipe in (plain, redrawn)]
+    assert flat[1] < flat[0]
+    epochs = [events(recipe, "step")[-1]["epochs"] for recipe in (plain, redrawn)]
+    assert epochs[1] > epochs[0]
+
+
+def test_an_answer_is_trained_by_the_ids_that_were_sampled(rl: Make) -> None:
+    with open_trainer(rl("rollout.share_prompt=false")) as trainer:
+        source = trainer.parts.source
+        assert isinstance(source, RolloutSource)
+        batches = source.batches(0)
+        held = source._held
+        assert held is not None
+    learned = []
+    for batch in batches:
+        for sequence in range(batch.sequences):
+            mine = (batch.sequence_BT == sequence) & (batch.weights_BT > 0)
+            learned.append(tuple(batch.targets_BT[mine].tolist()))
+    assert sorted(learned) == sorted(one.tokens for one in held.written)
+
+
+def test_the_gradient_of_a_first_step_is_that_of_the_policy_gradient(rl: Make) -> None:
+    with open_trainer(rl("precision=float64", "duration=1 steps")) as trainer:
+        policy, source, objective = trainer.parts.policy, trainer.parts.source, trainer.parts.objective
+        batches = source.batches(0)
+        counts = count(batches)
+        for batch in batches:
+            loss_of(objective.terms(policy(batch, objective.wants), batch), counts).backward()
+        found = {name: value.grad.clone() for name, value in policy.named_parameters()}
+        policy.zero_grad()
+        for batch in batches:
+            logp_BT = policy(batch, ("logp",)).logp_BT
+            for sequence in range(batch.sequences):
+                mine = (batch.sequence_BT == sequence) & (batch.weights_BT > 0)
+                advantage = batch.signals["advantage_BT"][mine]
+                (-(advantage * logp_BT[mine]).mean() / 16).backward(retain_graph=True)
+        for name, value in policy.named_parameters():
+            torch.testing.assert_close(found[name], value.grad, **FLOAT64_TWO_WAYS)
+
+
+def test_the_mean_reward_rises(rl: Make) -> None:
+    settings = rl("duration=40 steps", "data.prompts_per_step=8", "rollout.group_size=8", "data.tokens_per_batch=2000",
+                  "optim.schedule.peak=1e-2")
+    told = stepped(settings)
+    before, after = (np.mean([step["reward/mean"] for step in part]) for part in (told[:3], told[-3:]))
+    assert after - before >= 0.3
+
+
+def test_settings_that_cannot_work_are_refused_by_name(rl: Make) -> None:
+    wrong = {
+        "rollout.rewards=[]": "nothing says what an answer is worth",
+        "rollout.answers_per_step=6": "does not divide a rollout",
+        "rollout.sampling.repetition_penalty=1.2": "repetition_penalty",
+        "objective.kind=causal_lm": "prompts alone have no answers",
+    }
+    for override, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            train(rl(override))
