@@ -91,7 +91,7 @@ class Inspection(Config):
 
 @dataclass(frozen=True)
 class Shown:
-    """One row, five lists of one length."""
+    """One row, lists of one length."""
 
     tokens: list[int]
     pieces: list[str]
@@ -102,6 +102,8 @@ class Shown:
     """Place in its document; restarts with every document."""
     document: list[int]
     """Which document of the row."""
+    answer: list[int] | None = None
+    """Of a comparison: which answer, the best is 0; -1 is the prompt that all of them share. None: it is none."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Inspected(Result):
     colored: bool = False
 
     def json(self) -> dict[str, Any]:
-        return {"source": self.source, "step": self.step, "rows": [vars(row) for row in self.rows]}
+        return {"source": self.source, "step": self.step, "rows": [_told(row) for row in self.rows]}
 
     def text(self) -> str:
         parts = [_legend()] if self.colored else []
@@ -169,7 +171,18 @@ def _of_recipe(settings: Inspection, recipe: Recipe) -> Iterator[Shown]:
         return
     for place in range(min(settings.rows, source.rows_per_step)):
         row = source.row(settings.step, place)
-        yield Shown(pieces=tokenizer.pieces(row["tokens"]), **row)
+        yield Shown(pieces=_pieces(tokenizer, row), **row)
+
+
+def _pieces(tokenizer: FileTokenizer, row: dict[str, list[Any]]) -> list[str]:
+    """The text of each token. An answer that repeats the last token of its prompt begins a text of its own."""
+    owner = row.get("answer") or row["document"]
+    stretches = groupby(range(len(owner)), owner.__getitem__)
+    return [piece for _, places in stretches for piece in tokenizer.pieces([row["tokens"][place] for place in places])]
+
+
+def _told(row: Shown) -> dict[str, Any]:
+    return {name: value for name, value in vars(row).items() if value is not None}
 
 
 def _of_documents(settings: Inspection) -> Iterator[Shown]:
@@ -243,20 +256,27 @@ def _title(index: int, row: Shown) -> str:
     )
 
 
-def _stretches(row: Shown, boundaries: bool) -> Iterator[tuple[int, float, str]]:
-    """(document, weight, text) of each run of tokens that have both in common."""
+def _stretches(row: Shown, boundaries: bool) -> Iterator[tuple[str, float, str]]:
+    """(what it is a part of, weight, text) of each run of tokens that have both in common."""
     joint = "|" if boundaries else ""
-    for (document, weight), places in groupby(range(len(row.tokens)), lambda i: (row.document[i], row.weights[i])):
-        yield document, weight, joint.join(row.pieces[place] for place in places) + joint
+    for (part, weight), places in groupby(range(len(row.tokens)), lambda i: (_part(row, i), row.weights[i])):
+        yield part, weight, joint.join(row.pieces[place] for place in places) + joint
+
+
+def _part(row: Shown, place: int) -> str:
+    """Which document a token belongs to; of a comparison the prompt, or which answer."""
+    if row.answer is None:
+        return f"document {row.document[place]}"
+    return "the prompt" if row.answer[place] < 0 else f"answer {row.answer[place] + 1}"
 
 
 def _painted(row: Shown, boundaries: bool) -> str:
     shown: list[str] = []
     last = None
-    for document, weight, text in _stretches(row, boundaries):
-        if last is not None and document != last:
-            shown.append(f"\n{READ_ONLY}-- document {document}{RESET}\n")
-        last = document
+    for part, weight, text in _stretches(row, boundaries):
+        if last is not None and part != last:
+            shown.append(f"\n{READ_ONLY}-- {part}{RESET}\n")
+        last = part
         # Line by line: a pager forgets a colour at the end of a line.
         shown.append("\n".join(f"{_style(weight)}{line}{RESET}" for line in visible(text).split("\n")))
     return "".join(shown) + "\n"
@@ -273,11 +293,11 @@ def _legend() -> str:
 
 def _plain(row: Shown, boundaries: bool) -> str:
     lines: list[str] = []
-    last = 0
-    for document, weight, text in _stretches(row, boundaries):
-        if document != last:
-            lines.append(f"-- document {document}")
-        last = document
+    last = "document 0"
+    for part, weight, text in _stretches(row, boundaries):
+        if part != last:
+            lines.append(f"-- {part}")
+        last = part
         first, *others = visible(text).removesuffix("\n").split("\n")
         lines += [f"{weight:>6g} | {first}", *(f"       | {line}" for line in others)]
     return "\n".join(lines) + "\n"

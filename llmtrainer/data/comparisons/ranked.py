@@ -63,7 +63,7 @@ class Ranked(ComparisonFormat):
             order = sorted(range(len(answers)), key=lambda place: -scores[place])
             answers, scores = [answers[place] for place in order], [scores[place] for place in order]
         told = whole.get(self.prompt)
-        texts = all(len(answer) == 1 and not answer[0].tool_calls for answer in answers)
+        texts = not any(are_turns(item) for item in found)
         prompt, plain = prompt_of(
             "" if told is None else told, self.prompt, system_of(whole), as_messages=self.as_messages or not texts
         )
