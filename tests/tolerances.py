@@ -53,3 +53,5 @@ FOREIGN_FLOAT64 = {
 angles and norms whatever the weights are."""
 FINITE_DIFFERENCE_RELATIVE = 1e-5
 """The slope of a loss along a direction of all weights, by two evaluations, float64."""
+TRL_FLOAT32_LOSS = 1e-7
+"""Against what TRL works out in float32 whatever it is given."""
