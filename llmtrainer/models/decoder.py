@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtrainer.base.errors import UserError
 from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
@@ -98,7 +97,6 @@ class Decoder(nn.Module):
             None if family.tied_head else Linear(family.hidden_size, vocabulary, bias=False, master=master)
         )
         self.score: ScalarHead | None = None
-        """The head that gives one number; None: there is none."""
         self.critic: Decoder | None = None
         """A model of its own that values what this one writes."""
         self.worded = True
@@ -179,10 +177,7 @@ class Decoder(nn.Module):
     def require_words(self) -> None:
         """Raises UserError where the model has no vocabulary's head."""
         if not self.worded:
-            raise UserError(
-                "this model gives a score and no next token", why="a reward model has no head for the vocabulary",
-                fix="name the model that it was trained from",
-            )
+            raise scalar.no_words()
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the head reads: [B, T, D] in the compute type."""

@@ -20,7 +20,7 @@ from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
-from llmtrainer.models import paths
+from llmtrainer.models import foreign_score, paths, scalar
 from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import TokenPages
@@ -133,10 +133,8 @@ class Foreign(nn.Module):
         self.model = model
         self.compute, self.apart, self.frozen = compute, apart, frozen
         self.adapter: Adapter | None = None
-        self.score: ScalarHead | None = None
-        self.critic: Any = None
-        self.worded = True
-        """Whether it has the vocabulary's head."""
+        self.critic: None = None
+        """A critic of its own stands beside our own families alone."""
         self.ids: int | None = None
         self.path: str | None = None
         self.chunk: int | None = None
@@ -144,14 +142,13 @@ class Foreign(nn.Module):
         self.context_length = int(
             next(filter(None, (getattr(config, key, None) for key in _CONTEXTS)), 2048)
         )
-        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self.vocabulary = int(self.head_weight.shape[0])
         self.neftune = 0.0
         """Size of the noise on embeddings while training."""
         self.calls = 0
         """How often the last pass asked for our attention."""
         self.own_logits = False
         """Whether the class does more behind its head than a product, so that whole logits are needed."""
-
         model.get_input_embeddings().register_forward_hook(self._noisy)
 
     def _noisy(self, embedding: nn.Module, inputs: Any, x_BTD: Tensor) -> Tensor:
@@ -166,8 +163,20 @@ class Foreign(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        weight: Tensor = self.model.get_output_embeddings().weight
+        """The vocabulary's head, or the embedding where there is none."""
+        weight: Tensor = (self.model.get_output_embeddings() or self.model.get_input_embeddings()).weight
         return weight
+
+    @property
+    def worded(self) -> bool:
+        """Whether it has the vocabulary's head."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def score(self) -> ScalarHead | None:
+        """The head that gives one number; None: there is none."""
+        head = getattr(self.model, "score", None)
+        return head if isinstance(head, ScalarHead) else None
 
     def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters(*arguments, **named)  # type: ignore[no-any-return]
@@ -176,10 +185,11 @@ class Foreign(nn.Module):
         return self.model.named_modules(*arguments, **named)  # type: ignore[no-any-return]
 
     def attach(self, head: Head) -> None:
-        """Put a scalar head without values on the model. UserError: only our own families have one."""
-        raise UserError(
-            "a class of transformers gets no head for a score here", where="model.head", fix="model.kind=llama",
-        )
+        """Put a score without values in place of the vocabulary's head: the model becomes one of its class for
+        sequences with one label. UserError where transformers has none, or for another kind of head."""
+        if head.kind != "score":
+            raise foreign_score.no_place_for(head)
+        self.model = foreign_score.one_label(self.model, torch.promote_types(self.head_weight.dtype, torch.float32))
 
     def adaptable_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         """Every linear layer but the head, by name."""
@@ -189,6 +199,10 @@ class Foreign(nn.Module):
                 yield name, module
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        if not set(wants).isdisjoint(scalar.WANTS):
+            return scalar.read(self, batch, wants)
+        if not self.worded:
+            raise scalar.no_words()
         chosen_N = vocab_head.weighted_positions(batch)
         if self.own_logits:
             logits_NV = vocab_head.gather(self._read(batch, logits=True), chosen_N)
@@ -201,6 +215,15 @@ class Foreign(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """What the head reads: [B, T, D] in the compute type."""
         return self._read(batch, logits=False)
+
+    def trunk(self, batch: Batch) -> Tensor:
+        return self.hidden(batch)
+
+    def normed(self, x_ND: Tensor) -> Tensor:
+        return x_ND
+
+    def words(self, batch: Batch, x_BTD: Tensor, wants: tuple[str, ...]) -> Outputs:
+        raise scalar.no_words()    # a score stands in place of the vocabulary's head
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V], for those who read a few places."""
@@ -291,6 +314,8 @@ class Foreign(nn.Module):
 
     def cache(self, rows: int, capacity: int) -> Rows:
         """See Decoder.cache. Tokens are kept, not keys: every read computes the whole rows again."""
+        if not self.worded:
+            raise scalar.no_words()
         return Rows(rows, capacity, self.head_weight.device)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.randomness import derive
 from llmtrainer.models import proof
 from llmtrainer.models.foreign import ATTENTION, AdaptedLinear, Foreign, attend_packed, rows_of
+from llmtrainer.models.foreign_score import with_own_head
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers that our attention computes."""
@@ -54,6 +55,8 @@ def load_foreign(
                 f"transformers does not open this folder as {model_class.__name__}", where=where,
                 why=str(error).strip().partition("\n")[0], fix="copy the model again, with its safetensors files",
             ) from None
+    if labelled(config):
+        with_own_head(model, model.score.weight, torch.promote_types(model.score.weight.dtype, torch.float32))
     if frozen:
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -64,7 +67,7 @@ def load_foreign(
     policy.eval()
     if not apart:
         require_packing(policy, where)
-    policy.own_logits = not _is_product(policy)
+    policy.own_logits = policy.worded and not _is_product(policy)
     policy.train(training)
     policy.requires_grad_(not frozen)
     policy.train()
@@ -176,14 +179,27 @@ def _described(transformers: Any, folder: Path) -> tuple[Any, Any]:
     """The configuration of a folder and the class that reads it."""
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-        return config, mapping[type(config)]
+        known = transformers.models.auto.modeling_auto
+        if not labelled(config):
+            return config, known.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            "transformers has no class that predicts the next token for this folder", where=str(folder),
+            "transformers has no class that predicts the next token, or scores a text, for this folder", where=str(folder),
             why=str(error).strip().partition("\n")[0],
             fix="name a model that transformers knows by itself: code that lies in a folder is never run",
         ) from None
+    if config.num_labels != 1:
+        raise UserError(
+            f"this model tells {config.num_labels} labels apart", where=str(folder),
+            why="one number is what a reward model gives", fix="choose another model",
+        )
+    return config, model_class
+
+
+def labelled(config: Any) -> bool:
+    """Whether a folder's model gives one number instead of the next token."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _transformers() -> Any:

@@ -100,6 +100,14 @@ def read(policy: Scoring, batch: Batch, wants: tuple[str, ...]) -> Outputs:
     return replace(out, score_S=score_S, value_BT=value_BT, cut_points_K=cut_points_K)
 
 
+def no_words() -> UserError:
+    """What to say where a next token is asked of a model that gives a score."""
+    return UserError(
+        "this model gives a score and no next token", why="a reward model has no head for the vocabulary",
+        fix="name the model that it was trained from",
+    )
+
+
 def _head(policy: Scoring, wants: tuple[str, ...]) -> ScalarHead:
     head = policy.score
     kind = "value" if "value" in wants else "ordinal" if "cut_points" in wants else "score"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.protocols import Head
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.foreign import Foreign
 from llmtrainer.models.foreign_loading import ForeignModel, _packed, load_foreign, read_foreign
@@ -236,3 +237,48 @@ def test_a_class_without_linear_layers_of_torch_takes_no_adapter(tmp_path: Path)
     policy = load_foreign(folder_of(WORLDS["gpt2"](), tmp_path), frozen=True)
     with pytest.raises(UserError, match="no linear layer"):
         Lora().insert(policy)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "phi"])
+def test_a_score_is_that_of_the_class_for_sequences_with_one_label(name: str, tmp_path: Path) -> None:
+    """A language model gets the head, is saved in that class, and comes back with the same scores."""
+    head = Head.model_validate({"kind": "score", "std": 1.0})
+    policy = load_foreign(folder_of(WORLDS[name](), tmp_path / "base"), torch.float64).eval()
+    policy.attach(head)
+    assert policy.score is not None and not policy.worded and "score.weight" in dict(policy.named_parameters())
+    policy.score.initialise(0, head)
+    documents = ragged_documents([5, 11, 2])
+    packed = _packed(documents, torch.device("cpu"))
+    with torch.no_grad():
+        found = policy(packed, ("score",)).score_S
+    form = ForeignModel(policy)
+    form.write(form.tensors(), tmp_path / "saved")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    assert model.config.num_labels == 1 and found is not None
+    with torch.no_grad():
+        wanted = torch.stack([model.eval()(torch.tensor([ids])).logits[0, 0] for ids in documents])
+    assert float((found - wanted).abs().max()) <= FOREIGN_FLOAT64[name]
+    again = load_foreign(tmp_path / "saved", torch.float64).eval()
+    with torch.no_grad():
+        assert torch.equal(again(packed, ("score",)).score_S, found)    # type: ignore[arg-type]
+    assert policy.score.weight.grad is None
+    other = load_foreign(tmp_path / "base", torch.float64)
+    other.attach(head)
+    read_foreign(other, tmp_path / "saved")
+    assert other.score is not None and torch.equal(other.score.weight, policy.score.weight)
+
+
+def test_a_reward_model_of_transformers_classes_trains_and_does_not_write(tmp_path: Path) -> None:
+    policy = load_foreign(folder_of(WORLDS["gpt2"](), tmp_path / "base"))
+    policy.attach(Head.model_validate({"kind": "score"}))
+    assert policy.score is not None
+    policy.score.initialise(0, Head.model_validate({"kind": "score"}))
+    score_S = policy(_packed(ragged_documents([5, 4]), torch.device("cpu")), ("score",)).score_S
+    assert score_S is not None
+    score_S.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    for ask in (lambda: policy(row_batch([[1, 2, 3]]), ("logp",)), lambda: policy.cache(1, 4)):
+        with pytest.raises(UserError, match="gives a score and no next token"):
+            ask()
+    with pytest.raises(UserError, match="no head of the kind `ordinal`"):
+        load_foreign(tmp_path / "base").attach(Head.model_validate({"kind": "ordinal", "classes": 3}))
