@@ -26,9 +26,11 @@ REFERENCE = "reference_logp_BT"
 """A signal: what the frozen reference says of each target, as Outputs.logp_BT."""
 OLD = "old_logp_BT"
 """A signal: what the policy that wrote the answers says of each target, in its place, as Outputs.logp_BT."""
+NEVER = "never_K"
+"""A signal: ids that no target was drawn from, int64. Log-probabilities are then of a distribution over the others."""
 KEPT = "kept_BTW"
-"""A signal: which ids the target of each token was drawn from, as bits of bytes, the lowest bit first: uint8. Log-
-probabilities are then of a distribution over these ids alone."""
+"""A signal: which ids the target of each token was drawn from, those never left aside, as bits of bytes, the lowest bit
+first: uint8. Log-probabilities are then of a distribution over these ids alone."""
 TEMPERATURE = "temperature_BT"
 """A signal: what logits were divided by before the target was drawn, above 0, float64. Log-probabilities are then of
 logits divided by it."""
