@@ -42,6 +42,11 @@ class Arithmetic(NamedTuple):
     (see core/products.py); None: it is summed as it is."""
 
 
+_IMPOSSIBLE = -1e30
+"""The logit of an id that could not be drawn. Finite, and far from the largest float: an entropy and its gradient
+multiply by it, and 0 times infinity is no number."""
+
+
 class Drawn(NamedTuple):
     """How the targets of some positions were drawn, where that was not from the plain softmax over all ids."""
 
@@ -66,14 +71,12 @@ class Drawn(NamedTuple):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature_N is not None:
             logits = logits / self.temperature_N[part, None].to(logits.dtype)
-        # Finite: an entropy multiplies by it, and 0 times infinity is no number.
-        least = torch.finfo(logits.dtype).min
         if self.never_K is not None:
-            logits = logits.index_fill(1, self.never_K, least)
+            logits = logits.index_fill(1, self.never_K, _IMPOSSIBLE)
         if self.kept_NW is not None:
             bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
             kept_NV = (self.kept_NW[part, :, None] >> bit & 1).flatten(1)[:, : logits.shape[1]].bool()
-            logits = logits.masked_fill(~kept_NV, least)
+            logits = logits.masked_fill(~kept_NV, _IMPOSSIBLE)
         return logits
 
     def unnarrowed(self, gradient: Tensor, part: slice, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -317,3 +318,20 @@ def test_twenty_rollouts_in_a_row_need_the_memory_of_one() -> None:
         rollout(seed)
     gc.collect()
     assert process.memory_info().rss - before < 32 * 2**20
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])
+def test_a_class_of_transformers_is_sampled_from_alike(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="classes of transformers need transformers")
+    from llmtrainer.models.foreign_loading import load_foreign
+    from tests.models.test_foreign import WORLDS, folder_of
+
+    policy = load_foreign(folder_of(WORLDS[name](), tmp_path), torch.float64)
+    tokenizer, sampling = Tokens(vocabulary=320, end=1), Sampling(max_new_tokens=6, top_k=50)
+    done = complete(policy.eval(), repeated(2), sampling, tokenizer, seed=4)
+    for weights in ("shared", "copied"):
+        sampler = Own(block=4, max_tokens=64).open(policy, tokenizer, policy, weights)  # type: ignore[arg-type]
+        found = sampler.sample(prompts(), 2, sampling, 4)
+        assert said(found) == [(one.tokens, one.finish) for one in done]
+        for one in found:
+            np.testing.assert_allclose(one.logp, one.sampled_logp, rtol=0, atol=FLOAT64_LOGITS)
