@@ -32,9 +32,11 @@ OLD = "old_logp_BT"
 ROLLOUT = "rollout_logp_BT"
 """A signal: what the sampler itself said of each target when it drew it, as Outputs.logp_BT. Where sampler and trainer
 are the same code it equals `old_logp_BT`."""
+NEVER = "never_K"
+"""A signal: ids that no target was drawn from, int64. Log-probabilities are then of a distribution over the others."""
 KEPT = "kept_BTW"
-"""A signal: which ids the target of each token was drawn from, as bits of bytes, the lowest bit first: uint8. Log-
-probabilities are then of a distribution over these ids alone."""
+"""A signal: which ids the target of each token was drawn from, those never left aside, as bits of bytes, the lowest bit
+first: uint8. Log-probabilities are then of a distribution over these ids alone."""
 TEMPERATURE = "temperature_BT"
 """A signal: what logits were divided by before the target was drawn, above 0, float64. Log-probabilities are then of
 logits divided by it."""

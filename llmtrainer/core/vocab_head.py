@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core import listed
-from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch, Outputs
+from llmtrainer.core.batch import KEPT, NEVER, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.products import turned_copy
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS)
@@ -43,20 +43,27 @@ class Arithmetic(NamedTuple):
     (see core/products.py); None: it is summed as it is."""
 
 
+_IMPOSSIBLE = -1e30
+"""The logit of an id that could not be drawn. Finite, and far from the largest float: an entropy and its gradient
+multiply by it, and 0 times infinity is no number."""
+
+
 class Drawn(NamedTuple):
     """How the targets of some positions were drawn, where that was not from the plain softmax over all ids."""
 
     temperature_N: Tensor | None
+    never_K: Tensor | None
     kept_NW: Tensor | None
     """Bits of the ids that a target was drawn from (see core/batch.py)."""
 
     @classmethod
     def of(cls, batch: Batch, chosen_N: Tensor | None) -> Drawn | None:
         """What a batch says of it; None: nothing."""
-        found = [batch.signals.get(name) for name in (TEMPERATURE, KEPT)]
-        if found == [None, None]:
+        if not {TEMPERATURE, NEVER, KEPT} & batch.signals.keys():
             return None
-        return cls(*(None if signal is None else gather(signal, chosen_N) for signal in found))
+        of_tokens = [batch.signals.get(name) for name in (TEMPERATURE, KEPT)]
+        temperature_N, kept_NW = (None if signal is None else gather(signal, chosen_N) for signal in of_tokens)
+        return cls(temperature_N, batch.signals.get(NEVER), kept_NW)
 
     def narrowed(self, logits: Tensor, part: slice) -> Tensor:
         """Logits of the distribution that the targets were drawn from, in float32 or wider: divided by the
@@ -65,11 +72,12 @@ class Drawn(NamedTuple):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature_N is not None:
             logits = logits / self.temperature_N[part, None].to(logits.dtype)
+        if self.never_K is not None:
+            logits = logits.index_fill(1, self.never_K, _IMPOSSIBLE)
         if self.kept_NW is not None:
             bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
             kept_NV = (self.kept_NW[part, :, None] >> bit & 1).flatten(1)[:, : logits.shape[1]].bool()
-            # Finite: an entropy multiplies by it, and 0 times infinity is no number.
-            logits = logits.masked_fill(~kept_NV, torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(~kept_NV, _IMPOSSIBLE)
         return logits
 
     def unnarrowed(self, gradient: Tensor, part: slice, dtype: torch.dtype) -> Tensor:

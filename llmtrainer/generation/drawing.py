@@ -27,21 +27,22 @@ class Drawing:
         self.finish: list[Finish | None] = [None] * len(rows)
         self.logp: list[list[float]] = [[] for _ in rows]
         self.kept: list[list[Kept | None]] = [[] for _ in rows]
-        self._never: dict[bool, Kept | None] = {}
-        """What no token is drawn from: before the least length (True), and after."""
+        self.never: NDArray[np.int64] | None = None
+        """Ids that no token is drawn from; None: no logits have come yet."""
+        self._early: Kept | None = None
+        """What a token is drawn from before the least length."""
 
     def choose(self, rows: list[Row], logits_BV: Tensor) -> list[bool]:
         """See continuous.Choose."""
         sampling = self.sampling
-        if not self._never:
+        if self.never is None:
             self._look_at(logits_BV.shape[1])
         early = [place for place, row in enumerate(rows) if len(row.tokens) < sampling.min_new_tokens]
-        if early:
+        if early and self._early is not None:
             logits_BV = logits_BV.clone()
-            known = [number for number in self.ends if number < logits_BV.shape[1]]
-            logits_BV[torch.tensor(early)[:, None], torch.tensor(known)] = -torch.inf
+            logits_BV[torch.tensor(early)[:, None], torch.from_numpy(self._early.ids).long()] = -torch.inf
         logits_BV = possible(logits_BV, sampling, self.tokenizer.vocabulary)
-        kept = [self._never[place in early] for place in range(len(rows))]
+        kept = [self._early if place in early else None for place in range(len(rows))]
         if sampling.temperature == 0.0:
             token_B = greedy(logits_BV)
             logp_B = logits_BV.log_softmax(dim=1).gather(1, token_B[:, None])[:, 0]
@@ -59,12 +60,13 @@ class Drawing:
     def sampled(self, row: Row, version: str) -> Sampled:
         """A row that has ended."""
         finish, kept = self.finish[row.number], self.kept[row.number]
-        assert finish is not None
+        assert finish is not None and self.never is not None
         logp = np.array(self.logp[row.number], dtype=np.float64)
         whole = any(one is not None for one in kept)
         return Sampled(
-            tuple(row.tokens), finish, logp, logp, self.sampling.temperature, tuple(kept) if whole else None, version
-        )
+            tuple(row.tokens), finish, logp, logp, self.sampling.temperature, self.never,
+            tuple(kept) if whole else None, version,
+        )  # fmt: skip
 
     def _note(self, row: Row, token: int, logp: float, kept: Kept | None) -> bool:
         row.tokens.append(token)
@@ -91,9 +93,9 @@ class Drawing:
         require_ids(self.sampling.stop_ids, V, "stop_ids")
         require_ids(self.sampling.suppress, V, "suppress")
         never = {*self.sampling.suppress, *range(self.tokenizer.vocabulary, V)}
-        for early in (False, True):
-            ids = sorted(number for number in never | set(self.ends if early else ()) if number < V)
-            self._never[early] = Kept(np.array(ids, dtype=np.int32), left_out=True) if ids else None
+        self.never = np.array(sorted(never), dtype=np.int64)
+        ends = [number for number in self.ends if number < V]
+        self._early = Kept(np.array(ends, dtype=np.int32), left_out=True) if ends else None
 
 
 def _kept(probability_BV: Tensor) -> list[Kept | None]:

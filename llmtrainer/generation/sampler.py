@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.config import Kind
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch, Outputs
+from llmtrainer.core.batch import KEPT, NEVER, TEMPERATURE, Batch, Outputs
 from llmtrainer.generation.loop import Finish, Vocabulary
 from llmtrainer.generation.sampling import Sampling
 
 Held = Literal["shared", "copied"]
 """Whose weights a sampler reads: the trainer's as they are at each rollout, or a copy that `sync` renews."""
+Mode = Literal["exact", "fast"]
+"""Which log-probability is recorded for a sampled token: what the trainer's forward pass says of the finished answer as
+a row of its own, or what sampling saw."""
 Forward = Callable[[Batch, tuple[str, ...]], Outputs]
 """The trainer's own forward pass."""
 
@@ -54,8 +57,10 @@ class Sampled:
     in bfloat16 tenths of a nat."""
     temperature: float
     """0: the most likely token was taken; log-probabilities are then those at temperature 1."""
+    never: NDArray[np.int64]
+    """Ids that no token was drawn from: those that were suppressed, and rows of the head that are no id."""
     kept: tuple[Kept | None, ...] | None
-    """What each token was drawn from, None where from all ids. None instead of all: each was."""
+    """What each token was drawn from, None where from all ids but those never. None instead of all: each was."""
     version: str
     """Hash of the weights that wrote it."""
 
@@ -95,8 +100,14 @@ class SamplerKind(Kind):
     folder: ClassVar[str] = "llmtrainer.generation.samplers"
     default_kind: ClassVar[str] = "own"
 
-    def open(self, policy: Any, tokenizer: Vocabulary, forward: Forward, weights: Held = "shared") -> Sampler:
-        """A sampler of this policy. `forward` is the trainer's forward pass, an engine's for example."""
+    def open(
+        self, policy: Any, tokenizer: Vocabulary, forward: Forward, weights: Held = "shared", mode: Mode = "exact"
+    ) -> Sampler:
+        """A sampler of this policy. `forward` is the trainer's forward pass, an engine's for example.
+
+        mode: exact, training on single rows begins with a ratio of exactly 1; fast costs nothing, and differs in the
+        last digits of the compute type.
+        """
         raise NotImplementedError
 
 
@@ -149,6 +160,8 @@ def _signals(answer: Sampled, n: int, first: int, vocabulary: int) -> dict[str, 
     signals = {}
     if answer.temperature not in (0.0, 1.0):
         signals[TEMPERATURE] = torch.full((1, n), answer.temperature, dtype=torch.float64)
+    if len(answer.never):
+        signals[NEVER] = torch.from_numpy(answer.never)
     if (bits := answer.kept_bits(vocabulary)) is not None:
         signals[KEPT] = torch.full((1, n, bits.shape[1]), 255, dtype=torch.uint8)
         signals[KEPT][0, first:] = torch.from_numpy(bits)
@@ -163,4 +176,16 @@ def score(forward: Forward, batches: Sequence[Batch]) -> list[torch.Tensor]:
         logp_BT = forward(batch, ("logp",)).logp_BT
         assert logp_BT is not None
         found.append(logp_BT.detach().cpu())
+    return found
+
+
+def scored(
+    forward: Forward, prompts: Sequence[Sequence[int]], sampled: Sequence[Sampled], vocabulary: int
+) -> list[Sampled]:
+    """The same answers with what the trainer's forward pass says of each as a row of its own. `vocabulary`: rows of the
+    head."""
+    found = []
+    for prompt, one in zip(prompts, sampled, strict=True):
+        (logp_1T,) = score(forward, [alone(prompt, one, vocabulary)])
+        found.append(replace(one, logp=logp_1T[0, len(prompt) - 1 :].numpy().astype(np.float64)))
     return found

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtrainer.core import vocab_head
-from llmtrainer.core.batch import Batch
+from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_GRADIENT, FLOAT64_LOGITS
 
 N, V, D = 64, 96, 16
@@ -230,3 +230,81 @@ def test_slices_within_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(sliced[name], whole[name], rtol=0, atol=FLOAT64_LOGITS)
     for one, other in zip(gradients(sliced, hidden, weight), gradients(whole, hidden, weight), strict=True):
         torch.testing.assert_close(one, other, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
+
+
+def drawn(n: int = N) -> tuple[vocab_head.Drawn, Tensor, Tensor]:
+    """A temperature and kept ids of each position, no id out of three, and the same as (temperature [N], kept [N, V])
+    in plain numbers."""
+    random = torch.Generator().manual_seed(8)
+    temperature_N = 0.5 + torch.rand(n, generator=random, dtype=torch.float64)
+    kept_NV = torch.rand(n, V, generator=random) < 0.3
+    kept_NV[torch.arange(n), inputs(n=n)[2]] = True
+    weights = 2 ** torch.arange(8)
+    bits_NW = (kept_NV.view(n, -1, 8) * weights).sum(-1).to(torch.uint8)
+    never_K = torch.tensor([number for number in range(V) if not kept_NV[:, number].any()] or [])
+    return vocab_head.Drawn(temperature_N, never_K.long(), bits_NW), temperature_N, kept_NV
+
+
+@pytest.mark.parametrize("chunk", [7, 64], ids=str)
+def test_values_and_gradients_are_of_the_distribution_that_targets_were_drawn_from(chunk: int) -> None:
+    hidden, weight, targets = inputs()
+    how, temperature_N, kept_NV = drawn()
+    wants = ("logp", "entropy", "log_partition")
+    found = vocab_head.log_probabilities(hidden, weight, targets, wants, chunk, drawn=how)
+    scaled_NV = (hidden @ weight.t()) / temperature_N[:, None]
+    every = scaled_NV.masked_fill(~kept_NV, -torch.inf).log_softmax(-1)
+    expected = {
+        "logp": every.gather(1, targets[:, None])[:, 0],
+        "entropy": -(every.exp() * every.masked_fill(~kept_NV, 0.0)).sum(-1),
+        "log_partition": scaled_NV.masked_fill(~kept_NV, -torch.inf).logsumexp(-1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=FLOAT64_LOGITS)
+    for our, their in zip(*(gradients(which, hidden, weight) for which in (found, expected)), strict=True):
+        torch.testing.assert_close(our, their, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
+
+
+def test_ids_that_are_never_drawn_have_no_part_and_no_gradient() -> None:
+    hidden, weight, targets = inputs()
+    targets = targets % 90
+    how = vocab_head.Drawn(None, torch.arange(90, V), None)
+    found = vocab_head.log_probabilities(hidden, weight, targets, ("logp",), drawn=how)
+    expected = {"logp": (hidden @ weight[:90].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]}
+    torch.testing.assert_close(found["logp"], expected["logp"], rtol=0, atol=FLOAT64_LOGITS)
+    of_each = [gradients(which, hidden, weight) for which in (found, expected)]
+    for our, their in zip(*of_each, strict=True):
+        torch.testing.assert_close(our, their, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
+    assert of_each[0][1][90:].eq(0.0).all()
+
+
+def test_in_sixteen_bits_the_temperature_divides_what_is_already_float32() -> None:
+    hidden, weight, targets = inputs(torch.bfloat16)
+    how, temperature_N, kept_NV = drawn()
+    found = vocab_head.log_probabilities(hidden, weight, targets, ("logp",), 7, drawn=how)["logp"]
+    logits_NV = (hidden @ weight.to(torch.bfloat16).t()).float() / temperature_N[:, None].float()
+    expected = logits_NV.masked_fill(~kept_NV, -torch.inf).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_GRADIENT)
+    hidden_grad, weight_grad = gradients({"logp": found}, hidden, weight)
+    assert hidden_grad.dtype == torch.bfloat16 and weight_grad.isfinite().all()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["gathered", "own logits"])
+def test_signals_say_how_the_targets_of_a_batch_were_drawn(own: bool) -> None:
+    hidden, weight, targets = inputs(n=12)
+    how, temperature_N, _ = drawn(12)
+    weights_BT = torch.ones(2, 6)
+    weights_BT[0, :2] = 0.0
+    zeros_BT = torch.zeros(2, 6, dtype=torch.int32)
+    batch = Batch(
+        targets.view(2, 6), targets.view(2, 6), weights_BT, zeros_BT, zeros_BT, zeros_BT, torch.arange(2),
+        signals={TEMPERATURE: temperature_N.view(2, 6), KEPT: how.kept_NW.view(2, 6, -1)},  # type: ignore[union-attr]
+    )
+    expected = vocab_head.log_probabilities(hidden, weight, targets, drawn=how)["logp"].view(2, 6) * weights_BT
+    if own:
+        chosen_N = vocab_head.weighted_positions(batch)
+        logits_NV = vocab_head.gather((hidden @ weight.t()).view(2, 6, V), chosen_N)
+        out = vocab_head.score_logits(logits_NV, batch, chosen_N, ("logp",))
+    else:
+        out = vocab_head.score(hidden.view(2, 6, D), weight, batch, ("logp",))
+    assert out.logp_BT is not None
+    torch.testing.assert_close(out.logp_BT, expected, rtol=0, atol=FLOAT64_LOGITS)

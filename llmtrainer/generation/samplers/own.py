@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from llmtrainer.generation.blocks import Blocks
 from llmtrainer.generation.continuous import Batching, Reading, Row, Traffic
 from llmtrainer.generation.drawing import Drawing
 from llmtrainer.generation.loop import Vocabulary, require_prompts
-from llmtrainer.generation.sampler import Forward, Held, Sampled, SamplerKind, alone, require_trainable, score
+from llmtrainer.generation.sampler import Forward, Held, Mode, Sampled, SamplerKind, require_trainable, scored
 from llmtrainer.generation.sampling import Sampling
 
 
@@ -53,22 +51,20 @@ class Own(SamplerKind):
     block: int = Field(default=32, ge=1)
     """Tokens of one block of memory. A row wastes half a block on average; smaller ones are slower to gather."""
 
-    mode: Literal["exact", "fast"] = "exact"
-    """Which log-probability is recorded for a sampled token. exact: by the trainer's forward pass over the finished
-    answer, row by row, so that training on single rows begins with a ratio of exactly 1. fast: as sampling saw it,
-    which costs nothing and differs in the last digits of the compute type."""
-
-    def open(self, policy: Policy, tokenizer: Vocabulary, forward: Forward, weights: Held = "shared") -> OwnSampler:
-        return OwnSampler(self, policy, tokenizer, forward, weights)
+    def open(
+        self, policy: Policy, tokenizer: Vocabulary, forward: Forward, weights: Held = "shared", mode: Mode = "exact"
+    ) -> OwnSampler:
+        return OwnSampler(self, policy, tokenizer, forward, weights, mode)
 
 
 class OwnSampler:
     """See Sampler."""
 
     def __init__(
-        self, config: Own, policy: Policy, tokenizer: Vocabulary, forward: Forward, weights: Held = "shared"
+        self, config: Own, policy: Policy, tokenizer: Vocabulary, forward: Forward, weights: Held, mode: Mode
     ) -> None:
         self.config, self.policy, self.tokenizer, self.forward = config, policy, tokenizer, forward
+        self.mode = mode
         self.traffic = Traffic()
         """Of the last call."""
         self._own: Any = None
@@ -112,7 +108,9 @@ class OwnSampler:
         self.traffic = batching.traffic
         del memory, batching    # before the trainer's forward pass needs room
         sampled = [drawing.sampled(row, version) for row in rows]
-        return self._exact(rows, sampled) if self.config.mode == "exact" else sampled
+        if self.mode == "fast":
+            return sampled
+        return scored(self.forward, [row.prompt for row in rows], sampled, len(self.policy.head_weight))
 
     def _rows(self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling) -> list[Row]:
         context = self.policy.context_length
@@ -140,15 +138,6 @@ class OwnSampler:
             )
         weights = self.policy.reading_weights() if self._own is None else self._own
         return self.policy.pages(weights, count + 1, size, longest), Blocks(count, size)
-
-    def _exact(self, rows: Sequence[Row], sampled: Sequence[Sampled]) -> list[Sampled]:
-        """The same answers with what the trainer's forward pass says of each as a row of its own."""
-        found, vocabulary = [], len(self.policy.head_weight)
-        for row, one in zip(rows, sampled, strict=True):
-            (logp_1T,) = score(self.forward, [alone(row.prompt, one, vocabulary)])
-            logp = logp_1T[0, len(row.prompt) - 1 :].numpy().astype(np.float64)
-            found.append(replace(one, logp=logp))
-        return found
 
 
 @contextmanager
