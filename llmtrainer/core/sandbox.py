@@ -22,7 +22,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -208,6 +208,9 @@ class _Watched:
     def outcome(self) -> Outcome:
         """Read until the process that decides has ended, or something is over its limit."""
         ended = self._read()
+        verdict = self._verdict()
+        if verdict is not None and verdict.get("why") == "died":
+            self._let_die()
         by_itself = {run.decides: run.process.poll() for run in self.runs}
         for run in self.runs:
             run.process.kill()
@@ -219,12 +222,20 @@ class _Watched:
             ended = self._why(codes[True], told)
             if ended == "done" and (code := by_itself.get(False)) and self._why(code, told) != "died":
                 ended = self._why(code, told)
-        verdict: Any = None
-        try:
-            verdict = json.loads(self.said.get("verdict", b"") or b"null")
-        except ValueError:
-            ended = "died" if ended == "done" else ended
         return Outcome(ended, bytes(self.said.get("output", b"")), told, verdict)
+
+    def _verdict(self) -> Mapping[str, Any] | None:
+        try:
+            found = json.loads(self.said.get("verdict", b"") or b"null")
+        except ValueError:      # it was ended in the middle of a word
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _let_die(self) -> None:
+        """Wait for a process that is dying: its pipes close before its exit code is there."""
+        for run in self.runs:
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(0.5)
 
     @staticmethod
     def _why(code: int, told: bytes) -> str:

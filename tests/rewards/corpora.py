@@ -14,8 +14,8 @@ FOLDER = Path(__file__).parent / "corpora"
 KINDS = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
 
-def answer(text: str, finish: str = "end", tokens: int = 3, prompt: str = "How many?", **facts: Any) -> Answer:
-    return Answer((Message("user", prompt),), text, tuple(range(tokens)), finish, facts)
+def answer(text: str, finish: str = "end", tokens: int = 3, asked: str = "How many?", **facts: Any) -> Answer:
+    return Answer((Message("user", asked),), text, tuple(range(tokens)), finish, facts)
 
 
 def corpus(kind: str) -> list[dict[str, Any]]:
