@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "llmtrainer").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-IMPORT_NAMES = {"ruamel.yaml": "ruamel", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel", "math-verify": "math_verify"}
+IMPORT_NAMES = {
+    "ruamel.yaml": "ruamel", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel", "math-verify": "math_verify"
+}
 """Where the name of a distribution is not the name that is imported."""
 
 

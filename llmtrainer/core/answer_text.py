@@ -17,7 +17,7 @@ def final(text: str) -> str:
 
 def boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{}` or `\fbox{}`; None where there is none, or it is never closed."""
-    starts = [match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]
+    starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]
     if not starts:
         return None
     depth, place = 1, starts[-1]
@@ -33,7 +33,7 @@ def boxed(text: str) -> str | None:
 
 
 def has_box(text: str) -> bool:
-    return re.search(r"\\f?boxed\s*\{", text) is not None
+    return re.search(r"\\(?:boxed|fbox)\s*\{", text) is not None
 
 
 def narrow(text: str) -> str:

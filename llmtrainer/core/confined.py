@@ -250,7 +250,7 @@ def _test(task: Mapping[str, Any]) -> None:
             verdict["passed"] += not line.gone
         except AssertionError:
             verdict["why"] = verdict["why"] or "wrong result"
-        except (SyntaxError, NameError) as error:
+        except (SyntaxError, NameError, ImportError) as error:
             verdict["why"] = verdict["why"] or line.error or f"tests do not run: {type(error).__name__}"
         except Exception as error:
             verdict["why"] = verdict["why"] or line.error or ("died" if line.gone else type(error).__name__)

@@ -83,7 +83,7 @@ def _number(match: re.Match[str], text: str) -> Number | None:
     before, after = text[: match.start()], text[match.end() :]
     sign = match["sign"]
     # `5-3`, `5 -3`, `x-3` and `3 - 2`: a sign behind a number or a name is an operation; in `is -3` it is none.
-    if (sign and re.search(r"[A-Za-z0-9)\]]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before[-8:]):
+    if (sign and re.search(r"[A-Za-z0-9)\]+-]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before[-8:]):
         return None
     if len(match[0]) > LONGEST or (_BEFORE.search(before[-8:]) and not sign) or _AFTER.match(after[:8]):
         return None

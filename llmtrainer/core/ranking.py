@@ -139,9 +139,15 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
             whole = file.read().rfind(b"\n") + 1
             if whole < size:
                 file.truncate(whole)
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.write(_line(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    # Half a pair of surrogates, which a model may write, is no UTF-8 and can only be told by its number.
+    return json.dumps(record) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 
 def _asked(record: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -73,8 +73,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Tests:
-    """Tests of functions, trusted as data of the user's."""
+class Checks:
+    """Checks of functions, trusted as data of the user's."""
 
     tests: tuple[str, ...]
     """Pieces of Python that raise where something is wrong."""
@@ -121,14 +121,12 @@ class Sandbox:
     def script(self, source: str, given: str = "") -> Outcome:
         """Run a program that reads `given` and prints."""
         with ExitStack() as stack:
-            inputs = stack.enter_context(tempfile.TemporaryFile())
-            inputs.write(given.encode("utf-8", "replace"))
-            inputs.seek(0)
+            inputs = stack.enter_context(_holding(given.encode("utf-8", "replace")))
             watched = _Watched(self.limits, self.quiet)
             watched.start(stack, self._task("script", source=source), stdin=inputs)
             return watched.outcome()
 
-    def check(self, source: str, tests: Tests) -> Outcome:
+    def check(self, source: str, tests: Checks) -> Outcome:
         """Run tests against the functions that `source` defines.
 
         The tests and what they expect are in another process than the code, which gets the arguments of each call and
@@ -191,9 +189,7 @@ class _Watched:
         comes from."""
         folder = tempfile.mkdtemp(prefix="llmtrainer-sandbox-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        job = stack.enter_context(tempfile.TemporaryFile())
-        job.write(json.dumps({**task, "folder": folder}).encode())
-        job.seek(0)
+        job = stack.enter_context(_holding(json.dumps({**task, "folder": folder}).encode()))
         decides = task["do"] != "serve"
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(Path(confined.__file__)), str(job.fileno())],
@@ -212,6 +208,9 @@ class _Watched:
     def outcome(self) -> Outcome:
         """Read until the process that decides has ended, or something is over its limit."""
         ended = self._read()
+        verdict = self._verdict()
+        if verdict is not None and verdict.get("why") == "died":
+            self._let_die()
         by_itself = {run.decides: run.process.poll() for run in self.runs}
         for run in self.runs:
             run.process.kill()
@@ -223,12 +222,20 @@ class _Watched:
             ended = self._why(codes[True], told)
             if ended == "done" and (code := by_itself.get(False)) and self._why(code, told) != "died":
                 ended = self._why(code, told)
-        verdict: Any = None
-        try:
-            verdict = json.loads(self.said.get("verdict", b"") or b"null")
-        except ValueError:
-            ended = "died" if ended == "done" else ended
         return Outcome(ended, bytes(self.said.get("output", b"")), told, verdict)
+
+    def _verdict(self) -> Mapping[str, Any] | None:
+        try:
+            found = json.loads(self.said.get("verdict", b"") or b"null")
+        except ValueError:      # it was ended in the middle of a word
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _let_die(self) -> None:
+        """Wait for a process that is dying: its pipes close before its exit code is there."""
+        for run in self.runs:
+            with suppress(subprocess.TimeoutExpired):
+                run.process.wait(0.5)
 
     @staticmethod
     def _why(code: int, told: bytes) -> str:
@@ -284,6 +291,15 @@ class _Watched:
                 said += data
 
 
+@contextmanager
+def _holding(data: bytes) -> Iterator[IO[bytes]]:
+    """A file without a name, at its beginning."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        yield file
+
+
 def _bytes_in(folder: str) -> int:
     """Bytes of the files in a folder; what vanishes meanwhile has none. An empty file is not free either."""
     total, waiting = 0, [folder]
@@ -334,12 +350,12 @@ tries("write files outside its folder", lambda: open(SECRET + ".written", "w").w
 tries("change the mode of files outside its folder", lambda: os.chmod(SECRET, 0o644))
 tries("reach the network", connect)
 tries("start processes", fork)
-tries("start programs", lambda: os.execv("/bin/true", ["/bin/true"]))
 tries("send signals to other processes", lambda: os.kill(PARENT, 0))
 tries("use more memory than it may", lambda: bytearray(MEMORY))
 if set(os.environ) - {"LC_CTYPE"}:
     found.append("see the environment")
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+tries("", lambda: os.execv("/bin/sh", ["sh", "-c", "echo started"]))
 """
 
 
@@ -353,7 +369,8 @@ def _missing(code: bytes) -> tuple[str, ...]:
         source = "\n".join(f"{name} = {value!r}" for name, value in names.items()) + _PROBE
         outcome = Sandbox(limits, required=False).script(source)
     try:
-        found = json.loads(outcome.output.decode().splitlines()[-1])
+        lines = outcome.output.decode().splitlines()
+        found = [*json.loads(lines[0]), *(["start programs"] if "started" in lines[1:] else [])]
     except (ValueError, IndexError):
         return (f"end before it was tried out ({outcome.ended}: {outcome.told.decode(errors='replace')[-200:]})",)
     return tuple(map(str, found))

@@ -15,7 +15,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.answer_text import NO_ANSWER, final
 from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
-from llmtrainer.core.sandbox import Limits, Outcome, Sandbox, Tests
+from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _HARMLESS = ("wrong result", "time", "memory", "output", "disk", "died")
@@ -24,7 +24,7 @@ _HARMLESS = ("wrong result", "time", "memory", "output", "disk", "died")
 class Code(Rule):
     """1 where the Python in an answer passes the tests of its record, 0 where it does not.
 
-    Tests are assertions (a text, or a list of them), functions `check(candidate)` as HumanEval has them, or inputs and
+    Checks are assertions (a text, or a list of them), functions `check(candidate)` as HumanEval has them, or inputs and
     the outputs they have to give (`[{"input", "output"}]`, or `{"inputs": [], "outputs": []}`). They run in another
     process than the answer, which is asked for plain values: it can neither read what is expected nor say that it
     passed. Answers have the standard library, one process, and no files but their own.
@@ -83,7 +83,7 @@ class Code(Rule):
         if self.before is not None:
             source = f"{fact(answer, self.before, self.title)}\n{source}"
         tests = self._tests(answer)
-        if not isinstance(tests, Tests):
+        if not isinstance(tests, Checks):
             return self._by_output(source, tests, sandbox)
         outcome = sandbox.check(source, tests)
         if outcome.ended == "sandbox":
@@ -116,7 +116,7 @@ class Code(Rule):
                 return Verdict(0.0, reason)
         return Verdict(passed / len(cases), reason)
 
-    def _tests(self, answer: Answer) -> Tests | list[tuple[str, str]]:
+    def _tests(self, answer: Answer) -> Checks | list[tuple[str, str]]:
         """The tests of a record. UserError where there are none, or nobody knows what they are."""
         given = fact(answer, self.tests, self.title)
         if isinstance(given, Mapping) and {"inputs", "outputs"} <= set(given):
@@ -136,7 +136,7 @@ class Code(Rule):
             fix='assertions as a text or a list of texts, or [{"input": "1 2", "output": "3"}]',
         )
 
-    def _of_functions(self, answer: Answer, tests: tuple[str, ...]) -> Tests:
+    def _of_functions(self, answer: Answer, tests: tuple[str, ...]) -> Checks:
         setup = [str(fact(answer, key, self.title)) for key in (self.setup, self.before) if key is not None]
         trusted = "\n".join(_whole(text) for text in setup)
         entry = answer.facts.get(self.entry_point)
@@ -147,7 +147,7 @@ class Code(Rule):
             fact(answer, self.entry_point, self.title)
         wanted = {name for name in names if name not in defined and not hasattr(builtins, name)}
         wanted |= {entry} if isinstance(entry, str) else set()
-        return Tests(tests, trusted, tuple(sorted(wanted)), check, entry if isinstance(entry, str) else None)
+        return Checks(tests, trusted, tuple(sorted(wanted)), check, entry if isinstance(entry, str) else None)
 
 
 def code_in(text: str) -> str:
