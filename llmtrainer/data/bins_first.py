@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from bisect import insort
 from collections.abc import Sequence
@@ -43,37 +44,60 @@ def find_steps(lengths: Sequence[int], group_size: int, batch_size: int) -> Step
     """The smallest budget with which a step of `group_size` bins holds `batch_size` sequences on average, and its
     plan. The budget may be smaller than a sequence, which then has a bin of its own."""
     low, high = 0, LARGEST // GRAIN
-    shuffled = np.asarray(lengths, dtype=np.int64)[_shuffled(len(lengths))]
+    order = _shuffled(len(lengths))
+    shuffled = np.asarray(lengths, dtype=np.int64)[order]
     while low < high:
         middle = (low + high) // 2
         if _holds(shuffled, middle * GRAIN, group_size, batch_size):
             high = middle
         else:
             low = middle + 1
-    return plan_steps(lengths, low * GRAIN, group_size)
+    return _in_steps(_worst_fit(order, shuffled, low * GRAIN), low * GRAIN, group_size)
 
 
 def plan_steps(lengths: Sequence[int], budget: int, group_size: int) -> Steps:
     """Bins of `budget` tokens by worst fit, in steps of `group_size` bins with about as many sequences each. Raises
     UserError where there are too few sequences for that many bins."""
-    bins = rounded_up(worst_fit(lengths, budget), group_size)
+    return _in_steps(worst_fit(lengths, budget), budget, group_size)
+
+
+def _in_steps(bins: Bins, budget: int, group_size: int) -> Steps:
+    bins = rounded_up(bins, group_size)
     return Steps(budget, bins, equal_samples([len(held) for held in bins], group_size))
 
 
 def worst_fit(lengths: Sequence[int], budget: int) -> Bins:
     """Shuffled, each into the bin with most room; one that does not fit there opens a bin, however long it is."""
-    rooms: list[tuple[int, int]] = []
-    bins: Bins = []
-    for number in _shuffled(len(lengths)):
-        length = lengths[number]
-        if rooms and -rooms[0][0] >= length:
-            room, place = rooms[0]
-            bins[place].append(number)
-            heapq.heapreplace(rooms, (room + length, place))
+    order = _shuffled(len(lengths))
+    return _worst_fit(order, np.asarray(lengths, dtype=np.int64)[order], budget)
+
+
+def _worst_fit(order: Sequence[int], shuffled: NDArray[np.int64], budget: int) -> Bins:
+    """As `worst_fit`, of sequences in their shuffled order. Of bins with equal room the first is taken."""
+    bin_of: list[int] = []
+    with_room: list[list[int]] = [[] for _ in range(budget + 1)]
+    """The bins that have so much room, as a heap."""
+    rooms: list[int] = []
+    """The rooms that some bin has, negative, as a heap: a few hundred, where bins are many thousands."""
+    opened, most = 0, -1
+    for length in shuffled.tolist():
+        if most >= length:
+            place, room = heapq.heappop(with_room[most]), most - length
+            if not with_room[most]:
+                heapq.heappop(rooms)
         else:
-            heapq.heappush(rooms, (length - budget, len(bins)))
-            bins.append([number])
-    return bins
+            place, room = opened, budget - length
+            opened += 1
+        bin_of.append(place)
+        if room >= 0:
+            if not with_room[room]:
+                heapq.heappush(rooms, -room)
+            heapq.heappush(with_room[room], place)
+        most = -rooms[0] if rooms else -1
+    number = np.asarray(bin_of, dtype=np.int64)
+    grouped = np.asarray(order, dtype=np.int64)[np.argsort(number, kind="stable")].tolist()
+    ends = np.cumsum(np.bincount(number, minlength=opened)).tolist()
+    return [grouped[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def rounded_up(bins: Bins, group_size: int) -> Bins:
@@ -144,17 +168,20 @@ def _holds(shuffled: NDArray[np.int64], budget: int, group_size: int, batch_size
         return False    # even bins that are all full are too many
     if budget and shuffled.max() <= budget and _enough(count, 2 * total // budget + 1, group_size, batch_size):
         return True     # any two bins hold more than a budget together
-    return _enough(count, _bins(shuffled, budget), group_size, batch_size)
+    most = count // batch_size * group_size
+    return _enough(count, _bins(shuffled, budget, most), group_size, batch_size)
 
 
-def _bins(shuffled: NDArray[np.int64], budget: int) -> int:
-    """How many bins worst fit opens."""
+def _bins(shuffled: NDArray[np.int64], budget: int, most: int) -> int:
+    """How many bins worst fit opens; once they are more than `most`, how many there are by then."""
     rooms = [-budget]
     for length in shuffled.tolist():
         if -rooms[0] >= length:
             heapq.heapreplace(rooms, rooms[0] + length)
         else:
             heapq.heappush(rooms, length - budget)
+            if len(rooms) > most + 1:    # one of them may be the bin that nothing is in yet
+                break
     return len(rooms) - (-budget in rooms)
 
 

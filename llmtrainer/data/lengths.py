@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,8 @@ from llmtrainer.data.packed import Store
 LENGTH = "length"
 """The field of a record that says how many tokens a sequence has."""
 _BLOCK = 2**20
+_LINES = re.compile(rb'(?:\{"length": ?[0-9]{1,9}\}\r?\n)*+')
+_AROUND = b'{}"length: \r'
 
 
 def lengths_in_store(store: Store) -> NDArray[np.int64]:
@@ -33,7 +36,27 @@ def hold_lengths(files: list[SourceFile]) -> bool:
 
 def lengths_in_records(files: list[SourceFile]) -> NDArray[np.int64]:
     """The field `length` of every record. Raises UserError for one that has none, or no positive number."""
-    return np.fromiter((length for file in files for length in _lengths(file)), dtype=np.int64)
+    found = []
+    for file in files:
+        plain = _plain_lengths(file)
+        found.append(np.fromiter(_lengths(file), dtype=np.int64) if plain is None else plain)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *found])
+
+
+def _plain_lengths(file: SourceFile) -> NDArray[np.int64] | None:
+    """The lengths of a file of which every line is `{"length": 12}` and nothing else, a block at a time: a million
+    of them are read in a moment. None for any other file, which is read record by record."""
+    if not {".jsonl", ".ndjson"} & set(file.path.suffixes[-2:]):
+        return None
+    found, begun = [], b""
+    with compression.opened(file.path, seeks=False) as stream:
+        while read := stream.read(_BLOCK):
+            whole, newline, begun = (begun + read).rpartition(b"\n")
+            if len(begun) > _BLOCK or not _LINES.fullmatch(whole + newline):
+                return None
+            found.append(np.array([int(word) for word in whole.translate(None, _AROUND).split()], dtype=np.int64))
+    lengths = np.concatenate([np.zeros(0, dtype=np.int64), *found])
+    return lengths if not begun and (lengths > 0).all() else None
 
 
 def _lengths(file: SourceFile) -> Iterator[int]:

@@ -22,6 +22,7 @@ from llmtrainer.base.version import VERSION
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, opening
+from llmtrainer.data.lengths import lengths_in_store
 from llmtrainer.data.open import documents, find
 from llmtrainer.data.packed import Store
 from llmtrainer.generation.loop import complete
@@ -321,10 +322,13 @@ def require_gates(policy: Policy, store: Store, where: str) -> None:
 
 
 def measured_of(recipe: Recipe, rows: Opened, policy: Policy) -> Mapping[str, Rows]:
-    """What is evaluated by name, as one step each. UserError where a suite has the same name."""
+    """What is evaluated by name, as one step each. UserError where a suite has the same name, or a row is longer than
+    the model reads."""
     found = rows.measured()
     for name, measured in found.items():
         require_gates(policy, measured.store, f"the evaluation set {name}")
+        if rows.chat is not None and "context" not in recipe.allow:
+            _require_context(policy, measured.store, name)
     titles = [suite.title for suite in recipe.evaluate.suites]
     if twice := sorted(set(titles) & found.keys()):
         raise UserError(
@@ -332,6 +336,19 @@ def measured_of(recipe: Recipe, rows: Opened, policy: Policy) -> Mapping[str, Ro
             why="their figures would have one name", fix="another name in data.evaluate",
         )  # fmt: skip
     return found
+
+
+def _require_context(policy: Policy, store: Store, name: str) -> None:
+    """Refuse an evaluation set with a row that the model cannot read; those of training the preflight looks at."""
+    lengths = lengths_in_store(store) - 1
+    if (longest := int(lengths.max(initial=0))) > policy.context_length:
+        raise UserError(
+            f"the evaluation set {name} has rows beyond the model's context",
+            where=f"row {int(lengths.argmax()) + 1:,} of {store.path}",
+            why=f"it reads {longest:,} tokens, the model's context is {policy.context_length:,}",
+            fix=f"data.sequence_length={policy.context_length} with data.too_long=drop or cut; or, if it is meant, "
+            "allow=[context]",
+        )
 
 
 def require_read(recipe: Recipe, began: bool) -> None:

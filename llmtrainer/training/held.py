@@ -12,7 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrainer.core.batch import ADVANTAGE, KEPT, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, TEMPERATURE
+from llmtrainer.core.batch import (
+    ADVANTAGE,
+    KEPT,
+    NEVER,
+    OLD,
+    OLD_VALUE,
+    REFERENCE,
+    RETURN,
+    ROLLOUT,
+    TEMPERATURE,
+    Batch,
+)
 from llmtrainer.core.credit import Moments, State
 from llmtrainer.core.rollout import Rollout
 from llmtrainer.generation.sampler import Kept, Sampled
@@ -63,6 +74,18 @@ class Held:
             found[KEPT] = [one for one in bits if one is not None]
         return found
 
+    def among_its_ids(self, batch: Batch) -> Batch:
+        """The batch, knowing which ids none of its targets could be."""
+        ids = never(self.written)
+        return batch if ids is None else batch.with_signals({NEVER: ids})
+
+
+def never(written: Sequence[Sampled]) -> Tensor | None:
+    """Ids that none of these answers could have, as the signal `never_K` says it; None where that is no id."""
+    ids = written[0].never
+    assert all(np.array_equal(one.never, ids) for one in written), "one sampler, one set of impossible ids"
+    return torch.from_numpy(ids) if len(ids) else None
+
 
 _FLAT = ("prompts", "answers", "weights", "old_logp", "trainer_logp", "reference_logp", "values")
 """Fields of a rollout that are an array for each answer."""
@@ -112,7 +135,7 @@ def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:
     every = Kept(np.empty(0, dtype=np.int32), left_out=True)
     kept = [one or every for answer in written for one in answer.kept or [every] * len(answer.tokens)]
     told = {
-        "temperature": [answer.temperature for answer in written], "finish": [answer.finish for answer in written],
+        "never": written[0].never.tolist(), "temperature": [answer.temperature for answer in written], "finish": [answer.finish for answer in written],
         "filtered": [answer.kept is not None for answer in written],
     }  # fmt: skip
     return {
@@ -130,7 +153,7 @@ def _read_written(state: Mapping[str, Tensor], rollout: Rollout) -> tuple[Sample
         at += len(tokens)
         found.append(Sampled(
             tuple(tokens.tolist()), told["finish"][number], rollout.old_logp[number], rollout.old_logp[number],
-            told["temperature"][number], mine if told["filtered"][number] else None, rollout.version,
+            told["temperature"][number], np.array(told["never"], dtype=np.int64), mine if told["filtered"][number] else None, rollout.version,
         ))  # fmt: skip
     return tuple(found)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GATES, KEPT, REFERENCE, TEMPERATURE, Batch, Outputs
+from llmtrainer.core.batch import GATES, KEPT, NEVER, REFERENCE, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.protocols import Engine, Family
 from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
@@ -38,7 +38,7 @@ class Frozen:
     @torch.no_grad()
     def say(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
         """What it makes of a batch, over the same ids at the same temperature as the policy."""
-        known = {name: batch.signals[name] for name in (GATES, KEPT, TEMPERATURE) if name in batch.signals}
+        known = {name: batch.signals[name] for name in (GATES, KEPT, NEVER, TEMPERATURE) if name in batch.signals}
         return self.read(replace(batch, signals=known), wants)
 
 

@@ -12,8 +12,8 @@ import pytest
 from llmtrainer.apps.cli import main
 from llmtrainer.apps.plan_batches import BatchPlan, BatchPlanning, Dialogue, plan_batches
 from llmtrainer.base.errors import UserError
-from llmtrainer.data import stdlib
-from llmtrainer.data.document import Reading
+from llmtrainer.data import lengths, stdlib
+from llmtrainer.data.document import Reading, SourceFile
 from llmtrainer.data.formats.instruction import Instruction
 from llmtrainer.data.formats.messages import Messages
 from llmtrainer.data.formats.turns import Turns
@@ -66,6 +66,28 @@ def test_the_command_gives_one_json_object_that_training_can_use(
         BatchPlanning(data=str(folder / "lengths.jsonl"), group_size=8, batch_size=32, max_length=1024)
     ).text()
     assert f"data.tokens_per_batch={found['tokens_per_batch']} data.sequences_per_step=32" in text
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["{}", "{}\n", "{}\n\n", '{}\n{{"length":3, "id": 1}}\n', " {}\n", "{}\r\n", '{}\n{{"length": 0}}\n', "{}\n{{"],
+)
+def test_lengths_are_read_in_blocks_as_they_are_read_one_by_one(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "_BLOCK", 64)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"length": {n}}}\n' for n in LENGTHS) + ending.format('{"length":7}'))
+    files = [SourceFile(tmp_path / "a.jsonl", 1)]
+
+    def told() -> list[int] | str:
+        try:
+            return lengths.lengths_in_records(files).tolist()
+        except UserError as error:
+            return str(error)
+
+    at_once = told()
+    monkeypatch.setattr(lengths, "_plain_lengths", lambda file: None)
+    assert at_once == told() and ("refused" if isinstance(at_once, str) else at_once[:1000]) in ("refused", LENGTHS)
 
 
 def test_of_a_document_in_a_store_training_reads_all_tokens_but_the_last(folder: Path) -> None:

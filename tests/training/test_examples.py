@@ -297,6 +297,12 @@ def test_a_row_that_is_kept_beyond_the_context_of_a_loaded_model_is_refused_by_n
         train(recipe(start, *keep))
     assert "the model's context is 40" in str(error.value.why)
     assert train(recipe(start, *keep, "allow=[context]")).step == 1
+    measured = [setting for setting in keep if "evaluate" not in setting] + [f"run={files}/measured"]
+    long = (*measured, f"data.train={files}/c.jsonl", f"data.evaluate={{long: {files}/a.jsonl}}")
+    with pytest.raises(UserError, match="the evaluation set long has rows beyond the model's context") as error:
+        train(recipe(start, *long))
+    assert "context is 40" in str(error.value.why) and "row 21 of" in str(error.value.where)
+    assert train(recipe(start, *long, "allow=[context]")).step == 1
     assert train(recipe(start, "data.evaluate={}", "duration=1 steps", "data.sequence_length=41",
                         f"run={files}/short")).step == 1    # fmt: skip
 
