@@ -100,8 +100,9 @@ def source_of(
             return engine.forward(batch, wants)
 
     return RolloutSource(
-        rows.prompts, settings.sampler.open(policy, tokenizer, engine.forward, settings.weights), recipe.objective,
-        settings.model_copy(update={"sampling": sampling}),
+        rows.prompts, # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
+        settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast"),
+        recipe.objective, settings.model_copy(update={"sampling": sampling}),
         text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer),
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),

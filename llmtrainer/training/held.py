@@ -135,7 +135,8 @@ def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:
     every = Kept(np.empty(0, dtype=np.int32), left_out=True)
     kept = [one or every for answer in written for one in answer.kept or [every] * len(answer.tokens)]
     told = {
-        "never": written[0].never.tolist(), "temperature": [answer.temperature for answer in written], "finish": [answer.finish for answer in written],
+        "never": written[0].never.tolist(), "temperature": [answer.temperature for answer in written],
+        "finish": [answer.finish for answer in written],
         "filtered": [answer.kept is not None for answer in written],
     }  # fmt: skip
     return {
@@ -146,14 +147,15 @@ def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:
 
 def _read_written(state: Mapping[str, Tensor], rollout: Rollout) -> tuple[Sampled, ...]:
     told, ids, left_out = _json(state["written"]), _arrays(state, "kept"), state["left_out"].tolist()
-    kept = [Kept(*both) for both in zip(ids, left_out, strict=True)]
+    kept, no_ids = [Kept(*both) for both in zip(ids, left_out, strict=True)], np.array(told["never"], dtype=np.int64)
     found, at = [], 0
     for number, tokens in enumerate(rollout.answers):
         mine = tuple(kept[at : at + len(tokens)])
         at += len(tokens)
         found.append(Sampled(
             tuple(tokens.tolist()), told["finish"][number], rollout.old_logp[number], rollout.old_logp[number],
-            told["temperature"][number], np.array(told["never"], dtype=np.int64), mine if told["filtered"][number] else None, rollout.version,
+            told["temperature"][number], no_ids,
+            mine if told["filtered"][number] else None, rollout.version,
         ))  # fmt: skip
     return tuple(found)
 

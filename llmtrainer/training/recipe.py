@@ -131,7 +131,7 @@ class Rollouts(Config):
     rewards: tuple[Reward, ...] = ()
     """What answers are worth: rewards by kind, added up by their weights, each reported under its name."""
 
-    sampler: SamplerKind = Own(mode="fast")
+    sampler: SamplerKind = Own()
     """Who writes the answers, and with how much memory."""
 
     weights: Literal["shared", "copied"] = "shared"

@@ -210,7 +210,8 @@ class RolloutSource:
         for places in mine:
             chosen = [items[place] for place in places.tolist()]
             batch = collate_comparisons(chosen, share=self._settings.share_prompt, liked=False, margin=False)
-            yield held.among_its_ids(replace(batch, signals={})), [row for place in places.tolist() for row in groups[place]]
+            rows = [row for place in places.tolist() for row in groups[place]]
+            yield held.among_its_ids(replace(batch, signals={})), rows
 
 
 def _rows_of(rollout: Rollout, rows: Sequence[int]) -> AnswerRows:
