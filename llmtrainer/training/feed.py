@@ -60,6 +60,10 @@ def feed_of(
         return Feed(source, annotators, facts, {}, dict, starts_at)
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
+        # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
+        for part in (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, recipe.objective):
+            for name in type(part).model_fields:
+                getattr(part, name)
     return Feed(source, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
 
 
@@ -87,10 +91,6 @@ def source_of(
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
     settings = recipe.rollout
-    # A run that continues in the middle of a rollout writes its next answers later: here these settings count as read.
-    for part in (settings.sampling, settings.sampler, *settings.rewards):
-        for name in type(part).model_fields:
-            getattr(part, name)
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)
     sampling = with_ends(settings.sampling, rows)
@@ -99,10 +99,10 @@ def source_of(
         with at_rest(policy), torch.no_grad():
             return engine.forward(batch, wants)
 
+    # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
+    sampler = settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast")
     return RolloutSource(
-        rows.prompts, # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
-        settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast"),
-        recipe.objective, settings.model_copy(update={"sampling": sampling}),
+        rows.prompts, sampler, recipe.objective, settings.model_copy(update={"sampling": sampling}),
         text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer),
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),

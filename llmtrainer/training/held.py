@@ -87,6 +87,8 @@ def never(written: Sequence[Sampled]) -> Tensor | None:
     return torch.from_numpy(ids) if len(ids) else None
 
 
+SECONDS = "rollout/seconds"
+"""The figure that says how long a rollout took to write."""
 _FLAT = ("prompts", "answers", "weights", "old_logp", "trainer_logp", "reference_logp", "values")
 """Fields of a rollout that are an array for each answer."""
 
@@ -100,7 +102,7 @@ def packed(held: Held | None, cursor: int, state: State) -> dict[str, Tensor]:
     found |= {
         "number": torch.tensor(held.number), "group_R": torch.from_numpy(rollout.group_R),
         "reward_R": torch.from_numpy(rollout.reward_R), "ended_R": torch.from_numpy(rollout.ended_R),
-        "told": _text({"version": rollout.version, "figures": dict(held.figures)}),
+        "told": _text({"version": rollout.version, "figures": _untimed(held.figures)}),
         **_flat("advantages", held.advantages), **_written(held.written),
     }  # fmt: skip
     if held.returns is not None:
@@ -128,6 +130,11 @@ def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
     written = _read_written(state, rollout)
     held = Held(int(state["number"]), rollout, written, _arrays(state, "advantages"), returns, told["figures"])
     return held, cursor, kept
+
+
+def _untimed(figures: Mapping[str, float]) -> dict[str, float]:
+    """Without what differs from one time to the next: equal runs have equal checkpoints."""
+    return {name: value for name, value in figures.items() if name != SECONDS}
 
 
 def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import Sampled, Sampler, require_version
 from llmtrainer.training.answers import Group, figures_of, joined, samples_of, scored
-from llmtrainer.training.held import Held, packed, unpacked
+from llmtrainer.training.held import SECONDS, Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
 from llmtrainer.training.row_signals import read_back, with_row_signals
 
@@ -111,7 +111,7 @@ class RolloutSource:
         self._state = objective.advance(self._state, rollout)
         returns = objective.returns(rollout, self._state)
         figures = {
-            **figures_of(groups), "rollout/seconds": seconds,
+            **figures_of(groups), SECONDS: seconds,
             "rollout/trained": float(objective.trains(rollout).mean()),
         }
         self._tell({"rollout": number, **figures, "samples": samples_of(groups)})

@@ -233,3 +233,36 @@ def test_settings_that_cannot_work_are_refused_by_name(rl: Make) -> None:
     for override, message in wrong.items():
         with pytest.raises(UserError, match=message):
             train(rl(override))
+
+
+PPO = ("objective={kind: ppo, kl: 0.02, value_weight: 0.5}", "model.head={kind: value}", *SEVERAL)
+
+
+def test_ppo_has_the_ratio_1_at_first_and_teaches_its_critic(rl: Make) -> None:
+    told = stepped(rl(*PPO, "duration=24 steps", "optim.schedule.peak=1e-2"))
+    assert told[0]["policy/ratio"] == 1.0
+    errors = [step["loss/value"] for step in told]
+    assert np.mean(errors[-4:]) < 0.5 * np.mean(errors[:4])
+
+
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_ppo_is_resumed_to_the_bit(rl: Make, trunk: str) -> None:
+    wanted = (*PPO, f"model.head.trunk={trunk}", "objective.rewards=running", "objective.kl_target=0.1")
+    straight = rl(*wanted, "duration=6 steps")
+    train(straight)
+    resumed = ("optim.schedule.length=6 steps", f"run={straight.run}-resumed")
+    for duration in ("3 steps", "6 steps"):
+        train(rl(*wanted, *resumed, f"duration={duration}"))
+    both = [read_manifest(Path(run) / "checkpoints" / "step-00000006")["files"]
+            for run in (straight.run, f"{straight.run}-resumed")]
+    assert both[0].keys() == both[1].keys()
+    for name, facts in both[0].items():
+        if name.endswith(".safetensors"):
+            assert facts["sha256"] == both[1][name]["sha256"], name
+
+
+def test_without_divergence_no_reference_is_built(rl: Make) -> None:
+    with open_trainer(rl(*PPO, "objective.kl=0", "duration=1 steps")) as trainer:
+        assert trainer.parts.source._reference is None
+        for _ in trainer.steps():
+            pass
