@@ -16,6 +16,7 @@ from pydantic import Field
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Bytes
+from llmtrainer.data.comparison_rows import PromptCut
 from llmtrainer.data.document import AnyPath, Document, SourceFile
 from llmtrainer.data.encode import write_store
 from llmtrainer.data.example_rows import Learn
@@ -39,7 +40,7 @@ SAMPLE_BYTES = 4 * 2**20
 TEXT_FIELDS = ("text", "content")
 CONVERSATIONS = frozenset({
     "template", "date", "leave_out", "max_length", "too_long", "cut_side", "cut_end", "max_dropped_share",
-    "bad_records", "learn", "gate",
+    "bad_records", "learn", "gate", "prompt_cut", "max_prompt_length",
 })  # fmt: skip
 """Settings of `prepare` that plain text has no use for."""
 RawIds = Literal["uint16", "uint32"]
@@ -104,7 +105,8 @@ class Preparation(Config):
     format: str = "store"
     """store: text, as training reads it. megatron: tokens.bin and tokens.idx, what Megatron-LM reads. Anything else
     is for conversations, and says how their files write them: auto (told by the first records), messages,
-    conversations, instruction, ..."""
+    conversations, instruction, ...; or for comparisons: comparisons (told by the first records), or
+    comparisons.texts, comparisons.ranked, ..."""
 
     template: str = "auto"
     """For conversations: auto is the tokenizer's own chat template; or a built-in one, such as chatml; or a path to
@@ -120,7 +122,7 @@ class Preparation(Config):
     """For conversations: tokens of the longest row."""
 
     too_long: Literal["drop", "cut", "split", "keep"] = "drop"
-    """For conversations: what becomes of a longer row."""
+    """For conversations: what becomes of a longer row. For comparisons it is cut unless this is set: drop, cut, keep."""
 
     cut_side: Literal["right", "left"] = "right"
     """Which end a cut takes away."""
@@ -139,6 +141,12 @@ class Preparation(Config):
 
     gate: str | None = None
     """For conversations: the key under which a record names the adapters of a gated mixture that it goes through."""
+
+    prompt_cut: PromptCut = "keep_end"
+    """For comparisons: which tokens of a prompt stay that is cut, the last ones or the first."""
+
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """For comparisons: so many tokens stay of a prompt that is cut. Left out: half of `max_length`."""
 
     raw_ids: RawIds = "uint16"
     """How a raw .bin stores a token id."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data import stdlib
+from llmtrainer.data.comparison_rows import ComparisonChoices
 from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading
 from llmtrainer.data.example_rows import Choices
@@ -34,6 +35,8 @@ from llmtrainer.training.prepared import PreparedExamples
 if TYPE_CHECKING:
     from llmtrainer.training.prepare import Preparation
 
+COMPARISONS = "comparisons"
+"""The format of `prepare` that stands for those of comparisons."""
 VERSION = 1
 """Raised when the same files and settings would give other bytes: every older key then misses."""
 
@@ -207,12 +210,9 @@ def prepare_conversations(preparation: Preparation) -> PreparedExamples:
     """The verb `prepare` for conversations: a store with weights, and a fate for every record."""
     folder, out = model_folder(preparation.tokenizer, weights=False), Path(preparation.out)
     template, day, left_out = preparation.template, preparation.date, preparation.leave_out
-    cut = (preparation.cut_side, preparation.cut_end)
-    length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
+    format, choices = _wanted(preparation)
     wish = Wish(
-        tuple(part.strip() for part in preparation.data.split(",")), Format.chosen({"kind": preparation.format})(),
-        Choices(length, preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle,
-                preparation.learn, preparation.gate),
+        tuple(part.strip() for part in preparation.data.split(",")), format, choices,
         preparation.max_dropped_share, template, day, left_out, preparation.workers,
         chat=load_chat(folder, template, day, left_out), folder=folder,
     )  # fmt: skip
@@ -226,3 +226,27 @@ def prepare_conversations(preparation: Preparation) -> PreparedExamples:
         facts["records"], facts["fates"], facts["duplicates"], sorted({file.format.kind for file in seen.files}),
         fates_of(Store(out)).table(),
     )  # fmt: skip
+
+
+def _wanted(preparation: Preparation) -> tuple[RecordFormat, RowChoices]:
+    """The format that is named, and what decides the rows. UserError for a setting that means nothing there."""
+    lenient = (preparation.bad_records, preparation.allow_truncated, preparation.allow_pickle)
+    name, _, kind = preparation.format.partition(".")
+    if name != COMPARISONS:
+        _refuse(preparation, ("prompt_cut", "max_prompt_length"), "comparisons", "format=comparisons")
+        cut = (preparation.cut_side, preparation.cut_end)
+        length = LengthPolicy(preparation.max_length, preparation.too_long, *cut)
+        choices = Choices(length, *lenient, preparation.learn, preparation.gate)
+        return Format.chosen({"kind": preparation.format})(), choices
+    _refuse(preparation, ("cut_side", "cut_end", "learn", "gate"), "conversations", "leave it out")
+    too_long = preparation.too_long if "too_long" in preparation.model_fields_set else "cut"
+    if too_long == "split":
+        raise UserError("a comparison is never split", fix="too_long=cut, drop or keep")
+    return ComparisonFormat.chosen({"kind": kind or "auto"})(), ComparisonChoices(
+        preparation.max_length, too_long, preparation.prompt_cut, preparation.max_prompt_length, *lenient
+    )
+
+
+def _refuse(preparation: Preparation, names: Sequence[str], of: str, fix: str) -> None:
+    if meant := [name for name in names if name in preparation.model_fields_set]:
+        raise UserError(f"`{meant[0]}` is for {of}", fix=fix)

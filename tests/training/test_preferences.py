@@ -19,6 +19,7 @@ from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
 from llmtrainer.data.packed import Store
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.dataset import Opened
+from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
 from tests.training.conftest import conversations
@@ -203,6 +204,27 @@ def test_a_store_of_the_other_sort_is_refused_by_the_kind_that_reads_it(make: Ma
     again.train.close()
     with pytest.raises(UserError, match=r"data.kind=preferences"):
         opened(make(f"data={{kind: examples, train: {folder}, template: chatml}}"))
+
+
+def test_prepare_makes_the_store_that_a_run_makes_and_refuses_what_means_nothing(
+    make: Make, world: Path, tmp_path: Path
+) -> None:
+    def asked(**settings: Any) -> Preparation:
+        return Preparation(**{
+            "data": str(tmp_path / "pairs.jsonl"), "out": str(tmp_path / "store"), "format": "comparisons",
+            "tokenizer": str(world / "tokenizer"), "template": "chatml", "max_length": 64, "workers": 1, **settings,
+        })  # fmt: skip
+
+    done = prepare(asked())
+    assert done.json()["documents"] == 80 and done.json()["formats"] == ["texts"]
+    one, other = opened(make()), opened(make(f"data.train={tmp_path}/store"))
+    assert one.train is not None and other.train is not None
+    assert one.train.fingerprint == other.train.fingerprint
+    one.train.close()
+    other.train.close()
+    for wrong in ({"learn": "everything"}, {"too_long": "split"}, {"format": "auto", "prompt_cut": "keep_start"}):
+        with pytest.raises(UserError):
+            prepare(asked(**wrong, out=str(tmp_path / "other")))
 
 
 def test_inspect_shows_the_prompt_once_and_every_answer_behind_it(make: Make, tmp_path: Path) -> None:
