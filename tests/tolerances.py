@@ -55,3 +55,5 @@ FINITE_DIFFERENCE_RELATIVE = 1e-5
 """The slope of a loss along a direction of all weights, by two evaluations, float64."""
 SHARED_PROMPT_FLOAT32 = 1e-5
 """An answer beside another behind one prompt, against a row of its own, float32: relative to the number."""
+TRL_FLOAT32_LOSS = 1e-7
+"""Against what TRL works out in float32 whatever it is given."""
