@@ -1,4 +1,4 @@
-"""Using what was trained: evaluate, generate and plot, the functions behind the commands."""
+"""Using what was trained: evaluate and generate, the functions behind the commands."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.result import Result
-from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.suite import Suite
 from llmtrainer.data.document import Document, Reading, SourceFile, Tokens
 from llmtrainer.data.open import contents, documents, find, is_container
@@ -29,7 +27,9 @@ from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.chats import day_of
 from llmtrainer.training.console import bar, stdout_is_for_people, warn
 from llmtrainer.training.figures import count, number, span
+from llmtrainer.training.judging import in_words, judged
 from llmtrainer.training.models import Opened, Precision, load_model, load_tokenizer, open_model
+from llmtrainer.training.plotting import Plot, plot
 from llmtrainer.training.writing import Completed, write
 
 __all__ = [
@@ -38,7 +38,8 @@ __all__ = [
 
 
 class Evaluation(Config):
-    """How well a model predicts text: loss, perplexity and bits per byte, and what suites measure besides."""
+    """How well a model predicts text: loss, perplexity and bits per byte, and what suites measure besides. Of a reward
+    model, on comparisons: how often the better answer scores higher, and by how much."""
 
     words: ClassVar[tuple[str, ...]] = ("model", "data")
 
@@ -48,7 +49,8 @@ class Evaluation(Config):
 
     data: str | None = None
     """Text: a file, a folder, a glob, an address, or `stdlib:held_out`; or token ids of the model's own
-    tokenizer, as files or as a token store. Each document is scored by itself."""
+    tokenizer, as files or as a token store. Each document is scored by itself. For a reward model: comparisons, in
+    any form that training reads."""
 
     fields: tuple[str, ...] = ("text", "content")
     """Where a record's text is: the first of these fields that it has."""
@@ -58,6 +60,10 @@ class Evaluation(Config):
 
     tokenizer: str | None = None
     """A folder with tokenizer.json or a hub id, if the model's own folder has none."""
+
+    template: str = "auto"
+    """For a reward model: auto, the template that lies with its tokenizer; a built-in one, such as chatml; or a path to
+    a .jinja file."""
 
     precision: Precision = "auto"
     """Type of the computation. auto: the one the checkpoint was trained in, float32 where nothing says so."""
@@ -102,10 +108,14 @@ class Evaluated(Result):
     seconds: float = 0.0
     suites: dict[str, dict[str, float]] = field(default_factory=dict)
     items: list[dict[str, Any]] | None = None
+    preference: dict[str, float] | None = None
+    """Of a reward model: accuracy, loss and pairs, and mean, deviation and quantiles of the gaps."""
 
     def text(self) -> str:
         lines = [f"{self.model} in {self.precision}" + (f", on {self.data}" if self.data else "")]
-        if self.loss is not None:
+        if self.preference is not None:
+            lines += in_words(self.preference)
+        elif self.loss is not None:
             assert self.tokens is not None and self.bytes is not None and self.perplexity is not None
             lines += [
                 f"  loss           {self.loss:.4f}   nats a token",
@@ -116,7 +126,7 @@ class Evaluated(Result):
             ]
         for name, told in self.suites.items():
             lines.append(f"  {name}: " + ", ".join(f"{key} {number(value)}" for key, value in told.items()))
-        if self.items is not None:
+        if self.items is not None and self.preference is None:
             lines += ["", "  loss     bits/byte  tokens    document", *map(_item_line, self.items)]
         return "\n".join(lines)
 
@@ -132,7 +142,8 @@ def evaluate(settings: Evaluation) -> Evaluated:
     opened = open_model(settings.model, settings.precision, settings.device, settings.tokenizer)
     found: dict[str, Any] = {}
     if settings.data is not None:
-        found = _measure(opened, settings, settings.data)
+        measure = _measure if opened.policy.worded else _judge
+        found = measure(opened, settings, settings.data)
     suites = {}
     for suite in settings.suites:
         with bar(suite.title, None, "bytes") as advance:
@@ -163,6 +174,19 @@ def _measure(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
             if settings.items:
                 items.append(_item(document, score, opened if settings.per_token else None))
     return {**total.figures(data), "items": items if settings.items else None}
+
+
+def _judge(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
+    found = judged(
+        opened, data, template=settings.template, tokens_per_batch=settings.tokens_per_batch,
+        comparisons=settings.documents,
+    )
+    figures = found.figures()
+    items = [{"comparison": number + 1, "scores": list(scores)} for number, scores in enumerate(found.scores)]
+    return {
+        "loss": figures["loss"], "tokens": found.tokens, "documents": len(found.scores), "preference": figures,
+        "items": items if settings.items else None,
+    }  # fmt: skip
 
 
 def _documents(
@@ -333,51 +357,3 @@ def _prompts(settings: Generation) -> list[str]:
     if not found:
         raise UserError("no prompt in this file", where=settings.prompts, fix='write records: {"prompt": "..."}')
     return found
-
-
-class Plot(Config):
-    """The curves of one or several runs as a picture."""
-
-    words: ClassVar[tuple[str, ...]] = ("runs",)
-
-    runs: tuple[str, ...] = Field(min_length=1)
-    """Run directories. Several are drawn over each other."""
-
-    out: str | None = None
-    """The PNG to write. By default plots/curves.png in the run directory, or plots/comparison.png in the first
-    of several."""
-
-    x: Literal["step", "tokens", "minutes"] = "step"
-    """What the horizontal axis counts: steps, tokens, or minutes of training."""
-
-
-@dataclass(frozen=True)
-class Plotted(Result):
-    """Where the picture is."""
-
-    path: str
-    panels: list[str]
-    """Titles of its panels, the loss first."""
-
-    def text(self) -> str:
-        return f"{self.path}: {', '.join(self.panels)}"
-
-
-def plot(settings: Plot) -> Plotted:
-    """Draw loss, learning rate, gradient norm, speed and evaluations. UserError if a run has no step yet."""
-    from llmtrainer.training.curves import Curve, draw  # matplotlib takes half a second that no other verb needs
-
-    curves = []
-    for name in settings.runs:
-        path = RunDir(Path(name)).events
-        stepped, events = steps(path), read_events(path)
-        if not stepped:
-            raise UserError(
-                "this run has no step to draw", where=str(path), fix="wait for its first step, or train it"
-            )
-        last = {event["step"]: event for event in events if event["kind"] == "evaluate"}
-        resumed = [event["step"] for event in events if event["kind"] == "resume"]
-        curves.append(Curve(name, stepped, [last[step] for step in sorted(last)], resumed))
-    default = RunDir(Path(settings.runs[0])).plots / ("curves.png" if len(curves) == 1 else "comparison.png")
-    out = Path(settings.out) if settings.out else default
-    return Plotted(str(out), draw(curves, out, settings.x))

@@ -155,3 +155,14 @@ def test_the_library_itself_is_a_set_of_questions(monkeypatch: pytest.MonkeyPatc
         assert len(answered) <= LONGEST
     # Of the documentation of the module itself.
     assert questions["What does dumps in json do?"] == "Serialize ``obj`` to a JSON formatted ``str``."
+
+
+def test_source_compares_the_answer_to_a_question_with_that_to_another(tmp_path: Path) -> None:
+    found = [record.value for record in read(written(tmp_path / "things.py", MODULE))]
+    answers = ["Show what stands in a file.", "Holds things until somebody wants them.",
+               "Put a thing behind all the others."]    # fmt: skip
+    told = [(record["chosen"][1]["content"], record["rejected"][1]["content"]) for record in found]
+    assert told == [(answers[0], answers[1]), (answers[1], answers[2]), (answers[2], answers[0])]
+    assert all(record["chosen"][0] == record["rejected"][0] == record["messages"][0] for record in found)
+    (alone,) = read(written(tmp_path / "alone.py", 'def f():\n    """Do the one thing there is."""\n'))
+    assert alone.value["rejected"][1]["content"] == "is. there thing one the Do"

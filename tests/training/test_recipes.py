@@ -12,9 +12,10 @@ from llmtrainer.base.events import read_events, steps
 from llmtrainer.tokenizer.train import train_vocabulary
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
+from llmtrainer.training.use import Evaluation, evaluate
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-TINY, CONTINUE, ANSWER = (RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft"))
+TINY, CONTINUE, ANSWER, JUDGE = (RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward"))
 
 
 def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp_path: Path) -> None:
@@ -66,24 +67,33 @@ def test_a_published_model_goes_on_by_the_recipe_and_its_held_out_loss_falls(tmp
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.3, losses
 
 
-def test_a_small_base_learns_by_the_recipe_what_functions_do_and_the_loss_on_others_falls(tmp_path: Path) -> None:
+def library(folder: Path) -> None:
+    """Two modules: functions to learn from, and others of the same kind."""
     verbs, things = ("Open", "Close", "Count", "Print"), ("file", "door", "queue", "table", "line", "page")
     for name, words in (("known", things), ("unknown", ("letter", "window"))):
         source = [
             f'def {verb.lower()}_{thing}(it):\n    """{verb} the {thing} that is given."""\n'
             for verb in verbs for thing in words
         ]
-        (tmp_path / f"{name}.py").write_text("\n".join(source))
-    base = load(
+        (folder / f"{name}.py").write_text("\n".join(source))
+
+
+def trained_base(folder: Path) -> None:
+    """A small model of two steps, in the run `base`."""
+    train(load(
         Recipe, TINY,
         overrides=[
-            f"run={tmp_path / 'base'}", f"cache={tmp_path / 'cache'}", f"data.train={tmp_path / 'known.py'}",
+            f"run={folder / 'base'}", f"cache={folder / 'cache'}", f"data.train={folder / 'known.py'}",
             "tokenizer.vocabulary=300", "model.hidden_size=64", "model.layers=2", "data.sequence_length=64",
             "data.tokens_per_step=256", "data.tokens_per_batch=256", "optim.schedule.warmup=0 steps",
             "duration=2 steps", "evaluate={}",
         ],
-    )  # fmt: skip
-    train(base)
+    ))  # fmt: skip
+
+
+def test_a_small_base_learns_by_the_recipe_what_functions_do_and_the_loss_on_others_falls(tmp_path: Path) -> None:
+    library(tmp_path)
+    trained_base(tmp_path)
     recipe = load(
         Recipe, ANSWER,
         overrides=[
@@ -99,3 +109,29 @@ def test_a_small_base_learns_by_the_recipe_what_functions_do_and_the_loss_on_oth
     losses = [event["questions/loss"] for event in events if event["kind"] == "evaluate"]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.3, losses
     assert (tmp_path / "run" / "samples" / "step-00000012.json").is_file()
+
+
+def test_by_the_recipe_a_small_base_learns_which_of_two_answers_is_right(tmp_path: Path) -> None:
+    library(tmp_path)
+    trained_base(tmp_path)
+    recipe = load(
+        Recipe, JUDGE,
+        overrides=[
+            f"run={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", f"model.start_from={tmp_path / 'base'}",
+            f"tokenizer={tmp_path / 'base'}", f"data.train={tmp_path / 'known.py'}",
+            f"data.evaluate={{questions: {tmp_path / 'known.py'}}}", "data.pairs_per_step=12",
+            "optim.schedule.peak=3e-3", "optim.schedule.warmup=2 steps", "evaluate.every=never",
+            "duration=40 steps",
+        ],
+    )  # fmt: skip
+    result = train(recipe)
+    accuracy = result.figures["questions/preference/accuracy"]
+    assert accuracy > 0.95, result.figures
+    assert (tmp_path / "run" / "plots" / "questions-gap-step-00000040.png").is_file()
+    measured = evaluate(Evaluation(model=str(tmp_path / "run"), data=str(tmp_path / "known.py"), items=True))
+    assert measured.preference is not None and measured.preference["accuracy"] == accuracy
+    assert measured.preference["gap/std"] == pytest.approx(result.figures["questions/gap/std"], rel=1e-3)
+    assert measured.items is not None and len(measured.items) == measured.documents == 24
+    gaps = [item["scores"][0] - item["scores"][1] for item in measured.items]
+    assert sum(gap > 0 for gap in gaps) / 24 == accuracy
+    assert "of 24 pairs: the better answer has more" in measured.text()

@@ -22,7 +22,9 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 class Docstrings(Reader):
     """`What does NAME in MODULE do?` for every public function, class and method with a docstring, whose first
-    paragraph is the answer. The source is parsed and never run; private modules and tests are left out."""
+    paragraph is the answer: `messages`. And, for those who compare answers, that conversation as `chosen` and the same
+    question answered by the module's next docstring as `rejected`; by its own words backwards, where there is no other.
+    The source is parsed and never run; private modules and tests are left out."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".py",)
     holds: ClassVar[Literal["text", "tokens", "records"]] = "records"
@@ -47,14 +49,27 @@ def _questions(text: str, module: str, path: str) -> tuple[tuple[dict[str, Any],
         if module != Path(path).stem:
             return ()
         raise UserError("the file is no Python source", where=path, why=str(error)) from error
-    found = []
-    for name, node in _definitions(tree):
-        answer = first_paragraph(ast.get_docstring(node) or "")
-        if SHORTEST <= len(answer) <= LONGEST:
-            said = {"user": f"What does {name} in {module} do?", "assistant": answer}
-            messages = [{"role": role, "content": content} for role, content in said.items()]
-            found.append(({"messages": messages}, node.lineno))
-    return tuple(found)
+    found = [
+        (name, node.lineno, answer) for name, node in _definitions(tree)
+        if SHORTEST <= len(answer := first_paragraph(ast.get_docstring(node) or "")) <= LONGEST
+    ]  # fmt: skip
+    answers = [answer for _, _, answer in found]
+    records = []
+    for place, (name, line, answer) in enumerate(found):
+        question = f"What does {name} in {module} do?"
+        right, wrong = (_asked(question, text) for text in (answer, _another(answers, place)))
+        records.append(({"messages": right, "chosen": right, "rejected": wrong}, line))
+    return tuple(records)
+
+
+def _asked(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _another(answers: list[str], place: int) -> str:
+    """What answers another question: the next answer that is not the same, or else the same words backwards."""
+    others = (answer for answer in [*answers[place + 1 :], *answers[:place]] if answer != answers[place])
+    return next(others, " ".join(reversed(answers[place].split())))
 
 
 def module_of(path: AnyPath) -> str:
