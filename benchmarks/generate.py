@@ -2,11 +2,16 @@
 
 The work: SmolLM2-135M-Instruct in bfloat16, 16 short prompts, 64 new tokens each, drawn at temperature 1 from all
 ids; the end is not chosen before. Reading the prompts counts, loading the model and splitting texts does not.
+
+With --rollout, what reinforcement learning asks for: 8 longer questions, 8 answers to each, which end where the model
+ends them, after 96 tokens at the latest. Ours is the sampler of a rollout, with a third of the rows at a time.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +24,9 @@ from turns import Figures
 
 PROMPTS = [f"What is {n} + {7 * n + 3}? Answer with the number." for n in range(16)]
 NEW = 64
+QUESTIONS, EACH, ROWS, LONGEST = 8, 8, 24, 96
+"""Of a rollout: prompts, answers to each, answers at the same time (ours), tokens of the longest answer."""
+WORKED = "\n".join(f"{n} plates with {n + 3} plums each hold {n * (n + 3)} plums in all." for n in range(3, 9))
 COMPARED = 64
 """Logits of so many ids after each prompt are compared, to see that both sides run one model."""
 LARGEST_DIFFERENCE = 0.5
@@ -72,6 +80,96 @@ def transformers(settings: Figures) -> Iterator[Figures]:
     yield from _turns(settings, write, prompts, logits_BV)
 
 
+def question(number: int) -> str:
+    """One turn of a chat, as the model's template writes it."""
+    asked = f"{WORKED}\nHow many plums do {number + 9} plates with {number + 2} plums each hold? Explain it."
+    return f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def ours_rollout(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from llmtrainer.generation.samplers.own import Own
+    from llmtrainer.generation.sampling import Sampling
+    from llmtrainer.training.models import open_model
+
+    opened = open_model(settings["model"], "bfloat16", "cpu")
+    policy, tokenizer = opened.policy, opened.tokenizer
+    start, end = (tokenizer.control[name] for name in ("<|im_start|>", "<|im_end|>"))
+    marks = {"<|im_start|>": start, "<|im_end|>": end}
+    prompts = []
+    for number in range(QUESTIONS):
+        parts = re.split(r"(<\|im_(?:start|end)\|>)", question(number))
+        prompts.append([one for part in parts if part for one in ([marks[part]] if part in marks
+                                                                  else tokenizer.encode(part))])
+    weights = policy.reading_weights()    # kept, as a trainer keeps them for all the rollouts of a step
+    tokens_BT = torch.tensor([ids + [0] * (max(map(len, prompts)) - len(ids)) for ids in prompts])
+    lengths_B = torch.tensor([len(ids) for ids in prompts])
+    logits_BV = policy.read(tokens_BT, lengths_B, policy.cache(len(prompts), max(map(len, prompts))))
+    sampler = Own(max_rows=ROWS).open(policy, tokenizer, policy, "shared", "fast")
+    sampling = Sampling(max_new_tokens=LONGEST, stop_ids=(end,))
+
+    def write(seed: int) -> int:
+        return sum(len(one.tokens) for one in sampler.sample(prompts, EACH, sampling, seed))
+
+    for told in _turns(settings, write, prompts, logits_BV):
+        if "rate" in told:
+            told["linear_rate"] = linear_rate(weights, ROWS)
+            told["linear_share"] = told["rate"] / told["linear_rate"]
+        yield told
+
+
+def linear_rate(weights: Any, rows: int) -> float:
+    """Tokens a second that go through the prepacked linear layers and the head alone, so many at a time."""
+    import torch
+
+    def once() -> None:
+        for layer in weights.layers:
+            layer.output(layer.queries_keys_values(x_ND)[:, : layer.shape.heads * layer.shape.head_size].contiguous())
+            gate_NF, _ = layer.gate_up(x_ND).chunk(2, dim=-1)
+            layer.down(gate_NF.contiguous())
+        weights.head(x_ND)
+
+    x_ND = torch.randn(rows, weights.embedding_VD.shape[1]).to(weights.compute)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(12):
+            started = time.perf_counter()
+            once()
+            seconds.append(time.perf_counter() - started)
+    return rows / statistics.median(seconds[2:])
+
+
+def transformers_rollout(settings: Figures) -> Iterator[Figures]:
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    read = tokenizer([question(number) for number in range(QUESTIONS)], return_tensors="pt", padding=True)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(read["input_ids"], read["attention_mask"], strict=True)]
+    with torch.inference_mode():
+        logits_BV = model(**read).logits[:, -1].float()
+
+    def write(seed: int) -> int:
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            written = model.generate(
+                **read, max_new_tokens=LONGEST, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                num_return_sequences=EACH, eos_token_id=[end, tokenizer.eos_token_id],
+            )
+        answers = written[:, read["input_ids"].shape[1] :].tolist()
+        ends = {end, tokenizer.eos_token_id}
+        return sum(next((n + 1 for n, one in enumerate(ids) if one in ends), len(ids)) for ids in answers)
+
+    yield from _turns(settings, write, prompts, logits_BV)
+
+
 def _turns(settings: Figures, write: Any, prompts: list[list[int]], logits_BV: Any) -> Iterator[Figures]:
     every = logits_BV.shape[1] // COMPARED
     write(0)
@@ -103,17 +201,24 @@ def difference(told: Figures) -> float:
 
 def main() -> None:
     parser = turns.parser(__doc__ or "")
+    parser.add_argument("--rollout", action="store_true", help="several answers to each of some longer questions")
     parser.add_argument("--model", type=Path, default=os.environ.get("SMOLLM2"), help="folder of SmolLM2-135M")
     wish = parser.parse_args()
     if wish.side:
-        turns.serve({"ours": ours, "transformers": transformers}[wish.side], wish.settings)
+        works = {"ours": ours, "transformers": transformers}
+        if wish.settings["rollout"]:
+            works = {"ours": ours_rollout, "transformers": transformers_rollout}
+        turns.serve(works[wish.side], wish.settings)
         return
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
-    settings = {"model": str(wish.model), "batches": 2 if wish.quick else 4}
+    batches = (2 if wish.quick else 4) // (2 if wish.rollout else 1)
+    settings = {"model": str(wish.model), "batches": batches, "rollout": wish.rollout}
     pythons = {"ours": Path(sys.executable), "transformers": wish.peer_python}
     script = Path(__file__).resolve()
     sides = [turns.Side(name, python, script, settings, wish.threads) for name, python in pythons.items()]
     work = f"SmolLM2-135M bfloat16, {len(PROMPTS)} prompts, {NEW} new tokens each, temperature 1, all ids"
+    if wish.rollout:
+        work = f"SmolLM2-135M bfloat16, {EACH} answers to each of {QUESTIONS} questions, up to {LONGEST} tokens"
     result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
     turns.tell({**result, "largest_logit_difference": difference(result["facts"]), "threads": wish.threads})
 
