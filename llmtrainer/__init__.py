@@ -44,6 +44,7 @@ _NAMES = {
     "TokenAddition": "llmtrainer.apps.add_tokens",
     "Merge": "llmtrainer.apps.merge",
     "Inspection": "llmtrainer.apps.inspect",
+    "Rank": "llmtrainer.apps.rank",
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",
     "SchemaRequest": "llmtrainer.apps.schema",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -20,6 +21,8 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in, name_of
 from llmtrainer.base.text import item_type, members, typed
 
+_described: ContextVar[frozenset[type]] = ContextVar("_described", default=frozenset())
+"""Bases of kinds whose schema is being made."""
 _attribute = object.__getattribute__    # bound once: every read of a setting comes through here
 
 
@@ -138,8 +141,14 @@ class Kind(Config):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         if cls is not cls.base():
             return _with_kind(cls, handler.resolve_ref_schema(handler(core)))
-        found = (find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder))
-        schemas = ((item, handler.resolve_ref_schema(handler(item.__pydantic_core_schema__))) for item in found)
+        if cls in (above := _described.get()):    # a kind that holds others of its sort: the reference is enough
+            return {"description": cls.__doc__, "type": "object"}
+        token = _described.set(above | {cls})
+        found = [find_kind(cls, cls.folder, name) for name in kinds_in(cls.folder)]
+        try:
+            schemas = [(item, handler.resolve_ref_schema(handler(item.__pydantic_core_schema__))) for item in found]
+        finally:
+            _described.reset(token)
         foreign = {"type": "object", "properties": {"kind": {"pattern": r"\."}}, "required": ["kind"]}
         text = [] if cls.shorthand is None else [{"type": "string"}]
         kinds = [_with_kind(item, schema) for item, schema in schemas]

@@ -332,6 +332,7 @@ def _readable() -> list[str]:
 
 _PROBE = """
 import json, os
+from os import environ
 found = []
 def tries(name, what):
     try:
@@ -352,7 +353,7 @@ tries("reach the network", connect)
 tries("start processes", fork)
 tries("send signals to other processes", lambda: os.kill(PARENT, 0))
 tries("use more memory than it may", lambda: bytearray(MEMORY))
-if set(os.environ) - {"LC_CTYPE"}:
+if set(environ) - {"LC_CTYPE"}:
     found.append("see the environment")
 print(json.dumps(found), flush=True)
 tries("", lambda: os.execv("/bin/sh", ["sh", "-c", "echo started"]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmtrainer.base.config import forget_reads, unread
+from llmtrainer.base.config import forget_reads, schema, unread
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import find_kind, kinds_in
 from llmtrainer.core.protocols import Reward
@@ -18,6 +18,7 @@ from llmtrainer.core.rollout import Answer
 from llmtrainer.core.sandbox import Limits, Sandbox
 from llmtrainer.rewards.human import Human
 from llmtrainer.rewards.model import Model
+from llmtrainer.training.recipe import Rollouts
 from tests.rewards.corpora import answer
 
 KINDS = kinds_in(Reward.folder)
@@ -136,3 +137,11 @@ def test_a_recipe_with_a_reward_loads_back_equal(kind: str, tmp_path: Path) -> N
 
 def test_what_this_machine_confines_is_said_and_not_assumed() -> None:
     assert all(isinstance(one, str) for one in Sandbox(Limits()).missing())
+
+
+def test_the_schema_of_a_sum_refers_to_the_rewards_that_it_may_hold() -> None:
+    found = schema(Rollouts)
+    rewards = found["$defs"]["Reward"]["oneOf"]
+    (mix,) = [item for item in rewards if item.get("properties", {}).get("kind", {}).get("const") == "mix"]
+    assert mix["properties"]["of"]["items"] == {"$ref": "#/$defs/Reward"}
+    assert len(rewards) == len(KINDS) + 1, "and one of the user's own"
