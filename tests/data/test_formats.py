@@ -122,6 +122,10 @@ def test_keys_of_another_name_may_be_given() -> None:
     format = Format.model_validate({"kind": "instruction", "input": "context", "output": "response"})
     example = format.example({"instruction": "Add.", "context": "1 and 2", "response": "3"})
     assert [item.content for item in example.messages] == ["Add.\n\n1 and 2", "3"]
+    format = Format.model_validate({"kind": "instruction", "between": "\n\n### Input:\n"})
+    for about, asked in (("1 and 2", "Add.\n\n### Input:\n1 and 2"), ("", "Add.")):
+        example = format.example({"instruction": "Add.", "input": about, "output": "3"})
+        assert [item.content for item in example.messages] == [asked, "3"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Example, Message, TokenRow
+from llmtrainer.data.formats.instruction import Instruction
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from tests.tokenizer.chats import conversations
@@ -337,3 +338,26 @@ def test_transformers_mask_of_a_template_that_marks_its_answers_is_what_is_learn
     (row,) = made.rows(Example(turns(*contents)))
     assert list(row.tokens) == told["input_ids"]
     assert [int(weight) for weight in row.weights] == told["assistant_masks"]
+
+
+@pytest.mark.parametrize("about", ["", "1 and 2"])
+def test_an_instruction_with_its_input_is_prompted_as_alpaca_was_published(
+    about: str, trained: FileTokenizer
+) -> None:
+    """github.com/tatsu-lab/stanford_alpaca, PROMPT_DICT, with a newline behind the last line."""
+    with_input = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+    )
+    without = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+    example = Instruction(between="\n\n### Input:\n").example({"instruction": "Add.", "input": about, "output": "3"})
+    chat = Chat(trained, "alpaca")
+    prompt = chat.prompt(example.messages[:1])
+    assert trained.decode(prompt) == (with_input if about else without)
+    (row,) = chat.rows(example)
+    assert list(row.tokens[: len(prompt)]) == prompt and learned(trained, row) == [f"3{trained.decode([trained.end])}"]

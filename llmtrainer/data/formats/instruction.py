@@ -21,7 +21,7 @@ from llmtrainer.data.format import (
 
 class Instruction(Format):
     """`{"instruction", "input", "output"}`, with `system` and earlier turns in `history` ([[question, answer], ...])
-    where it has them. The input, if there is one, follows the instruction after an empty line. `{"instruction",
+    where it has them. The input, if there is one, follows the instruction after `between`. `{"instruction",
     "instances": [{"input", "output"}]}` is taken too."""
 
     instruction: str = "instruction"
@@ -32,6 +32,10 @@ class Instruction(Format):
 
     output: str = "output"
     """The key of the answer."""
+
+    between: str = "\n\n"
+    """What stands between an instruction and its input: an empty line. `"\\n\\n### Input:\\n"`: what the template
+    alpaca was published with."""
 
     sample: ClassVar[tuple[Any, Example]] = (
         {"instruction": "Add.", "input": "2 and 3", "output": "5"},
@@ -58,7 +62,7 @@ class Instruction(Format):
             inner, path = mapping(instances[0], "instances.0"), "instances.0."
         about = optional_text(inner, self.input, path)
         answer = text(needed(inner, self.output, path), f"{path}{self.output}")
-        messages = [*_history(whole), Message("user", f"{asked}\n\n{about}" if about else asked)]
+        messages = [*_history(whole), Message("user", f"{asked}{self.between}{about}" if about else asked)]
         if system := optional_text(whole, "system"):
             messages.insert(0, Message("system", system))
         used = (self.instruction, self.input, self.output, "instances", "system", "history", "prompt_id", "id")
