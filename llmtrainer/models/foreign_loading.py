@@ -185,7 +185,8 @@ def _described(transformers: Any, folder: Path) -> tuple[Any, Any]:
         model_class = known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            "transformers has no class for this folder that predicts the next token or scores a text", where=str(folder),
+            "transformers has no class for this folder that predicts the next token or scores a text",
+            where=str(folder),
             why=str(error).strip().partition("\n")[0],
             fix="name a model that transformers knows by itself: code that lies in a folder is never run",
         ) from None

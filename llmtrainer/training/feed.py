@@ -95,9 +95,11 @@ def source_of(
         require_exact("rollout.share_prompt", policy, policy.context_length)
     sampling = with_ends(settings.sampling, rows)
 
+    read = engine.reader(policy)
+
     def look(batch: Batch, wants: tuple[str, ...]) -> Outputs:
-        with at_rest(policy), torch.no_grad():
-            return engine.forward(batch, wants)
+        with at_rest(policy):
+            return read(batch, wants)
 
     # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
     sampler = settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast")
@@ -159,4 +161,6 @@ def begins_at_its_reference(recipe: Recipe, policy: Policy) -> bool:
     dropped or added at random while training."""
     if REFERENCE not in recipe.objective.reads or recipe.reference.start_from is not None:
         return False
-    return isinstance(policy, Decoder) and policy.family.dropout == 0.0 and policy.neftune == 0.0
+    if not isinstance(policy, Decoder) or policy.neftune:
+        return False
+    return not policy.family.dropout and not getattr(policy.adapter, "dropout", None)

@@ -19,7 +19,6 @@ from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.models import load_base, load_whole, model_folder
-from llmtrainer.training.policy_heads import HEADS
 from llmtrainer.training.recipe import Reference
 
 FACT = "reference_sha256"
@@ -31,11 +30,10 @@ class Frozen:
     """A reference that is ready to be asked."""
 
     read: Read
-    """Its forward pass. Call it without gradients."""
+    """Its forward pass, without a way back."""
     sha256: str
     """Over every weight by name: two references with the same hash say the same."""
 
-    @torch.no_grad()
     def say(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
         """What it makes of a batch, over the same ids at the same temperature as the policy."""
         known = {name: batch.signals[name] for name in (GATES, KEPT, NEVER, TEMPERATURE) if name in batch.signals}
@@ -70,7 +68,7 @@ def reference_of(
     if policy.adapter is not None:
         assert family.adapter is not None
         from_ = family.adapter.start_from
-        return _without_adapter(policy) if from_ is None else _as_it_began(policy, model_folder(from_))
+        return _beside_its_model(policy, engine, None if from_ is None else model_folder(from_))
     if family.start_from is None:
         raise UserError(
             "the objective compares with a reference, and there is none", where="reference.start_from",
@@ -115,51 +113,59 @@ def _read_by(engine: Engine, frozen: Policy, policy: Policy) -> Frozen:
             f"the reference has {frozen.vocabulary:,} embedding rows and the policy {policy.vocabulary:,}",
             where="reference", why="both must speak of the same ids", fix="name a reference with the same tokenizer",
         )
-    frozen.requires_grad_(False).eval()
+    frozen.eval()
     frozen.ids = policy.ids
     return Frozen(engine.reader(frozen), sha256_of(frozen.state_dict()))
 
 
-def _without_adapter(policy: Policy) -> Frozen:
-    """The model itself: what the policy was before its adapter learned anything."""
-    base = _base(policy)
+def _beside_its_model(policy: Policy, engine: Engine, folder: Path | None) -> Frozen:
+    """The model with the adapter as it was when the run began: that of a folder, or a new one, which changes nothing.
 
-    def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
-        with at_rest(policy), _adapters_off(policy):
-            return policy(batch, wants)  # type: ignore[no-any-return]
-
-    return Frozen(read, sha256_of(base))
-
-
-def _as_it_began(policy: Policy, folder: Path) -> Frozen:
-    """The model with the adapter that this run continues, as that was."""
-    now = {name: value.clone() for name, value in adapter_tensors(policy).items()}
-    load_adapter(policy, folder)
-    began = {name: value.clone() for name, value in adapter_tensors(policy).items()}
-    swapped = _Swapped(policy, began)
-    with torch.no_grad():
-        for name, value in adapter_tensors(policy).items():
-            value.copy_(now[name])
-    base = _base(policy)
+    The adapter is not taken away but given other values, so that the very same products are computed.
+    """
+    base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
+    if folder is None:
+        began = untrained(policy)
+        sha256 = sha256_of(base)
+    else:
+        now = {name: value.clone() for name, value in adapter_tensors(policy).items()}
+        load_adapter(policy, folder)
+        began = {name: value.clone() for name, value in adapter_tensors(policy).items()}
+        with torch.no_grad():
+            for name, value in adapter_tensors(policy).items():
+                value.copy_(now[name])
+        sha256 = sha256_of(base | began)
+    swapped, read_policy = _Swapped(policy, began), engine.reader(policy)
 
     def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
         with at_rest(policy), swapped.in_place():
-            return policy(batch, wants)  # type: ignore[no-any-return]
+            return read_policy(batch, wants)
 
-    return Frozen(read, sha256_of(base | began))
+    return Frozen(read, sha256)
 
 
-def _base(policy: Policy) -> dict[str, Tensor]:
-    """The weights that stay as they are beside an adapter: without a head or a critic that is trained with it."""
-    return {
-        name: value for name, value in policy.state_dict().items()
-        if ".adapter." not in name and not name.startswith(HEADS)
-    }  # fmt: skip
+def untrained(policy: Policy) -> dict[str, Tensor]:
+    """Values of adapters that change nothing: B is 0, and magnitudes are the norms of the matrices themselves."""
+    found = {}
+    for name, value in adapter_tensors(policy).items():
+        if ".lora_B" in name:
+            found[name] = torch.zeros_like(value)
+    for layer in adapters(policy).values():
+        assert layer.adapter is not None
+        if layer.adapter.lora_magnitude_vector is not None:
+            (name,) = (
+                name for name, value in adapter_tensors(policy).items()
+                if value.data_ptr() == layer.adapter.lora_magnitude_vector.data_ptr()
+            )  # fmt: skip
+            norm_O = layer.adapter.base_norm_O
+            assert isinstance(norm_O, Tensor)
+            found[name] = norm_O.clone()
+    return found
 
 
 @dataclass(frozen=True)
 class _Swapped:
-    """Other values for the adapters of a policy, of the same shapes."""
+    """Other values for some tensors of a policy's adapters, of the same shapes."""
 
     policy: Policy
     values: Mapping[str, Tensor] = field(repr=False)
@@ -167,7 +173,7 @@ class _Swapped:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the policy have these values; its own come back afterwards."""
-        held = adapter_tensors(self.policy)
+        held = {name: value for name, value in adapter_tensors(self.policy).items() if name in self.values}
         kept = {name: value.clone() for name, value in held.items()}
         with torch.no_grad():
             for name, value in held.items():
@@ -189,19 +195,3 @@ def at_rest(policy: nn.Module) -> Iterator[None]:
         yield
     finally:
         policy.train(training)
-
-
-@contextmanager
-def _adapters_off(policy: Policy) -> Iterator[None]:
-    """The policy as if nothing stood beside its matrices."""
-    layers, shape = list(adapters(policy).values()), policy.adapter
-    beside = [layer.adapter for layer in layers]
-    policy.adapter = None
-    for layer in layers:
-        layer.adapter = None
-    try:
-        yield
-    finally:
-        policy.adapter = shape
-        for layer, adapter in zip(layers, beside, strict=True):
-            layer.adapter = adapter

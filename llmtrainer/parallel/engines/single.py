@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -93,18 +94,34 @@ class SingleEngine:
         dtypes = {parameter.dtype for parameter in parameters}
         assert dtypes in ({torch.float32}, {torch.float64}), f"{dtypes} are no masters of one type"
         assert {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in policy.parameters()}
-        self._rule = rule
+        self._rule, self._policy = rule, policy
         self._parameters: list[nn.Parameter] = parameters
         self._forward: Callable[..., Outputs] = compiled(policy, self._graphs) if self._compile else policy
         self._optimizer: Optimizer = rule.build(groups)
         return arranged
 
     def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
-        """The forward pass of a policy that is only read, on the device and arranged as the trained one's."""
+        """The forward pass of a policy that is only read, on the device and arranged as the trained one's: for equal
+        weights it gives equal bits. It may be the trained policy itself."""
+        forward = self._forward if policy is self._policy else self._arranged(policy)
+
+        def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
+            # A compiler fuses other kernels where no gradient is asked for, and those round differently.
+            with torch.set_grad_enabled(self._compile):
+                return detached(forward(batch.to(self.device), wants))
+
+        return read
+
+    def _arranged(self, policy: nn.Module) -> Callable[..., Outputs]:
         policy.to(self.device)
         arrange(policy, self._arrangement)
-        forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
-        return lambda batch, wants: forward(batch.to(self.device), wants)
+        if not self._compile:
+            policy.requires_grad_(False)
+            return policy
+        trained = {name: parameter.requires_grad for name, parameter in self._policy.named_parameters()}
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
+        return compiled(policy)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
@@ -202,6 +219,14 @@ class SingleEngine:
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+
+def detached(out: Outputs) -> Outputs:
+    """What was computed, without the way there."""
+    found: dict[str, Any] = {item.name: getattr(out, item.name) for item in fields(out)}
+    return Outputs(**{
+        name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()
+    })  # fmt: skip
 
 
 def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
