@@ -24,7 +24,7 @@ import turns
 from trainer_clock import clock
 from turns import Figures
 
-PAIRS, LENGTH, RATE, BETA, ROWS = 2, 512, 1e-6, 0.1, 12
+PAIRS, LENGTH, RATE, BETA = 2, 512, 1e-6, 0.1
 
 
 def ours(settings: Figures) -> Iterator[Figures]:
@@ -81,13 +81,14 @@ def trl(settings: Figures) -> Iterator[Figures]:
         yield {"rate": PAIRS * len(told.seconds) / sum(told.seconds)}
 
 
-def prepare(folder: Path, wish: Any) -> Figures:
+def prepare(folder: Path, wish: Any, steps: int) -> Figures:
     """Pairs and our recipes, for all sides."""
     from ruamel.yaml import YAML
 
     data = folder / "pairs.jsonl"
     with data.open("w", encoding="utf-8") as file:
-        file.writelines(_rows(wish.data))
+        # As many as a turn learns, so that every turn of every side is about the same pairs.
+        file.writelines(_rows(wish.data, PAIRS * steps))
     settings: Figures = {"data": str(data), "model": str(wish.model), "scratch": str(folder / "trl")}
     recipe = {
         "model": {"start_from": str(wish.model)}, "tokenizer": str(wish.model), "cache": str(folder / "cache"),
@@ -113,9 +114,9 @@ def prepare(folder: Path, wish: Any) -> Figures:
     return settings
 
 
-def _rows(data: Path | None) -> list[str]:
+def _rows(data: Path | None, count: int) -> list[str]:
     if data is not None:
-        lines = data.read_text(encoding="utf-8").splitlines()[:ROWS]
+        lines = data.read_text(encoding="utf-8").splitlines()[:count]
         found = [{key: json.loads(line)[key] for key in ("prompt", "chosen", "rejected")} for line in lines]
         return [json.dumps(pair) + "\n" for pair in found]
     from llmtrainer.data.document import Reading
@@ -125,7 +126,7 @@ def _rows(data: Path | None) -> list[str]:
     reading = Reading(whole=True)
     asked_of = (itertools.islice(records(source, reading), 4) for source in find("stdlib:questions"))
     found = [record.value for some in asked_of for record in some]
-    asked = [[message["content"] for message in value["messages"]] for value in found[: ROWS + 1]]
+    asked = [[message["content"] for message in value["messages"]] for value in found[: count + 1]]
     # The answer to the question before is the worse one.
     return [
         json.dumps({"prompt": question, "chosen": answer, "rejected": other}) + "\n"
@@ -169,7 +170,7 @@ def main() -> None:
     wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), data_of(wish)
     with tempfile.TemporaryDirectory() as scratch:
         short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 5}
-        settings = {**prepare(Path(scratch), wish), **short}
+        settings = {**prepare(Path(scratch), wish, short["steps"]), **short}
         plain, shared = (compared(way, wish, settings) for way in ("two_rows", "shared"))
     ratios = {"trl": plain["ratio"], "trl_shared_prompt": shared["ratio"]}
     turns.tell({

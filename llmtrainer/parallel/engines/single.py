@@ -224,9 +224,9 @@ class SingleEngine:
 def detached(out: Outputs) -> Outputs:
     """What was computed, without the way there."""
     found: dict[str, Any] = {item.name: getattr(out, item.name) for item in fields(out)}
-    return Outputs(**{
-        name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()
-    })  # fmt: skip
+    for name, value in found.items():
+        found[name] = value.detach() if isinstance(value, Tensor) else value
+    return Outputs(**found)
 
 
 def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
