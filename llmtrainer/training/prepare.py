@@ -122,7 +122,7 @@ class Preparation(Config):
     """For conversations: tokens of the longest row."""
 
     too_long: Literal["drop", "cut", "split", "keep"] = "drop"
-    """For conversations: what becomes of a longer row. For comparisons it is cut unless this is set: drop, cut, keep."""
+    """For conversations: what becomes of a longer row. Comparisons (drop, cut, keep) are cut unless this is set."""
 
     cut_side: Literal["right", "left"] = "right"
     """Which end a cut takes away."""
