@@ -16,11 +16,14 @@ from llmtrainer.base.config import Config, is_data, load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
+from llmtrainer.core.example import Comparison
 from llmtrainer.core.protocols import opening
 from llmtrainer.data.collate import Row
-from llmtrainer.data.detect import conversations_in, detect, placed
+from llmtrainer.data.comparison_rows import rows_of as rows_of_comparison
+from llmtrainer.data.comparisons.auto import Auto as AnyComparison
+from llmtrainer.data.detect import conversations_in, detect, formats, placed
 from llmtrainer.data.document import Document, Reading, SourceFile
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import ComparisonFormat, Format, RecordFormat
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
@@ -233,17 +236,37 @@ def _conversations(
     chat = Chat(tokenizer, settings.template or "auto", day=day_of(settings.date), leave_out=settings.leave_out)
     reading = Reading(warn=warn, whole=True)
     for file in files:
-        told = detect(settings.format, records(file, reading))
+        told = _format_of(settings, file, reading)
         if told is None:
             continue
         for record in records(file, reading):
+            example = placed(told, record)
+            if isinstance(example, Comparison):
+                for piece in rows_of_comparison(chat, example, record.place)[0]:
+                    yield piece.tokens.tolist(), piece.weights.tolist()
+                continue
             try:
-                rows = chat.rows(placed(told.format, record))
+                rows = chat.rows(example)
             except UserError as error:
                 error.where = record.place if error.where is None else f"{record.place}, {error.where}"
                 raise
             for row in rows:
                 yield list(row.tokens), list(row.weights)
+
+
+def _format_of(settings: Inspection, file: SourceFile, reading: Reading) -> RecordFormat | None:
+    """How a file writes its conversations; or its comparisons, of which each answer is then a row."""
+    try:
+        told = detect(settings.format, records(file, reading))
+        return None if told is None else told.format
+    except UserError:
+        first = next(iter(records(file, reading)), None)
+        known = formats(ComparisonFormat) if settings.format.kind == "auto" and first is not None else ()
+        if first is None or not any(item.matches(first.value) for item in known):
+            raise
+    wanted: ComparisonFormat = AnyComparison()
+    compared = detect(wanted, records(file, reading))
+    return None if compared is None else compared.format
 
 
 def _title(index: int, row: Shown) -> str:

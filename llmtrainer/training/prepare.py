@@ -122,7 +122,7 @@ class Preparation(Config):
     """For conversations: tokens of the longest row."""
 
     too_long: Literal["drop", "cut", "split", "keep"] = "drop"
-    """What becomes of a longer row. Comparisons are cut unless this is set, to drop, cut or keep."""
+    """For conversations: what becomes of a longer row. Comparisons (drop, cut, keep) are cut unless this is set."""
 
     cut_side: Literal["right", "left"] = "right"
     """Which end a cut takes away."""

@@ -79,24 +79,29 @@ def test_shared_prompts_give_each_answer_the_log_probability_and_gradient_of_a_r
         assert float((packed - gradient).abs().max()) <= TOLERANCE[dtype] * float(gradient.abs().max())
 
 
+@pytest.mark.parametrize("changed", [0, 1])
 @pytest.mark.parametrize("window", [None, 24], ids=["whole", "window"])
 @pytest.mark.parametrize("path", PATHS)
-def test_another_rejected_answer_leaves_the_chosen_ones_bits_as_they_are(path: str, window: int | None) -> None:
+def test_another_answer_leaves_the_bits_of_the_one_beside_it_as_they_are(
+    path: str, window: int | None, changed: int
+) -> None:
     policy = tiny_model(torch.float32, sliding_window=window, context_length=256)
     policy.path = path
-    (prompt, (chosen, rejected)), = random_comparisons([(70, 20, 90)])
+    ((prompt, answers),) = random_comparisons([(70, 20, 90)])
 
-    def read(last: list[int]) -> Tensor:
-        rows = tuple(torch.tensor([*prompt, *answer]).numpy() for answer in (chosen, last))
-        weights = tuple(torch.cat([torch.zeros(70), torch.ones(len(answer))]).numpy() for answer in (chosen, last))
+    def read(given: list[list[int]]) -> Tensor:
+        rows = tuple(torch.tensor([*prompt, *answer]).numpy() for answer in given)
+        weights = tuple(torch.cat([torch.zeros(70), torch.ones(len(answer))]).numpy() for answer in given)
         batch = collate_comparisons([AnswerRows(rows, weights, 70, 0, 0)], share=True, liked=False, margin=False)
         with torch.no_grad():
-            return policy(batch, ("logp",)).logp_BT
+            logp_BT = policy(batch, ("logp",)).logp_BT
+        return torch.stack([(logp_BT * (batch.sequence_BT == number)).flatten() for number in (0, 1)])
 
-    before, after = read(rejected), read([(token + 7) % 320 for token in rejected])
-    first = 69 + 21
-    assert torch.equal(before[:, :first], after[:, :first])
-    assert not torch.equal(before[:, first:], after[:, first:])
+    other = list(answers)
+    other[changed] = [(token + 7) % 320 for token in answers[changed]]
+    before, after = read(answers), read(other)
+    assert torch.equal(before[1 - changed], after[1 - changed])
+    assert not torch.equal(before[changed], after[changed])
 
 
 def test_a_pair_takes_prompt_and_answers_once_and_one_token_more() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Head
+from llmtrainer.data.branches import AnswerRows, collate_comparisons
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.foreign import Foreign
 from llmtrainer.models.foreign_loading import ForeignModel, _packed, load_foreign, read_foreign
@@ -103,6 +105,24 @@ def test_a_document_that_changes_leaves_its_neighbours_bit_for_bit(name: str, tm
         after = policy.hidden(packed([documents[0], [7] * 8, documents[2]]))[0]
     assert torch.equal(before[:13], after[:13]) and torch.equal(before[21:], after[21:])
     assert not torch.equal(before[13:21], after[13:21])
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_answers_behind_a_shared_prompt_have_the_logits_of_transformers_for_each_alone(
+    name: str, tmp_path: Path
+) -> None:
+    folder = folder_of(WORLDS[name](), tmp_path / name)
+    policy = load_foreign(folder, torch.float64).eval()
+    prompt, *answers = ragged_documents([8, 12, 5])
+    rows = tuple(np.array([*prompt, *answer]) for answer in answers)
+    zeros = tuple(np.zeros(len(row), dtype=np.float32) for row in rows)
+    item = AnswerRows(rows, zeros, len(prompt), 0, 0)
+    batch = collate_comparisons([item, item], share=True, liked=False, margin=False)
+    with torch.no_grad():
+        found = policy.logits(batch)[0]
+    for number in range(batch.sequences):
+        right = theirs(folder, rows[number % 2].tolist())[len(prompt) - 1 :]
+        assert (found[batch.sequence_BT[0] == number] - right).abs().max() < FOREIGN_FLOAT64[name]
 
 
 @pytest.mark.parametrize("name", APART)

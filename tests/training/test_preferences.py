@@ -236,3 +236,15 @@ def test_inspect_shows_the_prompt_once_and_every_answer_behind_it(make: Make, tm
     ]
     assert text[0].startswith("q") and "x" in text[1] and "y" in text[2]
     assert max(shown["weights"]) == 1.0 and torch.tensor(shown["positions"]).min() == 0
+
+
+def test_inspect_shows_a_bare_file_of_comparisons_an_answer_a_row(make: Make, world: Path, tmp_path: Path) -> None:
+    shown = inspect(
+        Inspection(
+            source=str(tmp_path / "pairs.jsonl"), tokenizer=str(world / "tokenizer"), template="chatml", rows=2
+        )
+    ).json()["rows"]
+    first = pairs(1)[0]
+    for row, answer in zip(shown, (first["chosen"], first["rejected"]), strict=True):
+        learned = "".join(piece for piece, weight in zip(row["pieces"], row["weights"], strict=True) if weight)
+        assert "".join(row["pieces"]).startswith(first["prompt"]) and learned.startswith(answer)

@@ -16,7 +16,7 @@ from llmtrainer.data.comparisons.auto import Auto
 from llmtrainer.data.format import ComparisonFormat
 from llmtrainer.data.packed import LIKED as LABELS
 from llmtrainer.data.packed import MARGINS, Store
-from llmtrainer.training.dataset import Opened, Rows, Setting
+from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Opened, Rows, Setting
 from llmtrainer.training.prepare_examples import Wish, prepared_examples
 from llmtrainer.training.record_files import RecordFiles
 
@@ -25,6 +25,11 @@ class Preferences(RecordFiles):
     """Which comparisons, how they are read and rendered, and how many of them make a step."""
 
     of: ClassVar[str] = "comparisons"
+    known_elsewhere: ClassVar[Mapping[str, str]] = {
+        **KNOWN_ELSEWHERE, "truncation_mode": "data.prompt_cut=keep_end",
+        "max_prompt_len": "data.max_prompt_length=512", "beta": "objective.beta=0.1",
+        "loss_type": "objective.loss=sigmoid",
+    }  # fmt: skip
 
     format: ComparisonFormat = Auto()
     """How the files write a comparison: auto tells it of each file by its first records, and the run says what it
