@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrainer.core.batch import TEACHER_IDS, TEACHER_TEMPERATURE, Batch
+from llmtrainer.core.batch import TEACHER_IDS, TEACHER_LOGP, TEACHER_TEMPERATURE, Batch
 
 WANTS = ("listed_logp", "rest_logp")
 """What of Outputs is worked out here."""
@@ -19,6 +19,30 @@ def asked(batch: Batch, chosen_N: Tensor | None) -> tuple[Tensor, float]:
     ids_NK = batch.signals[TEACHER_IDS].flatten(0, 1)
     temperature = float(batch.signals[TEACHER_TEMPERATURE]) if TEACHER_TEMPERATURE in batch.signals else 1.0
     return ids_NK if chosen_N is None else ids_NK.index_select(0, chosen_N), temperature
+
+
+@torch.no_grad()
+def told_by(
+    hidden_BTD: Tensor, weight_VD: Tensor, batch: Batch, k: int, temperature: float = 1.0, rows: int = 1024
+) -> dict[str, Tensor]:
+    """What a teacher says of a batch, as signals: its k likeliest ids at each target that counts, their
+    log-probabilities at that temperature, and the temperature. At other targets it says nothing: ids from 0, of 0.
+
+    hidden_BTD, weight_VD: what the teacher's head reads, and its rows. The logits of `rows` positions exist at one
+    time.
+    """
+    wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
+    weight, hidden_ND = weight_VD.to(hidden_BTD.dtype), hidden_BTD.flatten(0, 1)
+    ids_NK = torch.arange(k, device=weight.device).repeat(len(hidden_ND), 1)
+    logp_NK = torch.zeros(ids_NK.shape, dtype=wide, device=weight.device)
+    for places in batch.weights_BT.flatten().nonzero()[:, 0].split(rows):
+        every = (hidden_ND[places] @ weight.t()).to(wide) / temperature
+        best = every.topk(k, dim=-1)
+        ids_NK[places] = best.indices
+        logp_NK[places] = best.values - every.logsumexp(-1, keepdim=True)
+    shape = (*batch.tokens_BT.shape, k)
+    told = {TEACHER_IDS: ids_NK.view(shape), TEACHER_LOGP: logp_NK.view(shape)}
+    return {**told, TEACHER_TEMPERATURE: torch.tensor(temperature, device=weight.device)}
 
 
 def log_probabilities(

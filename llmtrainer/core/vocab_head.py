@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrainer.core import listed
+from llmtrainer.base.errors import UserError
+from llmtrainer.core import balance, listed
 from llmtrainer.core.batch import KEPT, NEVER, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.products import turned_copy
 
-WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS)
-"""What a policy can be asked for: fields of Outputs without their shape."""
+WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS, balance.WANT)
+"""What a policy can be asked for: fields of Outputs without their shape, and balanced gradients."""
 
 _CHUNK_BYTES = 128 * 2**20
 """Size of one chunk of logits where nobody names a chunk. A batch that fits keeps its logits for backward."""
@@ -127,6 +128,9 @@ def score_gathered(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
+    if balance.WANT in wants:
+        hidden_ND = balance.balanced(hidden_ND, batch, chosen_N)
+    wants = tuple(name for name in wants if name != balance.WANT)
     found, plain = dict[str, Tensor](), tuple(name for name in wants if name not in listed.WANTS)
     if plain:
         drawn = Drawn.of(batch, chosen_N)
@@ -163,6 +167,12 @@ def score_logits(
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
     targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
+    if balance.WANT in wants:
+        raise UserError(
+            "the gradients of this model's hidden states cannot be balanced",
+            why="its class makes logits in a way of its own and shows no hidden states",
+            fix="objective.balance=false",
+        )
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     taught = not set(wants).isdisjoint(listed.WANTS)
     found = listed.of_logits(logits_NV, *listed.asked(batch, chosen_N)) if taught else {}

@@ -61,6 +61,10 @@ class DPO(Objective):
     """Count as many tokens of every answer as the shortest to its prompt has, drawn at random each step, so that
     length itself earns nothing (arXiv:2406.10957)."""
 
+    balance: bool = False
+    """Scale the gradients that the answers to a prompt send into the model down to the smallest of them, so that
+    pushing the worse answer away does not drown learning the better one."""
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.gamma and self.loss not in OF_MARGIN:
@@ -80,6 +84,10 @@ class DPO(Objective):
     @property
     def reads(self) -> tuple[str, ...]:
         return () if self.reference_free else (REFERENCE,)
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        return ("logp", "balanced") if self.balance else ("logp",)
 
     @property
     def whole_steps(self) -> bool:

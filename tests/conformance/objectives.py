@@ -27,7 +27,7 @@ VARIANTS: dict[str, list[Settings]] = {
         {"loss": "robust", "label_smoothing": 0.1, "divergence": "jensen_shannon"}, {"loss": "hinge"}, {"loss": "ipo"},
         {"loss": "exo_pair", "label_smoothing": 0.1}, {"loss": "sppo_hard", "divergence": "forward_kl"},
         {"loss": "nca_pair"}, {"loss": "apo_zero"}, {"loss": "apo_down"}, {"loss": "kto_pair"},
-        {"reference_free": True},
+        {"reference_free": True}, {"balance": True},
     ],
     "simpo": [{"beta": 1.5, "gamma": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}],
     "cpo": [{"beta": 0.3, "label_smoothing": 0.1, "nll_weight": 0.5}, {"loss": "ipo"}],

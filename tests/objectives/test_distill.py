@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core import vocab_head
+from llmtrainer.core import listed, vocab_head
 from llmtrainer.core.batch import TEACHER_IDS, TEACHER_LOGP, TEACHER_TEMPERATURE, Batch
 from llmtrainer.core.objective import count, loss_of
 from llmtrainer.objectives.distill import Distill
 from tests.tolerances import FLOAT64_LOGITS
-from tests.worlds import row_batch
+from tests.worlds import row_batch, tiny_model
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
 
@@ -202,6 +202,25 @@ def test_a_list_made_at_another_temperature_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"of temperature 1, and objective\.temperature is 2"):
         loss(settings(temperature=2.0), hidden, weight, taught(batch, teacher))
     assert TEACHER_TEMPERATURE in settings(temperature=2.0).reads and TEACHER_TEMPERATURE not in settings().reads
+
+
+@pytest.mark.parametrize("k", [3, 320])
+def test_a_teacher_that_runs_beside_tells_the_same_as_its_dense_logits(k: int) -> None:
+    teacher, student = tiny_model(torch.float64, seed=1), tiny_model(torch.float64)
+    batch = row_batch([list(range(9)), list(range(20, 24))])
+    weights = batch.weights_BT.clone()
+    weights[0, :3] = 0.0
+    batch = replace(batch, weights_BT=weights)
+    hidden = teacher.hidden(batch).detach()
+    told = listed.told_by(hidden, teacher.head_weight, batch, k, 2.0, rows=4)
+    dense = taught(batch, hidden @ teacher.head_weight.detach().t(), k, 2.0)
+    objective = settings(temperature=2.0)
+    losses = []
+    for each in (replace(batch, signals=told), dense):
+        out = student(each, objective.wants)
+        losses.append(float(loss_of(objective.terms(out, each), count([each])).detach()))
+    assert losses[0] == pytest.approx(losses[1], abs=FLOAT64_LOGITS)
+    assert not told[TEACHER_LOGP].requires_grad
 
 
 def test_the_log_tells_how_often_both_agree_and_how_much_was_not_listed() -> None:
