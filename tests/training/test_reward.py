@@ -20,6 +20,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.training.models import load_model
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
+from tests.tolerances import FLOAT64_RUN
 from tests.training.pairs import make_pairs
 
 RECIPE = """\
@@ -222,3 +223,61 @@ def test_a_shared_trunk_has_both_heads_and_the_policy_still_writes(reward: Make,
     policy = load_model(tmp_path / "run")
     assert isinstance(policy, Decoder) and policy.worded and policy.score is not None
     assert policy.cache(1, 4) is not None
+
+
+def test_how_a_step_is_cut_into_micro_batches_changes_no_loss(reward: Make, tmp_path: Path) -> None:
+    for name, pairs in (("whole", 8), ("cut", 3)):
+        train(reward(name, "duration=3 steps", "precision=float64", f"data.pairs_per_batch={pairs}"))
+    whole, cut = ([event["loss"] for event in steps(tmp_path / name / "events.jsonl")] for name in ("whole", "cut"))
+    assert whole == pytest.approx(cut, rel=FLOAT64_RUN)
+
+
+def test_adapters_of_a_policy_and_a_critic_of_its_own_go_on_together(reward: Make, tmp_path: Path) -> None:
+    """The critic begins as a reward model; the adapter alone stands for the policy."""
+    train(reward("base", "model.head=null", "objective.kind=causal_lm", "duration=1 steps"))
+    train(reward("judge", f"model={{start_from: {tmp_path / 'base'}, head: {{kind: score}}}}", "duration=1 steps"))
+    head = f"head: {{kind: value, start_from: {tmp_path / 'judge'}}}"
+    model = f"model={{start_from: {tmp_path / 'base'}, adapter: {{kind: lora, rank: 2}}, {head}}}"
+    settings = (model, "objective.kind=tests.training.valued.Valued", "optim.schedule.length=4 steps")
+    train(reward("whole", *settings, "duration=4 steps"))
+    train(reward("parts", *settings, "duration=2 steps"))
+    train(reward("parts", *settings, "duration=4 steps"))
+    whole, parts = (RunDir(tmp_path / name).newest_checkpoint() for name in ("whole", "parts"))
+    for name in ("adapter_model.safetensors", "critic/model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    began, now = (load_model(path) for path in (tmp_path / "judge", whole / "critic"))
+    assert isinstance(began, Decoder) and isinstance(now, Decoder) and began.score is not None and now.score is not None
+    moved = float((began.score.weight - now.score.weight).detach().abs().max())
+    assert 0 < moved < 0.1      # a new head would be elsewhere altogether
+
+
+def test_a_class_of_transformers_is_trained_as_a_reward_model_and_continued(reward: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="its class is what is trained")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=320, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = f"model={{kind: hf, start_from: {tmp_path / 'base'}, head: {{kind: score}}}}"
+    settings = (model, "optim.schedule.length=20 steps", "data.pairs_per_batch=4")
+    train(reward("whole", *settings, "duration=20 steps"))
+    train(reward("parts", *settings, "duration=10 steps"))
+    result = train(reward("parts", *settings, "duration=20 steps"))
+    assert result.figures["held_out/preference/accuracy"] > 0.9
+    whole, parts = (RunDir(tmp_path / name).newest_checkpoint() for name in ("whole", "parts"))
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert json.loads((whole / "config.json").read_text())["architectures"] == ["GPT2ForSequenceClassification"]
+
+
+def test_a_moving_average_of_policy_and_critic_is_kept_and_continued(reward: Make, tmp_path: Path) -> None:
+    settings = (
+        "model.head={kind: value}", "objective.kind=tests.training.valued.Valued", "optim.ema.decay=0.5",
+        "optim.schedule.length=4 steps",
+    )  # fmt: skip
+    train(reward("whole", *settings, "duration=4 steps"))
+    train(reward("parts", *settings, "duration=2 steps"))
+    train(reward("parts", *settings, "duration=4 steps"))
+    whole, parts = (RunDir(tmp_path / name).newest_checkpoint() for name in ("whole", "parts"))
+    for name in ("ema/model.safetensors", "ema/critic/model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    assert (whole / "ema/critic/model.safetensors").read_bytes() != (whole / "critic/model.safetensors").read_bytes()
