@@ -3,8 +3,8 @@
 The work: SmolLM2-135M-Instruct in bfloat16, 16 short prompts, 64 new tokens each, drawn at temperature 1 from all
 ids; the end is not chosen before. Reading the prompts counts, loading the model and splitting texts does not.
 
-With --rollout, what reinforcement learning asks for: 8 longer questions, 8 answers to each, which end where the model
-ends them, after 96 tokens at the latest. Ours is the sampler of a rollout, with a third of the rows at a time.
+With --rollout, what reinforcement learning asks for: 8 longer questions, 16 answers to each, which end where the model
+ends them, after 96 tokens at the latest. Ours is the sampler of a rollout, with half of the answers at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from turns import Figures
 
 PROMPTS = [f"What is {n} + {7 * n + 3}? Answer with the number." for n in range(16)]
 NEW = 64
-QUESTIONS, EACH, ROWS, LONGEST = 8, 8, 24, 96
+QUESTIONS, EACH, ROWS, LONGEST = 8, 16, 64, 96
 """Of a rollout: prompts, answers to each, answers at the same time (ours), tokens of the longest answer."""
 WORKED = "\n".join(f"{n} plates with {n + 3} plums each hold {n * (n + 3)} plums in all." for n in range(3, 9))
 COMPARED = 64

@@ -152,19 +152,33 @@ def alone(prompt: Sequence[int], answer: Sampled | Sequence[int], vocabulary: in
         tokens_BT=torch.tensor([row[:-1]]), targets_BT=torch.tensor([row[1:]]), weights_BT=weights_BT,
         document_BT=zeros_BT, position_BT=torch.arange(n, dtype=torch.int32)[None], sequence_BT=zeros_BT,
         place_B=torch.zeros(1, dtype=torch.int64),
-        signals=_signals(answer, n, first, vocabulary) if isinstance(answer, Sampled) else {},
+        signals=drawn_signals([(0, first, answer)], (1, n), vocabulary) if isinstance(answer, Sampled) else {},
     )  # fmt: skip
 
 
-def _signals(answer: Sampled, n: int, first: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    signals = {}
-    if answer.temperature not in (0.0, 1.0):
-        signals[TEMPERATURE] = torch.full((1, n), answer.temperature, dtype=torch.float64)
-    if len(answer.never):
-        signals[NEVER] = torch.from_numpy(answer.never)
-    if (bits := answer.kept_bits(vocabulary)) is not None:
-        signals[KEPT] = torch.full((1, n, bits.shape[1]), 255, dtype=torch.uint8)
-        signals[KEPT][0, first:] = torch.from_numpy(bits)
+def drawn_signals(
+    placed: Sequence[tuple[int, int, Sampled]], shape: tuple[int, int], vocabulary: int
+) -> dict[str, torch.Tensor]:
+    """What a batch [B, T] must say of how its targets were drawn; nothing where that was from all ids at temperature 1.
+
+    placed: (row, place of the first target, answer) of each answer; targets that are in none do not count.
+    vocabulary: V, the rows of the head.
+    """
+    signals: dict[str, torch.Tensor] = {}
+    answers = [answer for _, _, answer in placed]
+    if answers and len(answers[0].never):
+        assert all(np.array_equal(one.never, answers[0].never) for one in answers), "answers of several rollouts"
+        signals[NEVER] = torch.from_numpy(answers[0].never)
+    if any(one.temperature not in (0.0, 1.0) for one in answers):
+        signals[TEMPERATURE] = torch.ones(shape, dtype=torch.float64)
+    if any(one.kept is not None for one in answers):
+        signals[KEPT] = torch.full((*shape, -(-vocabulary // 8)), 255, dtype=torch.uint8)
+    for row, first, one in placed:
+        targets = slice(first, first + len(one.tokens))
+        if TEMPERATURE in signals:
+            signals[TEMPERATURE][row, targets] = one.temperature or 1.0
+        if (bits := one.kept_bits(vocabulary)) is not None:
+            signals[KEPT][row, targets] = torch.from_numpy(bits)
     return signals
 
 

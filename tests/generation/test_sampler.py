@@ -22,7 +22,7 @@ from llmtrainer.generation.continuous import Batching
 from llmtrainer.generation.continuous import Row as Growing
 from llmtrainer.generation.drawing import Drawing
 from llmtrainer.generation.loop import complete
-from llmtrainer.generation.sampler import Sampled, alone, require_version, score
+from llmtrainer.generation.sampler import Sampled, alone, drawn_signals, require_version, score
 from llmtrainer.generation.samplers.own import Own, OwnSampler
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.adapters.lora import Lora
@@ -233,6 +233,34 @@ def kept_by_definition(logits: np.ndarray, sampling: Sampling, place: int) -> np
         mass += weight[number]
     inside = [number for number in nucleus if weight[number] >= sampling.min_p * weight[order[0]]]
     return np.isin(np.arange(64), inside)
+
+
+def test_answers_in_one_batch_have_the_log_probabilities_that_they_have_alone() -> None:
+    policy, sampling = decoder(), PLAIN.model_copy(update={"top_p": 0.8, "temperature": 0.9, "min_new_tokens": 3})
+    sampled = opened(policy).sample(prompts(), 1, sampling, 3)
+    rows, placed = [], []
+    for place, (prompt, one) in enumerate(zip(prompts(), sampled, strict=True)):
+        ids = np.array([*prompt, *one.tokens])
+        rows.append(Row(ids, np.zeros(len(ids), dtype=np.int32), place))
+        placed.append((place, len(prompt) - 1, one))
+    batch = collate(rows)
+    shape = (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
+    (logp_BT,) = score(policy, [replace(batch, signals=drawn_signals(placed, shape, 64))])
+    for row, first, one in placed:
+        found = logp_BT[row, first : first + len(one.tokens)].numpy()
+        np.testing.assert_allclose(found, one.logp, rtol=0, atol=FLOAT64_LOGITS)
+
+
+def test_the_ids_that_were_sampled_are_the_ids_that_are_trained() -> None:
+    # Letters that a tokenizer would join or split another way when it read the text again.
+    policy, tokenizer = decoder(), Spoken(vocabulary=60, end=59)
+    sampled = Own().open(policy, tokenizer, policy).sample(prompts(), 3, PLAIN, 8)
+    for prompt, one in zip(repeated(3), sampled, strict=True):
+        batch = alone(prompt, one, 64)
+        counted = batch.weights_BT[0] > 0
+        assert tuple(batch.targets_BT[0][counted].tolist()) == one.tokens
+        assert batch.tokens_BT[0].tolist() == [*prompt, *one.tokens][:-1]
+        assert len(one.logp) == len(one.tokens)
 
 
 def test_without_the_kept_ids_the_ratio_would_be_wrong() -> None:
