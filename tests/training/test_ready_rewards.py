@@ -54,7 +54,8 @@ def test_models_are_loaded_once_however_deep_they_stand_and_score(
 def test_a_rollout_tells_in_which_share_of_its_answers_a_reward_gave_a_reason() -> None:
     judge = Function.given(lambda one: {"good": 1.0, "bad": 0.0}[one.text], name="mine")
     answers = tuple(Answer((), text, (1,), "end") for text in ("good", "odd", "bad", "odd"))
-    written = Sampled((1,), "end", np.zeros(1), np.zeros(1), 1.0, None, "v")
+    nothing = np.zeros(1)
+    written = Sampled((1,), "end", nothing, nothing, 1.0, never=nothing.astype(np.int64), kept=None, version="v")
     scores = scored([judge], answers)
     told = figures_of([Group(Prompt((), (1,)), (written,) * 4, answers, scores.total_R, scores.verdicts)])
     assert told["reward/mine/KeyError"] == 0.5 == told["rollout/failed"] == told["reward/mine"]
