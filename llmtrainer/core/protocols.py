@@ -216,6 +216,9 @@ class Reward(Kind):
         """As `score`, with what is told about it."""
         return [Verdict(value) for value in self.score(answers)]
 
+    def require(self) -> None:
+        """Called before a run begins: UserError where something that the rule needs is not there."""
+
 
 class Adapter(Kind):
     """What is trained beside a model that stays as it is: its fields are its shape."""

@@ -59,7 +59,7 @@ class Code(Rule):
     def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
         for answer in answers:
             self._tests(answer)     # what a record lacks is told before anything runs
-        sandbox = Sandbox(self.limits, required=self.isolation == "required")
+        sandbox = self._sandbox()
         if answers:
             sandbox.require()
         with ThreadPoolExecutor(self.workers) as pool:
@@ -67,6 +67,12 @@ class Code(Rule):
 
     def judge(self, answer: Answer) -> Verdict:
         return self.verdicts([answer])[0]
+
+    def require(self) -> None:
+        self._sandbox().require()
+
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.limits, required=self.isolation == "required")
 
     def _safe(self, answer: Answer, sandbox: Sandbox) -> Verdict:
         try:

@@ -50,15 +50,14 @@ class Function(Reward):
 
     @property
     def last_error(self) -> str | None:
-        """The traceback of the latest exception of the function."""
+        """The traceback of its latest exception."""
         return self._told[-1] if self._told else None
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return [verdict.value for verdict in self.verdicts(answers)]
 
     def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
-        function = self._function if self._function is not None else callable_named(self.function, "a reward")
-        self._function = function
+        function = self._known()
         if not answers:
             return []
         if self.per == "batch":
@@ -91,6 +90,14 @@ class Function(Reward):
         if errors:
             raise errors[0]
         return [verdict for verdict in found if verdict is not None]
+
+    def require(self) -> None:
+        self._known()
+
+    def _known(self) -> Given:
+        if self._function is None:
+            self._function = callable_named(self.function, "a reward")
+        return self._function
 
     def _of_all(self, function: Given, answers: Sequence[Answer]) -> list[Verdict]:
         values = self._call(function, list(answers))

@@ -51,6 +51,15 @@ class Human(Reward):
         """Ask through something else than the terminal."""
         self._ask = ask
 
+    def require(self) -> None:
+        if self._ask is None and not sys.stdin.isatty():
+            raise UserError(
+                "answers wait for a person's grade, and nobody is at the terminal", where=str(self.path),
+                why="the reward `human` asks on the terminal that the run was started from",
+                fix="start the run in a terminal, or grade by another reward",
+            )
+        _grades(self.path)
+
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return [verdict.value for verdict in self.verdicts(answers)]
 
@@ -109,12 +118,7 @@ class Human(Reward):
     def _asked(self, text: str) -> str:
         if self._ask is not None:
             return self._ask(text)
-        if not sys.stdin.isatty():
-            raise UserError(
-                "answers wait for a person's grade, and nobody is at the terminal", where=str(self.path),
-                why="the reward `human` asks on the terminal that the run was started from",
-                fix="start the run in a terminal, or grade by another reward",
-            )
+        self.require()
         print(text, end="", file=sys.stderr, flush=True)
         return sys.stdin.readline()
 

@@ -63,18 +63,22 @@ class Maths(Reward):
             found.append(self._at_once(right, said))
             if found[-1] is None:
                 asked.append((place, right, said or ""))
-        seconds, memory, isolation = self.seconds, self.memory_mib, self.isolation
-        paths = _paths()
-        limits = Limits(seconds=STARTING + seconds, cpu_seconds=3600, memory_mib=memory)
-        sandbox = Sandbox(limits, required=isolation == "required", readable=paths)
+        sandbox = self._sandbox()
         if answers:
             sandbox.require()
         while asked:
-            verdicts = self._compared(sandbox, paths, asked)
+            verdicts = self._compared(sandbox, asked)
             for (place, _, _), verdict in zip(asked, verdicts, strict=False):
                 found[place] = verdict
             asked = asked[len(verdicts) :]
         return [verdict for verdict in found if verdict is not None]
+
+    def require(self) -> None:
+        self._sandbox().require()
+
+    def _sandbox(self) -> Sandbox:
+        limits = Limits(seconds=STARTING + self.seconds, cpu_seconds=3600, memory_mib=self.memory_mib)
+        return Sandbox(limits, required=self.isolation == "required", readable=_paths())
 
     def _right(self, answer: Answer) -> str:
         given = str(fact(answer, self.answer, self.title))
@@ -106,12 +110,10 @@ class Maths(Reward):
             return Verdict(0.0, "no definition")
         return None
 
-    def _compared(
-        self, sandbox: Sandbox, paths: list[str], asked: Sequence[tuple[int, str, str]]
-    ) -> list[Verdict]:
+    def _compared(self, sandbox: Sandbox, asked: Sequence[tuple[int, str, str]]) -> list[Verdict]:
         """The verdicts of the first pairs: of all, or up to the one that broke the process."""
         task: dict[str, Any] = {
-            "paths": paths, "digits": self.digits, "seconds": self.seconds,
+            "paths": list(sandbox.readable), "digits": self.digits, "seconds": self.seconds,
             "pairs": [[right, said] for _, right, said in asked],
         }
         program = Path(equivalence.__file__).read_text(encoding="utf-8")

@@ -37,6 +37,10 @@ class Mix(Reward):
     def parts(self) -> tuple[Reward, ...]:
         return self.of
 
+    def require(self) -> None:
+        for reward in self.of:
+            reward.require()
+
     def verdicts(self, answers: Sequence[Answer]) -> list[Verdict]:
         each = [reward.verdicts(answers) for reward in self.of]
         for reward, found in zip(self.of, each, strict=True):

@@ -17,6 +17,10 @@ class Model(Reward):
     path: str = Field(min_length=1)
     """The model: a run directory, a checkpoint, a Hugging Face folder or a hub id."""
 
+    template: str | None = "auto"
+    """What prompt and answer become for it: auto is its own chat template; or a built-in one, such as chatml, or a
+    path to a .jinja file. null: the texts as they stand."""
+
     scale: float = 1.0
     """What scores are multiplied by."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,8 @@ def joined(groups: Sequence[Group]) -> Rollout:
 
 
 def figures_of(groups: Sequence[Group]) -> dict[str, float]:
-    """What a rollout came to: rewards, lengths, how answers ended."""
+    """What a rollout came to: rewards, lengths, how answers ended, and in which share of them a reward gave which
+    reason."""
     reward_R = np.concatenate([group.reward_G for group in groups])
     written = [one for group in groups for one in group.written]
     known = reward_R[~np.isnan(reward_R)]
@@ -90,6 +92,8 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
         values = np.concatenate([_values(group.verdicts[name]) for group in groups])
         if not np.isnan(values).all():
             figures[f"reward/{name}"] = float(np.nanmean(values))
+        reasons = Counter(verdict.reason for group in groups for verdict in group.verdicts[name] if verdict.reason)
+        figures |= {f"reward/{name}/{reason}": reasons[reason] / len(values) for reason in sorted(reasons)}
     return figures
 
 

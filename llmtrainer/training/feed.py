@@ -19,6 +19,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.dataset import Opened
+from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.reference import FACT, Frozen, LiveReference, at_rest, reference_of, require_same_reference
 from llmtrainer.training.resume import Resumption
@@ -94,6 +95,7 @@ def source_of(
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)
     sampling = with_ends(settings.sampling, rows)
+    ready(settings.rewards)
 
     read = engine.reader(policy)
 

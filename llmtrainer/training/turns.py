@@ -78,6 +78,8 @@ class Conversation:
     """1 for each sampled token, 0 for each that the environment said."""
     logp: list[float] = field(default_factory=list)
     """Log-probability of each sampled token when it was drawn; 0 where the weight is 0."""
+    written: list[tuple[int, Turn]] = field(default_factory=list)
+    """The policy's turns as the sampler gave them, each with its place in `tokens`: from what each token was drawn."""
     said: list[str] = field(default_factory=list)
     """Texts of the policy's turns."""
     heard: list[Feedback] = field(default_factory=list)
@@ -104,6 +106,7 @@ class Conversation:
     def write(self, turn: Turn, text: str) -> None:
         """Add a turn of the policy."""
         assert len(turn.tokens) == len(turn.logp), "a completion has one log-probability for each of its tokens"
+        self.written.append((len(self.tokens), turn))
         self.tokens += turn.tokens
         self.weights += [1.0] * len(turn.tokens)
         self.logp += map(float, turn.logp)

@@ -34,7 +34,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "code": {"tests": "checks", "entry_point": "name", "before": "head", "setup": "help", "partial": True,
              "limits": {"seconds": 5.0}, "isolation": "best_effort", "workers": 3},
     "function": {"function": "tests.conformance.test_rewards:tokens", "per": "batch", "timeout": 9.0, "workers": 2},
-    "model": {"path": "runs/judge", "scale": 2.0, "shift": 1.0, "least": -3.0, "most": 9.0},
+    "model": {"path": "runs/judge", "template": "chatml", "scale": 2.0, "shift": 1.0, "least": -3.0, "most": 9.0},
     "mix": {"of": [{"kind": "numeric", "answer": "right", "weight": 0.5}, {"kind": "length", "most": 8, "slope": 2}],
             "failed": "part"},
     "human": {"path": "grades.jsonl", "how": "rank", "least": -1.0, "most": 1.0, "shown": 50},
@@ -42,8 +42,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 """Settings of every kind, something else than the default wherever a field has one."""
 NOT_TOGETHER = {"regex": {"match"}, "length": {"rule", "target"}}
 """Fields that exclude those above."""
-ELSEWHERE = {"function": {"workers"}}
-"""Fields that one of the others makes meaningless: `per=batch` is one call."""
+ELSEWHERE = {"function": {"workers"}, "model": {"template"}}
+"""Fields that one of the others makes meaningless (`per=batch` is one call), or that whoever loads the model reads."""
 
 
 def tokens(answers: Sequence[Answer]) -> list[float]:

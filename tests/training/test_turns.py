@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.environment import Environment, Feedback
 from llmtrainer.core.example import Message
 from llmtrainer.core.rollout import Prompt
+from llmtrainer.generation.sampler import alone
+from llmtrainer.generation.samplers.own import Own
 from llmtrainer.generation.sampling import Sampling
+from llmtrainer.models.families.llama import Llama
 from llmtrainer.training.environments.callback import Callback
 from llmtrainer.training.environments.tools import Tools
 from llmtrainer.training.turns import Conversation, Turns, converse
+from tests.generation.test_loop import Tokens
 
 HERE = "tests.training.test_turns"
 OPEN, CLOSE, USER = 1, 2, 3
@@ -206,6 +211,31 @@ def test_a_callback_by_name_may_want_the_facts_and_is_part_of_a_recipe() -> None
     assert Turns.model_validate(turns.plain()) == turns
     with pytest.raises(UserError, match="did you mean `with_facts`"):
         Callback(function=f"{HERE}:with_factz").begin(prompts(1)[0])
+
+
+def test_log_probabilities_of_three_real_turns_are_those_of_the_whole_conversation() -> None:
+    family = Llama.model_validate(
+        {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context_length": 96, "init_std": 0.3}
+    )
+    policy = family.build(60, torch.float64)
+    policy.initialise(0)
+    sampler = Own(max_rows=2, block=4).open(policy, Tokens(vocabulary=60), policy)
+    given = [Prompt((), (7, 8, 9)), Prompt((), (5,)), Prompt((), (30, 31))]
+    turns = Turns(environment=Callback.given(lambda text: (False, "x" * 20)), max_turns=3, workers=2)
+    talks = converse(
+        sampler, given, 2, Sampling(max_new_tokens=6, stop_ids=(11, 12, 13, 14, 15, 16, 17, 18)), 3, turns, spoken,
+        lambda talk, feedback: [3, 20 + len(talk.said), 1],
+    )  # fmt: skip
+    assert {talk.end for talk in talks} == {"turns", "length"} and max(len(talk.said) for talk in talks) == 3
+    for talk in talks:
+        assert [talk.tokens[at : at + len(turn.tokens)] for at, turn in talk.written] == [
+            list(turn.tokens) for _, turn in talk.written
+        ]
+        batch = alone(talk.prompt.tokens, talk.tokens)
+        logp_BT = policy(batch, ("logp",)).logp_BT
+        assert logp_BT is not None
+        found = logp_BT[0, len(talk.prompt.tokens) - 1 :].detach().numpy() * np.array(talk.weights)
+        assert np.abs(found - talk.logp).max() < 1e-12
 
 
 def with_facts(text: str, facts: Mapping[str, Any]) -> tuple[bool, str, int]:
