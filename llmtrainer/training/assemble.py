@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,7 +293,13 @@ def tokenizer_of(recipe: Recipe) -> tuple[Path, FileTokenizer]:
 def rows_of(recipe: Recipe, folder: Path, tokenizer: FileTokenizer, engine: Engine) -> Opened:
     """The rows of every step, and what is measured; files are prepared into the cache first."""
     setting = Setting(folder, tokenizer, engine, Path(recipe.cache), recipe.seed, _held_out_rows(recipe))
-    return recipe.data.opened(setting)
+    opened = recipe.data.opened(setting)
+    if recipe.beside is None:
+        return opened
+    beside = recipe.beside.opened(setting).train
+    if beside is None:
+        raise UserError("`beside` has prompts and no rows", where="beside.kind", fix="beside.kind=documents")
+    return replace(opened, beside=beside, facts={**opened.facts, "beside_fingerprint": beside.fingerprint})
 
 
 def _held_out_rows(recipe: Recipe) -> int:

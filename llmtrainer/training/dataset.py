@@ -92,6 +92,8 @@ class Opened:
     """What the rows say besides their tokens, by the names that objectives read."""
     prompts: Prompts | None = None
     """What a policy that learns from its own answers is asked."""
+    beside: Rows | None = None
+    """What another objective learns in every step beside the main one."""
     asked: Mapping[str, Prompts] = field(default_factory=dict)
     """Prompts that are answered and never learned from, by name, each as one step of all of them."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, Batch, Outputs
+from llmtrainer.core.batch import ADVANTAGE, BESIDE, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, Batch, Outputs
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.generation.loop import text_stream
@@ -18,6 +18,7 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
@@ -57,15 +58,33 @@ def feed_of(
     require_known(recipe.objective.reads, rows, annotators)
     source = source_of(recipe, rows, policy, tokenizer, engine, frozen, tell)
     starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy) else {}
+    every = with_beside(recipe, rows, source)
     if not isinstance(source, RolloutSource):
-        return Feed(source, annotators, facts, {}, dict, starts_at)
+        return Feed(every, annotators, facts, {}, dict, starts_at)
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
         for part in (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, recipe.objective):
             for name in type(part).model_fields:
                 getattr(part, name)
-    return Feed(source, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
+    return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
+
+
+def with_beside(recipe: Recipe, rows: Opened, source: Source) -> Source:
+    """The source, and the rows of the other objective where there is one. UserError where one of the two is missing."""
+    if BESIDE not in recipe.objective.reads:
+        if rows.beside is not None:
+            raise UserError(
+                "`beside` names rows, and the objective has none beside it", where="beside, objective.kind",
+                fix="objective='{kind: mix, main: {kind: grpo}, weight: 0.1}', or remove `beside`",
+            )
+        return source
+    if rows.beside is None:
+        raise UserError(
+            "the objective has another one beside it, and nothing says what that learns", where="beside",
+            fix="beside='{kind: documents, train: {data: texts/}, sequences_per_step: 8}'",
+        )
+    return BesideSource(source, rows.beside)
 
 
 def source_of(
@@ -148,7 +167,7 @@ WRITTEN = (ADVANTAGE, OLD, ROLLOUT, REFERENCE, OLD_VALUE, RETURN)
 def require_known(reads: Sequence[str], rows: Opened, annotators: Sequence[Annotator]) -> None:
     """UserError where the objective reads a signal that nobody knows."""
     written = () if rows.prompts is None else WRITTEN
-    known = {*rows.signals, *written, *(name for annotator in annotators for name in annotator.adds)}
+    known = {*rows.signals, *written, BESIDE, *(name for annotator in annotators for name in annotator.adds)}
     if missing := [name for name in reads if name not in known]:
         raise UserError(
             f"the objective reads `{missing[0]}`, and nobody knows it",

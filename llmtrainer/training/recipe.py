@@ -229,6 +229,10 @@ class Recipe(Config):
     data: Dataset
     """What the model reads, and how much per step."""
 
+    beside: Dataset | None = None
+    """Rows that the other objective of `objective.kind=mix` learns in every step, beside those of `data`: text that a
+    model must not forget, for example. How many is theirs to say: `beside.sequences_per_step=8`."""
+
     objective: Objective = CausalLM()
     """What the model learns to do."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +71,8 @@ class Trainer:
         batches = parts.source.batches(self.progress.step)
         counts = parts.engine.sum({**count(batches), "input": sum(batch.input_tokens for batch in batches)})
         self._require_targets(counts)  # of the whole step, before its first forward
+        if parts.objective.whole_steps and len(batches) > 1:
+            require_one_batch(batches)
         clock.lap("data")
         sums: dict[str, Tensor] = {}
         coefs: dict[str, float] = {}
@@ -185,6 +187,16 @@ class Trainer:
         """Write an event, and show it to whoever watches."""
         self.parts.log.append(kind, **values)
         self.parts.view({"kind": kind, **values})
+
+
+def require_one_batch(batches: Sequence[Batch]) -> None:
+    """Refuse to cut a step whose sequences depend on each other."""
+    tokens = sum(batch.input_tokens for batch in batches)
+    raise UserError(
+        f"the objective looks at all sequences of a step together, and this step is {len(batches)} micro-batches",
+        where="objective, data.tokens_per_batch", why="its result would depend on how the step is cut",
+        fix=f"data.tokens_per_batch={tokens}, or fewer sequences a step",
+    )
 
 
 def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:

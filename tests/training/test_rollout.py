@@ -266,3 +266,35 @@ def test_without_divergence_no_reference_is_built(rl: Make) -> None:
         assert trainer.parts.source._reference is None
         for _ in trainer.steps():
             pass
+
+
+def test_pretraining_beside_reinforcement_adds_its_gradient(rl: Make, world: Path) -> None:
+    beside = f"beside={{kind: documents, train: {world}/store, sequence_length: 32, sequences_per_step: 3}}"
+
+    def gradients(*overrides: str) -> dict[str, torch.Tensor]:
+        with open_trainer(rl("precision=float64", "duration=1 steps", *overrides)) as trainer:
+            policy, objective = trainer.parts.policy, trainer.parts.objective
+            batches = trainer.parts.source.batches(0)
+            counts = count(batches)
+            for batch in batches:
+                loss_of(objective.terms(policy(batch, objective.wants), batch), counts).backward()
+            return {name: value.grad.clone() for name, value in policy.named_parameters()}
+
+    alone = gradients()
+    mixed = {
+        weight: gradients(
+            f"objective={{kind: mix, main: {{kind: grpo}}, weight: {weight}}}", beside, f"run={rl().run}-{weight}"
+        )
+        for weight in (0.0, 0.5, 1.0)
+    }
+    for name, value in alone.items():
+        assert torch.equal(mixed[0.0][name], value), name
+        torch.testing.assert_close(mixed[1.0][name] - value, 2 * (mixed[0.5][name] - value), **FLOAT64_TWO_WAYS)
+    assert any(not torch.equal(mixed[1.0][name], value) for name, value in alone.items())
+
+
+def test_rows_beside_and_an_objective_beside_belong_together(rl: Make, world: Path) -> None:
+    with pytest.raises(UserError, match="nothing says what that learns"):
+        train(rl("objective={kind: mix, main: {kind: grpo}}"))
+    with pytest.raises(UserError, match="has none beside it"):
+        train(rl(f"beside={{kind: documents, train: {world}/store, sequence_length: 32}}"))
