@@ -71,8 +71,9 @@ class ComparisonChoices:
                 return Outcome("too long", why, said, [])
             fate = "kept (longer)"
             if self.too_long == "cut":
-                fate = "cut"
-                rows, shared = self._cut(rows, shared)
+                rows, left = self._cut(rows, shared)
+                fate = "cut" if longest - shared + left > self.longest else "prompt cut"
+                shared = left
         kept, scores = _different(rows, comparison.scores)
         if len(kept) < 2 and comparison.liked is None:
             return Outcome(EQUAL, None, said, [])

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtrainer.base.errors import UserError
 
-KEPT = ("kept", "kept (longer)", "cut", "split", "kept in part")
+KEPT = ("kept", "kept (longer)", "cut", "prompt cut", "split", "kept in part")
 """Fates of records that are in the store; any other is a loss, and named by its reason."""
 
 

@@ -38,7 +38,7 @@ MOST_PADDED = 0.01
 """Share of the rows that may end in two padding tokens or more."""
 SHOWN = 10
 """Rows that are written out for people to read."""
-_SHORTENED = ("too long", "cut", "split", "targets cut away", "kept in part")
+_SHORTENED = ("too long", "cut", "prompt cut", "split", "targets cut away", "kept in part")
 
 
 @dataclass(frozen=True)

@@ -75,23 +75,23 @@ def test_a_pair_is_two_documents_behind_one_prompt_whose_answers_are_learned(tmp
 
 # By hand, of 10 tokens: prompt 8, answers of 4 and 2 with their ends. Half of 10 is 5.
 @pytest.mark.parametrize(
-    ("choices", "wanted"),
+    ("choices", "wanted", "fate"),
     [
-        ({"prompt_cut": "keep_end"}, ["45678abc$", "45678d$"]),
-        ({"prompt_cut": "keep_start"}, ["12345abc$", "12345d$"]),
-        ({"prompt_cut": "keep_end", "max_prompt_length": 7}, ["2345678abc", "2345678d$"]),
-        ({"prompt_cut": "keep_start", "max_prompt_length": 9}, ["12345678ab", "12345678d$"]),
-        ({"prompt_cut": "keep_end", "max_prompt_length": 1}, ["8abc$", "8d$"]),
+        ({"prompt_cut": "keep_end"}, ["45678abc$", "45678d$"], "prompt cut"),
+        ({"prompt_cut": "keep_start"}, ["12345abc$", "12345d$"], "prompt cut"),
+        ({"prompt_cut": "keep_end", "max_prompt_length": 7}, ["2345678abc", "2345678d$"], "cut"),
+        ({"prompt_cut": "keep_start", "max_prompt_length": 9}, ["12345678ab", "12345678d$"], "cut"),
+        ({"prompt_cut": "keep_end", "max_prompt_length": 1}, ["8abc$", "8d$"], "prompt cut"),
     ],
 )  # fmt: skip
 def test_a_pair_that_is_too_long_has_its_prompt_cut_first_and_then_its_answers(
-    tmp_path: Path, choices: dict[str, Any], wanted: list[str]
+    tmp_path: Path, choices: dict[str, Any], wanted: list[str], fate: str
 ) -> None:
     store = store_of(tmp_path, [pair("12345678", "abc", "d")], longest=10, **choices)
     assert texts(store) == wanted
     table = ComparisonTable(store)
     assert all(text[: int(table.shared[0])] == wanted[0][: int(table.shared[0])] for text in texts(store))
-    assert fates_of(store).by_fate == {"kept": 0, "cut": 1}
+    assert fates_of(store).by_fate == {"kept": 0, fate: 1}
 
 
 def test_a_prompt_that_is_short_enough_stays_whole_and_the_answers_are_cut(tmp_path: Path) -> None:

@@ -127,6 +127,21 @@ def test_preferences_from_a_trained_model_have_a_reference_and_begin_at_log_2(
     assert done.loss == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_labels_without_pairs_are_learned_by_kto(make: Make, chats: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(chats(conversations(16), "sft", "model.dropout=0"))
+    records = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs(10) for side in ("chosen", "rejected")
+    ]  # fmt: skip
+    done = train(
+        make(
+            f"model={{start_from: {tmp_path}/sft}}", "objective.kind=kto", "duration=1 steps", "data.evaluate={}",
+            f"data.train={written(tmp_path / 'l.jsonl', records)}", "data.tokens_per_batch=4096",
+        )
+    )
+    assert done.loss == pytest.approx(0.5, abs=1e-5), "the policy is its reference: half of sigmoid(0) on either side"
+
+
 def test_labels_and_margins_are_signals_and_files_of_two_sorts_are_refused(make: Make, tmp_path: Path) -> None:
     assert opened(make()).signals == (GROUP, ROW)
     margins = [{**record, "margin": 2.5} for record in pairs(5)]
