@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import logsigmoid
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import GROUP, REFERENCE, Batch, Outputs
 from llmtrainer.core.objective import Objective, Term
 from llmtrainer.core.preferences import Pairs, log_ratio, preference_metrics
@@ -47,11 +48,13 @@ class Segments(Objective):
 
 
 def neighbours(batch: Batch) -> Pairs:
-    """Sequences 0 and 1, 2 and 3, ... of each comparison, which have an even number of them."""
+    """Sequences 0 and 1, 2 and 3, ... of each comparison. UserError where one has an odd number of them."""
     S = batch.sequences
-    better_P = torch.arange(0, S, 2, device=batch.tokens_BT.device)
-    assert S % 2 == 0, f"{S} segments are not pairs"
-    if GROUP in batch.signals and S:
-        group_S = batch.signals[GROUP][:S]
-        assert bool((group_S[0::2] == group_S[1::2]).all()), "a pair of segments answers two prompts"
+    better_P = torch.arange(0, S - S % 2, 2, device=batch.tokens_BT.device)
+    n_G = torch.bincount(batch.signals[GROUP][:S]) if GROUP in batch.signals else torch.tensor([S])
+    if bool((n_G % 2).any()):
+        raise UserError(
+            f"a prompt has {int(n_G[n_G % 2 == 1][0])} segments", where="data",
+            why="segments come in pairs, chosen before rejected", fix="records with an even number of answers",
+        )
     return Pairs(better_P, better_P + 1, better_P)

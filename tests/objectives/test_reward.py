@@ -117,3 +117,9 @@ def test_two_segment_pairs_on_one_prompt_cost_the_mean_of_the_two_alone() -> Non
     alone = [per_unit(objective, answers(pair))["loss/segments"] for pair in pairs]
     together = per_unit(objective, grouped(answers([*pairs[0], *pairs[1]]), [4]))["loss/segments"]
     assert together == pytest.approx(sum(alone) / 2, abs=1e-12)
+
+
+def test_a_segment_without_its_pair_is_refused() -> None:
+    objective = Objective.model_validate({"kind": "segments", "reference": False})
+    with pytest.raises(UserError, match="a prompt has 3 segments"):
+        objective.terms(*grouped(answers([[-1.0]] * 4), [3, 1]))

@@ -59,6 +59,7 @@ ELSEWHERE = {
     "Lora.start_from": "test_adapters.py: test_an_adapter_is_trained_on_from_its_folder_with_its_shape",
     "Dora.start_from": "test_adapters.py: test_an_adapter_is_trained_on_from_its_folder_with_its_shape",
     "GatedLora.start_from": "test_gates.py: test_rows_with_gates_continue_bit_for_bit_and_are_evaluated",
+    "HuggingFace.head": "test_reward.py: test_a_class_of_transformers_is_trained_as_a_reward_model_and_continued",
     "HuggingFace.start_from": "test_foreign_runs.py: test_what_a_foreign_model_cannot_do_is_refused",
 }
 """Fields that need a run before the run: the test that shows what they do."""
@@ -156,7 +157,8 @@ def test_every_field_of_a_foreign_model_changes_what_is_computed(
     tokenizer = load_tokenizer(world / "tokenizer")
 
     def seen(*overrides: str) -> Any:
-        policy = policy_of(recipe("model={kind: hf, start_from: FOLDER/base}", *overrides), tokenizer, torch.float32, None)
+        wanted = recipe("model={kind: hf, start_from: FOLDER/base}", *overrides)
+        policy = policy_of(wanted, tokenizer, torch.float32, None)
         policy.train()
         learned = [name for name, value in policy.named_parameters() if value.requires_grad]
         torch.manual_seed(3)

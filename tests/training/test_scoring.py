@@ -13,10 +13,12 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.example import Example, Message
 from llmtrainer.core.rollout import Answer
+from llmtrainer.data.collate import Row, end_to_end
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.weights import save_weights
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import load_tokenizer
+from llmtrainer.training import scoring
 from llmtrainer.training.scoring import Judge, open_judge, scores_of
 from tests.tolerances import FLOAT32_LOSS
 from tests.worlds import ragged_documents, tiny_model
@@ -69,6 +71,24 @@ def test_the_order_of_the_rows_changes_no_bit_of_a_score(policy: Decoder) -> Non
     assert np.array_equal(scores_of(policy, [*rows, *rows], 64), np.concatenate([found, found]))
 
 
+def test_rows_in_another_order_are_read_in_the_same_batches(policy: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no bit can differ, whatever the machine's products do with other neighbours."""
+    rows, read = ragged_documents(LENGTHS), list[list[int]]()
+
+    def noted(group: list[Row]) -> Batch:
+        batch = end_to_end(group)
+        read.append(batch.tokens_BT[0].tolist())
+        return batch
+
+    monkeypatch.setattr(scoring, "end_to_end", noted)
+    scores_of(policy, rows, 64)
+    first = list(read)
+    read.clear()
+    scores_of(policy, [*rows[3:], *rows[:3], rows[5]], 64)
+    assert read == first and len(first) > 2 and all(len(tokens) <= 64 for tokens in first)
+    assert sum(map(len, first)) == sum(map(len, rows))      # every token is read, once
+
+
 def test_swapping_the_answers_of_a_pair_negates_its_margin(policy: Decoder) -> None:
     rows = ragged_documents([7, 12, 3, 20])
     scores, swapped = scores_of(policy, rows), scores_of(policy, [rows[i] for i in (1, 0, 3, 2)])
@@ -119,7 +139,8 @@ def test_an_answer_that_broke_off_has_no_token_that_ends_it(judge: Judge) -> Non
 def test_texts_may_stand_as_they_are(judge: Judge) -> None:
     tokenizer = judge.opened.tokenizer
     plain = Judge(judge.opened, None)
-    assert plain.row(answer("fed")) == (*tokenizer.encode("abc def"), *tokenizer.encode_continuation("fed"), tokenizer.end)
+    read, written = tokenizer.encode("abc def"), tokenizer.encode_continuation("fed")
+    assert plain.row(answer("fed")) == (*read, *written, tokenizer.end)
     assert plain.row(answer("fed", "length"))[-1] != tokenizer.end
 
 
