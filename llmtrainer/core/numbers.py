@@ -21,7 +21,6 @@ _NUMBER = re.compile(
 _BEFORE = re.compile(r"[A-Za-z0-9.^_/]\Z|\d:\Z|[A-Za-z0-9)]\s*\^\s*\{?\Z|\d\s*,\Z")
 """What makes the number behind it a part of something else: a name, a power, a date, a time."""
 _AFTER = re.compile(r"[.,:/^_]?\d|\s*\^|\s*/\s*[A-Za-z0-9]|\s*\\times|\s*\*\s*10|\s*[x\u00d7]\s*10\s*\^|[eE]\d|!")
-_FRACTION = re.compile(r"(\d+)?\s*\\[dtc]?frac\s*(?:\{\s*(-?[\d.,]+)\s*\}\s*\{\s*(-?[\d.,]+)\s*\}|(\d)\s*(\d))")
 _TIMES = {"\u4e07": 10_000, "\u4ebf": 100_000_000}
 
 _DIGITS = {digit: place for place, digit in enumerate("\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d")}
@@ -80,12 +79,12 @@ def last_number(text: str) -> Number | None:
 
 
 def _number(match: re.Match[str], text: str) -> Number | None:
-    before, after = text[: match.start()], text[match.end() :]
+    before, after = text[max(0, match.start() - 16) : match.start()], text[match.end() : match.end() + 8]
     sign = match["sign"]
     # `5-3`, `5 -3`, `x-3` and `3 - 2`: a sign behind a number or a name is an operation; in `is -3` it is none.
-    if (sign and re.search(r"[A-Za-z0-9)\]+-]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before[-8:]):
+    if (sign and re.search(r"[A-Za-z0-9)\]+-]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before):
         return None
-    if len(match[0]) > LONGEST or (_BEFORE.search(before[-8:]) and not sign) or _AFTER.match(after[:8]):
+    if len(match[0]) > LONGEST or (_BEFORE.search(before) and not sign) or _AFTER.match(after):
         return None
     value = _plain(match["top"])
     if match["bottom"]:

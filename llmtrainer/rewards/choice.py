@@ -49,7 +49,9 @@ class Choice(Rule):
 
     def judge(self, answer: Answer) -> Verdict:
         right = self._right(answer)
-        chosen = self._chosen(narrow(final(answer.text)).strip())
+        # Runs of blanks are one: a pattern tries each of them as the border between its parts.
+        text = re.sub(r"[^\S\n]+", " ", narrow(final(answer.text)))
+        chosen = self._chosen(re.sub(r"\s*\n\s*", "\n", text).strip())
         if len(chosen) > 1:
             return Verdict(0.0, SEVERAL)
         return Verdict(float(chosen == {right}), None if chosen else NO_ANSWER)

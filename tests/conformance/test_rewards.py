@@ -42,6 +42,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 """Settings of every kind, something else than the default wherever a field has one."""
 NOT_TOGETHER = {"regex": {"match"}, "length": {"rule", "target"}}
 """Fields that exclude those above."""
+SLOW = ("code", "maths")
+"""Start processes: they see fewer answers."""
 ELSEWHERE = {"function": {"workers"}, "model": {"template"}}
 """Fields that one of the others makes meaningless (`per=batch` is one call), or that whoever loads the model reads."""
 
@@ -61,6 +63,10 @@ def answers() -> list[Answer]:
     texts = [
         "B", "# 7", "7 7", r"\boxed{7}", r"\boxed{8}", "why </why> 7", "```python\ndef f(x):\n    return 3 * x\n```",
         "def f(x):\n    return 0\n", "", "\ud800 \x00", "<think>", "x" * 5000,
+        # Patterns that try every border between blanks would take hours over these.
+        "the answer is:" + " " * 20_000 + "?", "\u7b54\u6848\u662f" + "\t\n" * 20_000, "7" + " " * 20_000 + "-",
+        "<" * 20_000,
+        "1," * 20_000, "\\boxed{" * 5_000, "```\n" * 5_000,
     ]
     return [answer(text, tokens=2 * place + 1, **facts()) for place, text in enumerate(texts)]
 
@@ -72,7 +78,7 @@ def made(kind: str, folder: Path) -> Reward:
     if isinstance(reward, Model):
         reward.attach(tokens)
     if isinstance(reward, Human):
-        reward.attach(lambda text: " ".join(map(str, range(1, 13))) if text.endswith("pass: ") else pytest.fail(text))
+        reward.attach(lambda text: " ".join(map(str, range(1, 20))) if text.endswith("pass: ") else pytest.fail(text))
     if kind == "maths":
         pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
     return reward
@@ -87,8 +93,9 @@ def test_a_reward_gives_one_finite_number_or_none_for_each_answer_in_order_and_r
     kind: str, tmp_path: Path
 ) -> None:
     reward = made(kind, tmp_path)
-    given = answers()
-    scores = reward.score(given)
+    given = answers()[: 8 if kind in SLOW else None]
+    verdicts = reward.verdicts(given)
+    scores = [verdict.value for verdict in verdicts]
     assert len(scores) == len(given) and len({str(score) for score in scores}) > 1
     assert all(score is None or (isinstance(score, float) and math.isfinite(score)) for score in scores)
     assert reward.title == "mine" and reward.weight == 3.0
@@ -97,15 +104,12 @@ def test_a_reward_gives_one_finite_number_or_none_for_each_answer_in_order_and_r
     assert {name for name in unread(reward) if name.partition(".")[0] not in ELSEWHERE.get(kind, set())} <= {
         "of.0.weight"
     } - ({"of.0.weight"} if kind == "mix" else set())
-    verdicts = reward.verdicts(given)
-    assert [verdict.value for verdict in verdicts] == scores
     assert all(value == value for value in figures(reward, verdicts).values())
-    # Which answers it is asked about together changes nothing, nor does the order; a ranking compares them.
-    if kind != "human":
-        assert reward.score(given[::-1]) == scores[::-1]
-        assert [reward.score([one])[0] for one in given[:2]] == scores[:2]
-    else:
-        assert reward.score(given[::-1]) == scores[::-1], "what a person said once is kept"
+    # Which answers it is asked about together changes nothing, nor does the order. A person ranks them against each
+    # other, once: what was said is kept.
+    assert reward.score(given[::-1]) == scores[::-1]
+    if kind not in ("human", *SLOW):
+        assert [reward.score([one])[0] for one in given] == scores
 
 
 @pytest.mark.parametrize("kind", KINDS)
