@@ -36,38 +36,39 @@ def setting(world: Path, tmp_path: Path) -> Setting:
 
 
 def test_prompts_are_what_generation_reads_and_facts_come_along(setting: Setting, tmp_path: Path) -> None:
-    found = files(tmp_path, as_messages=True, evaluate={"dev": str(tmp_path / "dev.jsonl")}).prompts(setting)
-    prompt = found.train.prompt(0)
+    found = files(tmp_path, as_messages=True, evaluate={"dev": str(tmp_path / "dev.jsonl")}).opened(setting)
+    assert found.train is None and found.prompts is not None and found.chat is not None
+    prompt = found.prompts.prompt(0)
     number = prompt.facts["answer"]
     assert prompt.messages == (Message("user", f"what is {number}"),)
     assert list(prompt.tokens) == Chat(setting.tokenizer, "chatml").prompt(prompt.messages)
-    assert found.train.prompts_per_step == 16 and len(found.train) == 20 and len(found.measured["dev"]) == 1
+    assert found.prompts.prompts_per_step == 16 and len(found.prompts) == 20 and len(found.asked["dev"]) == 1
     assert found.facts == {"template_fingerprint": found.chat.fingerprint}
 
 
 def test_a_plain_prompt_is_the_text_alone(setting: Setting, tmp_path: Path) -> None:
-    prompt = files(tmp_path).prompts(setting).train.prompt(5)
+    prompts = files(tmp_path).opened(setting).prompts
+    assert prompts is not None
+    prompt = prompts.prompt(5)
     assert list(prompt.tokens) == setting.tokenizer.encode(prompt.messages[0].content)
 
 
 def test_the_held_out_prompts_are_one_step_of_at_most_so_many(setting: Setting, tmp_path: Path) -> None:
-    found = files(tmp_path, held_out=0.4).prompts(setting)
-    held = found.measured["held_out"]
-    assert held.prompts_per_step == 3 and len(found.train) + len(held) == 20
+    found = files(tmp_path, held_out=0.4).opened(setting)
+    held = found.asked["held_out"]
+    assert found.prompts is not None and held.prompts_per_step == 3 and len(found.prompts) + len(held) == 20
 
 
 def test_what_is_found_is_said_and_too_many_losses_stop(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files(tmp_path).prompts(setting)
+    files(tmp_path).opened(setting)
     told = capsys.readouterr().err
     assert "line 1, is asked as:" in told and "20  records in all, which became 20 rows" in told
     with pytest.raises(UserError, match="no prompt to answer"):
-        files(tmp_path, max_prompt_length=1).prompts(setting)
+        files(tmp_path, max_prompt_length=1).opened(setting)
 
 
-def test_prompts_are_no_rows_and_other_knobs_of_a_step_are_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no answers to learn from"):
-        files(tmp_path).opened(setting)
+def test_other_knobs_of_a_step_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="tokens_per_step is for rows that are there before"):
         files(tmp_path, tokens_per_step=100)
