@@ -52,7 +52,11 @@ class Mix(Objective):
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         beside_S = batch.signals[BESIDE][: batch.sequences] > 0
         terms = self.main.terms(_of(out, ~beside_S), batch.part(~beside_S))
-        if self.weight:
+        if not self.weight:
+            # Said to be off: no setting of it was forgotten.
+            for name in type(self.beside).model_fields:
+                getattr(self.beside, name)
+        else:
             other = self.beside.terms(_of(out, beside_S), batch.part(beside_S))
             terms += [
                 Term(f"beside/{term.name}", term.total, cast(Unit, f"beside/{term.unit}"), self.weight * term.coef)

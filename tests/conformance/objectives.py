@@ -58,7 +58,8 @@ VARIANTS: dict[str, list[Settings]] = {
     ],
     "mix": [
         {"main": {"kind": "grpo", "kl": 0.1}, "beside": {"kind": "causal_lm", "z_loss": 1e-2}, "weight": 0.3},
-        {"main": {"kind": "dpo"}, "weight": 0.0}, {"main": {"kind": "ppo"}}, {"beside": {"kind": "kto"}},
+        {"main": {"kind": "dpo"}, "beside": {"kind": "causal_lm", "z_loss": 1e-2}, "weight": 0.0},
+        {"main": {"kind": "ppo"}}, {"beside": {"kind": "kto"}},
     ],
     "orpo": [{"beta": 0.3}],
     "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
