@@ -11,6 +11,7 @@ from llmtrainer.apps.export import Export, export
 from llmtrainer.apps.merge import Merge, merge
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.protocols import Head
+from llmtrainer.evals.perplexity import Perplexity
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
@@ -137,9 +138,10 @@ def test_a_reward_adapter_that_peft_wrote_is_read_with_its_head(words: FileToken
 def test_a_reward_model_does_not_write_and_predicts_no_text(words: FileTokenizer, tmp_path: Path) -> None:
     saved(tmp_path / "model", words, {"kind": "score"})
     (tmp_path / "text.txt").write_text("some text")
+    suite = Perplexity(path=str(tmp_path / "text.txt"))
     for ask in (
         lambda: generate(Generation(model=str(tmp_path / "model"), prompt="abc")),
-        lambda: evaluate(Evaluation(model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"))),
+        lambda: evaluate(Evaluation(model=str(tmp_path / "model"), suites=(suite,))),
     ):
         with pytest.raises(UserError, match="gives a score and no next token"):
             ask()
