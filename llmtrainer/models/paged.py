@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +30,8 @@ class Pages:
         self.device = weights.embedding_VD.device
         kv_heads, channels = weights.key_shape
         # Zeros, not unset memory: a masked key has probability 0, but 0 * NaN would still be NaN.
-        self.held = [
-            torch.zeros(count, 2, kv_heads, size, channels, dtype=weights.compute, device=self.device)
-            for _ in weights.layers
-        ]
+        shape = (count, 2, kv_heads, size, channels)
+        self.held = [_zeros(shape, weights.compute, self.device) for _ in weights.layers]
         """Keys and values side by side: [blocks, 2, K, size, C] of each layer."""
         self._room = torch.empty(0, dtype=weights.compute, device=self.device)
 
@@ -57,6 +57,14 @@ class Pages:
         torch.index_select(flat, 0, block_N, out=self._room[:needed].view(len(block_N), -1))
         keys, values = self._room[:needed].view(2, *shape).unbind(0)
         return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeros, which gives each page when it is first touched: a block that no row comes to
+    # need costs nothing. torch writes them all.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class _Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -83,3 +84,13 @@ def test_blocks_hold_the_compute_type_and_an_own_copy_stays_as_it_was() -> None:
     assert memory.held[0].dtype == torch.bfloat16
     assert torch.equal(memory.read(tokens_BT, n, [[1]], [0]), before)
     assert not torch.equal(pages(model).read(tokens_BT, n, [[1]], [0]), before)
+
+
+def test_blocks_that_no_row_comes_to_need_take_no_memory() -> None:
+    model, process = decoder(), psutil.Process()
+    weights = model.reading_weights()
+    before = process.memory_info().rss
+    memory = model.pages(weights, 2**16, 16, 64)
+    size = sum(held.nbytes for held in memory.held)
+    memory.read(torch.tensor([[5, 6, 7]]), torch.tensor([3]), [[1]], [0])
+    assert size > 2**28 and process.memory_info().rss - before < size / 8

@@ -91,6 +91,7 @@ class OwnSampler:
     def sample(
         self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, first_row: int = 0
     ) -> list[Sampled]:
+        assert self._own is not None or not self._version, "closed"
         require_trainable(sampling)
         require_prompts(prompts, self.policy.context_length, 0)
         assert each > 0
