@@ -18,6 +18,7 @@ from llmtrainer.core import sandbox as module
 from llmtrainer.core.confined import decoded, encoded
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.core.syscalls import call_filter
+from tests.confinement import require_confinement
 
 SMALL = Limits(seconds=5.0, cpu_seconds=1, memory_mib=128, output_kib=64, disk_mib=1)
 RIGHT = Checks(("assert double(2) == 4", "assert double(-3) == -6"), names=("double",))
@@ -27,8 +28,7 @@ confines = pytest.mark.usefixtures("confined")
 
 @pytest.fixture(scope="module")
 def confined() -> None:
-    if missing := Sandbox(SMALL).missing():
-        pytest.skip(f"this machine cannot confine code: {', '.join(missing)}")
+    require_confinement()
 
 
 def passes(source: str, tests: Checks = RIGHT, limits: Limits = SMALL) -> bool:
