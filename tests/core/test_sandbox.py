@@ -18,6 +18,7 @@ from llmtrainer.core import sandbox as module
 from llmtrainer.core.confined import decoded, encoded
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.core.syscalls import call_filter
+from tests.confinement import require_confinement
 
 SMALL = Limits(seconds=5.0, cpu_seconds=1, memory_mib=128, output_kib=64, disk_mib=1)
 RIGHT = Checks(("assert double(2) == 4", "assert double(-3) == -6"), names=("double",))
@@ -27,8 +28,7 @@ confines = pytest.mark.usefixtures("confined")
 
 @pytest.fixture(scope="module")
 def confined() -> None:
-    if missing := Sandbox(SMALL).missing():
-        pytest.skip(f"this machine cannot confine code: {', '.join(missing)}")
+    require_confinement()
 
 
 def passes(source: str, tests: Checks = RIGHT, limits: Limits = SMALL) -> bool:
@@ -200,10 +200,10 @@ def test_a_process_that_died_passes_no_test_that_forgives_exceptions() -> None:
 
 
 def test_without_confinement_every_loss_is_named_and_nothing_runs_unless_it_is_allowed(
-    monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "call_filter", lambda machine: None)
-    monkeypatch.setattr(module.confined, "__file__", _without_landlock())
+    monkeypatch.setattr(module.confined, "__file__", _without_landlock(tmp_path))
     module._missing.cache_clear()
     try:
         lame = Sandbox(SMALL)
@@ -220,12 +220,12 @@ def test_without_confinement_every_loss_is_named_and_nothing_runs_unless_it_is_a
     assert {"start programs", "send signals to other processes"} <= set(missing)
 
 
-def _without_landlock() -> str:
+def _without_landlock(folder: Path) -> str:
     """The program that confines itself, on a machine whose kernel has no Landlock."""
     text = Path(module.confined.__file__).read_text()
     changed = text.replace("_CREATE, _ADD, _RESTRICT = 444, 445, 446", "_CREATE, _ADD, _RESTRICT = 99444, 445, 446")
     assert changed != text
-    path = Path(tempfile.mkdtemp()) / "confined.py"
+    path = folder / "confined.py"
     path.write_text(changed)
     return str(path)
 

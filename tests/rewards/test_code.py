@@ -10,6 +10,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.rollout import Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.rewards.code import Code, code_in
+from tests.confinement import require_confinement
 from tests.rewards.corpora import answer
 
 LIMITS = Limits(seconds=4.0, cpu_seconds=1, memory_mib=128, disk_mib=1)
@@ -18,8 +19,7 @@ SQUARES = ["assert square(3) == 9", "assert square(-2) == 4", "assert square(0) 
 
 @pytest.fixture(autouse=True)
 def confined() -> None:
-    if missing := Sandbox(LIMITS).missing():
-        pytest.skip(f"this machine cannot confine code: {', '.join(missing)}")
+    require_confinement()
 
 
 def verdict(text: str, tests: Any, settings: dict[str, Any] | None = None, **facts: Any) -> Verdict:

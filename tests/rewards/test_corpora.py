@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmtrainer.core.sandbox import Limits, Sandbox
+from tests.confinement import require_confinement
 from tests.rewards.corpora import KINDS, corpus, judged
 
 
@@ -12,8 +12,7 @@ from tests.rewards.corpora import KINDS, corpus, judged
 def test_a_verifier_takes_every_right_answer_and_refuses_every_wrong_one(kind: str) -> None:
     if kind in ("maths", "code"):
         pytest.importorskip("math_verify", reason="the extra `maths` is not installed")
-        if missing := Sandbox(Limits()).missing():
-            pytest.skip(f"this machine cannot confine code: {', '.join(missing)}")
+        require_confinement()
     found = judged(kind)
     assert len(found) == len(corpus(kind))
     # What could not be judged has no reward either, so it is as good as refused.
