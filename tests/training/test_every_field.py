@@ -157,13 +157,8 @@ def test_every_field_of_a_foreign_model_changes_what_is_computed(
     tokenizer = load_tokenizer(world / "tokenizer")
 
     def seen(*overrides: str) -> Any:
-<<<<<<< HEAD
         wanted = recipe("model={kind: hf, start_from: FOLDER/base}", *overrides)
         policy = policy_of(wanted, tokenizer, torch.float32, None)
-=======
-        given = recipe("model={kind: hf, start_from: FOLDER/base}", *overrides)
-        policy = policy_of(given, tokenizer, torch.float32, None)
->>>>>>> real
         policy.train()
         learned = [name for name, value in policy.named_parameters() if value.requires_grad]
         torch.manual_seed(3)
