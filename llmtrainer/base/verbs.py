@@ -62,6 +62,11 @@ VERBS = {
         "llmtrainer.training.check:check", "dry run of a recipe: data, plan, one step, save, evaluate, resume",
         ("check recipes/tiny/pretrain.yaml",),
     ),
+    "cache-reference": Verb(
+        "llmtrainer.training.cache_reference:cache_reference",
+        "what the reference or teacher of a recipe says of every row, worked out once",
+        ("cache-reference dpo.yaml", "cache-reference dpo.yaml reference=runs/sft --json"),
+    ),
     "evaluate": Verb(
         "llmtrainer.training.use:evaluate", "loss, perplexity and bits per byte of a model on text",
         ("evaluate runs/demo held_out.txt", "evaluate runs/demo stdlib:held_out precision=float32 --json"),

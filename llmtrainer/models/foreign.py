@@ -207,7 +207,7 @@ class Foreign(nn.Module):
         if self.own_logits:
             logits_NV = vocab_head.gather(self._read(batch, logits=True), chosen_N)
             return vocab_head.score_logits(logits_NV, batch, chosen_N, wants, self.ids)
-        hidden_ND, weight_VD = self._with_bias(vocab_head.gather(self.hidden(batch), chosen_N))
+        hidden_ND, weight_VD = self.with_bias(vocab_head.gather(self.hidden(batch), chosen_N))
         return vocab_head.score_gathered(
             hidden_ND, weight_VD, batch, chosen_N, wants, self.chunk, None, self.ids
         )
@@ -229,15 +229,15 @@ class Foreign(nn.Module):
         """[B, T, V], for those who read a few places."""
         if self.own_logits:
             return self._read(batch, logits=True)
-        hidden, weight_VD = self._with_bias(self.hidden(batch))
+        hidden, weight_VD = self.with_bias(self.hidden(batch))
         return hidden @ weight_VD.to(hidden.dtype).t()
 
-    def _with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the logits. A bias is the weight of one more input, which is always 1."""
         head = self.model.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
         if bias_V is None:
             return hidden, head.weight
-        # The bias is the weight of one more input, which is always 1.
         one = hidden.new_ones(*hidden.shape[:-1], 1)
         return torch.cat([hidden, one], dim=-1), torch.cat([head.weight, bias_V[:, None]], dim=1)
 

@@ -83,6 +83,10 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
     figures = {
         "rollout/length": float(np.mean([len(one.tokens) for one in written])),
         "rollout/ended": float(np.mean([one.finish != "length" for one in written])),
+    }
+    if not groups[0].verdicts:
+        return figures    # nobody said what an answer is worth
+    figures |= {
         "rollout/flat_groups": float(np.mean([not group.teaches for group in groups])),
         "rollout/failed": float(np.isnan(reward_R).mean()),
     }

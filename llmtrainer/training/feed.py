@@ -9,7 +9,19 @@ from typing import Any
 import torch
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import ADVANTAGE, BESIDE, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT, Batch, Outputs
+from llmtrainer.core.batch import (
+    ADVANTAGE,
+    BESIDE,
+    OLD,
+    OLD_VALUE,
+    REFERENCE,
+    RETURN,
+    ROLLOUT,
+    TEACHER_IDS,
+    Batch,
+    Outputs,
+)
+from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.generation.loop import text_stream
@@ -18,11 +30,12 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.training.annotate import beside, kept
 from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.reference import FACT, Frozen, LiveReference, at_rest, reference_of, require_same_reference
+from llmtrainer.training.reference import Frozen, at_rest
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUTS, State
@@ -51,13 +64,12 @@ def feed_of(
     resumption: Resumption | None, tell: Callable[[Mapping[str, Any]], None],
 ) -> Feed:
     """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
-    frozen = frozen_of(recipe, policy, engine, compute, resumption)
-    facts = {} if frozen is None else {FACT: frozen.sha256}
-    # A source of rollouts asks the reference itself, once for all passes over an answer.
-    annotators = () if frozen is None or rows.prompts is not None else (LiveReference(frozen),)
-    require_known(recipe.objective.reads, rows, annotators)
-    source = source_of(recipe, rows, policy, tokenizer, engine, frozen, tell)
-    starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy) else {}
+    found = beside(recipe, rows, policy, tokenizer, engine, compute, resumption)
+    require_known(recipe.objective.reads, rows, found.annotators)
+    source = source_of(recipe, rows, policy, tokenizer, engine, found.frozen, tell)
+    found = kept(recipe, rows, found, policy, engine, compute)
+    annotators, facts = found.annotators, found.facts
+    starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy, compute) else {}
     every = with_beside(recipe, rows, source)
     if not isinstance(source, RolloutSource):
         return Feed(every, annotators, facts, {}, dict, starts_at)
@@ -103,11 +115,7 @@ def source_of(
         return rows.train
     assert rows.prompts is not None
     if not writes:
-        raise UserError(
-            "prompts alone have no answers to learn from", where="data.kind, objective.kind",
-            why="only what learns from its own answers is asked prompts",
-            fix="objective.kind=grpo, or data.kind=examples",
-        )
+        require_taught(recipe.objective)
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
     settings = recipe.rollout
@@ -133,6 +141,23 @@ def source_of(
     )
 
 
+def require_taught(objective: Objective) -> None:
+    """UserError where an objective that asks for no reward learns nothing from answers of the policy's own. What a
+    teacher would have said at each of their places is worth learning (arXiv:2306.13649)."""
+    if TEACHER_IDS not in objective.reads:
+        raise UserError(
+            "prompts alone have no answers to learn from", where="data.kind, objective.kind",
+            why="only what learns from its own answers is asked prompts",
+            fix="objective.kind=grpo, objective.kind=distill, or data.kind=examples",
+        )
+    if "logp" in objective.wants:
+        raise UserError(
+            "the policy would imitate its own answers", where="objective.coefficient",
+            why="(1 - coefficient) of the loss is the text's own, and the text is the policy's",
+            fix="objective.coefficient=1.0",
+        )
+
+
 def with_ends(sampling: Sampling, rows: Opened) -> Sampling:
     """Answers also end where the template's do."""
     ends = () if rows.chat is None else rows.chat.end_ids
@@ -146,18 +171,6 @@ def text_of(tokenizer: FileTokenizer, sampling: Sampling, prompt: Sequence[int],
         return "".join(growing.feed(token) for token in answer.tokens) + growing.close()
     ended = bool(answer.tokens) and answer.tokens[-1] in sampling.stop_ids
     return text_after(tokenizer, prompt, answer.tokens[:-1] if ended else answer.tokens)
-
-
-def frozen_of(
-    recipe: Recipe, policy: Policy, engine: Engine, compute: torch.dtype, resumption: Resumption | None
-) -> Frozen | None:
-    """The reference that the objective asks for. UserError where it is another than the run began with."""
-    if REFERENCE not in recipe.objective.reads:
-        return None
-    frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
-    if resumption is not None:
-        require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
-    return frozen
 
 
 WRITTEN = (ADVANTAGE, OLD, ROLLOUT, REFERENCE, OLD_VALUE, RETURN)
@@ -177,10 +190,12 @@ def require_known(reads: Sequence[str], rows: Opened, annotators: Sequence[Annot
         )
 
 
-def begins_at_its_reference(recipe: Recipe, policy: Policy) -> bool:
-    """Whether the policy of a run that begins says the same as its reference: no other one is named, and nothing is
-    dropped or added at random while training."""
+def begins_at_its_reference(recipe: Recipe, policy: Policy, compute: torch.dtype) -> bool:
+    """Whether the policy of a run that begins says the same as its reference: no other one is named, nothing is
+    dropped or added at random while training, and no rounding of 16 bits lies between this batch and a cached one."""
     if REFERENCE not in recipe.objective.reads or recipe.reference.start_from is not None:
+        return False
+    if recipe.reference.cached and compute in (torch.bfloat16, torch.float16):
         return False
     if not isinstance(policy, Decoder) or policy.neftune:
         return False

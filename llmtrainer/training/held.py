@@ -40,8 +40,8 @@ class Held:
     rollout: Rollout
     written: tuple[Sampled, ...]
     """The answers as they were sampled."""
-    advantages: Arrays = ()
-    """For each token of each answer."""
+    advantages: Arrays | None = None
+    """For each token of each answer; None where nothing is earned."""
     returns: Arrays | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
 
@@ -103,10 +103,11 @@ def packed(held: Held | None, cursor: int, state: State) -> dict[str, Tensor]:
         "number": torch.tensor(held.number), "group_R": torch.from_numpy(rollout.group_R),
         "reward_R": torch.from_numpy(rollout.reward_R), "ended_R": torch.from_numpy(rollout.ended_R),
         "told": _text({"version": rollout.version, "figures": _untimed(held.figures)}),
-        **_flat("advantages", held.advantages), **_written(held.written),
+        **_written(held.written),
     }  # fmt: skip
-    if held.returns is not None:
-        found |= _flat("returns", held.returns)
+    for name, arrays in (("advantages", held.advantages), ("returns", held.returns)):
+        if arrays is not None:
+            found |= _flat(name, arrays)
     for name in _FLAT:
         if (arrays := getattr(rollout, name)) is not None:
             found |= _flat(name, arrays)
@@ -126,9 +127,11 @@ def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
         group_R=state["group_R"].numpy(), reward_R=state["reward_R"].numpy(), ended_R=state["ended_R"].numpy(),
         version=told["version"],
     )  # fmt: skip
-    returns = _arrays(state, "returns") if "returns.lengths" in state else None
+    advantages, returns = (
+        _arrays(state, name) if f"{name}.lengths" in state else None for name in ("advantages", "returns")
+    )
     written = _read_written(state, rollout)
-    held = Held(int(state["number"]), rollout, written, _arrays(state, "advantages"), returns, told["figures"])
+    held = Held(int(state["number"]), rollout, written, advantages, returns, told["figures"])
     return held, cursor, kept
 
 

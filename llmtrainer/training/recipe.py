@@ -104,6 +104,31 @@ class Reference(Config):
     """A run directory, a checkpoint, a Hugging Face folder or a hub id. Left out: the policy as the run began, also
     when the run continues: the model of `model.start_from`; beside it the adapter, if the run continues one."""
 
+    cached: bool = False
+    """Ask it once for every row, before the first step, and keep what it said in the cache, by content: later runs,
+    epochs and larger data read it there, and a model of its own leaves memory. For rows on disk."""
+
+
+class Teacher(Config):
+    """The frozen model that a distilled policy learns from: one with the same tokenizer."""
+
+    shorthand: ClassVar[str] = "start_from"
+    known_elsewhere: ClassVar[Mapping[str, str]] = {
+        "teacher_model_name_or_path": "teacher.start_from=FOLDER", "lmbda": "data.kind=prompts",
+        "seq_kd": "data.kind=prompts",
+    }  # fmt: skip
+
+    start_from: str | None = None
+    """A run directory, a checkpoint, a Hugging Face folder or a hub id."""
+
+    top_k: int = Field(default=64, ge=1)
+    """So many ids are compared one by one at each place, those the teacher holds for likeliest; all the others
+    together as one more."""
+
+    cached: bool = False
+    """Ask it once for every row, before the first step, and keep what it said in the cache, by content: 12 bytes for
+    each of top_k ids of each target. The teacher then leaves memory. For rows on disk."""
+
 
 class Rollouts(Config):
     """How answers of the policy's own are gathered, where the objective learns from such."""
@@ -238,6 +263,9 @@ class Recipe(Config):
 
     reference: Reference = Reference()
     """What the policy is compared with, where the objective asks for it: by default the policy as the run began."""
+
+    teacher: Teacher = Teacher()
+    """Whom the policy learns from, where the objective distils: `teacher=runs/large`."""
 
     rollout: Rollouts = Rollouts()
     """How the policy's own answers are gathered and what they are worth, where the objective learns from them."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import REFERENCE, ROLLOUT, Batch, Outputs
+from llmtrainer.core.batch import ADVANTAGE, REFERENCE, ROLLOUT, Batch, Outputs
 from llmtrainer.core.credit import FRESH
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.randomness import derive
@@ -46,7 +46,8 @@ class RolloutSource:
     ) -> None:  # fmt: skip
         """text: an answer as rewards read it, from the ids of its prompt. look, reference: what the policy and the
         reference say now. version: hash of the policy's weights. tell: shows what a rollout came to."""
-        require_rewards(settings)
+        self._earns = ADVANTAGE in objective.reads
+        (require_rewards if self._earns else require_no_rewards)(settings)
         self._prompts, self._sampler, self._objective, self._settings = prompts, sampler, objective, settings
         self._text, self._seed, self._vocabulary = text, seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
@@ -116,7 +117,7 @@ class RolloutSource:
         }
         self._tell({"rollout": number, **figures, "samples": samples_of(groups)})
         return replace(
-            held, figures=figures, advantages=tuple(objective.credit(rollout, self._state)),
+            held, figures=figures, advantages=tuple(objective.credit(rollout, self._state)) if self._earns else None,
             returns=None if returns is None else tuple(returns),
         )
 
@@ -153,7 +154,8 @@ class RolloutSource:
         """What the policy must say of its answers before they are learned. Answers that are learned in one single step
         need not be asked about: there the policy that writes is the one that is trained."""
         objective = self._objective
-        compares = self.steps_per_rollout > 1 or ROLLOUT in objective.reads or REFERENCE in objective.reads
+        changes = self._earns and self.steps_per_rollout > 1
+        compares = changes or ROLLOUT in objective.reads or REFERENCE in objective.reads
         return (("logp",) if compares else ()) + (("value",) if "value" in objective.wants else ())
 
     def _looked(self, held: Held) -> Held:
@@ -222,6 +224,17 @@ def _rows_of(rollout: Rollout, rows: Sequence[int]) -> AnswerRows:
         weights=tuple(np.concatenate([nothing, rollout.weights[row]]) for row in rows),
         shared=len(prompt), first=rows[0], place=rows[0],
     )  # fmt: skip
+
+
+def require_no_rewards(settings: Rollouts) -> None:
+    """UserError where rewards, or what depends on them, are asked for and nobody would learn from them."""
+    for name, given in (("rewards", settings.rewards), ("redraw", settings.redraw)):
+        if given:
+            raise UserError(
+                f"rollout.{name} is set, and the objective asks for no reward", where=f"rollout.{name}",
+                why="it learns what a teacher says of each answer, whatever the answer is worth",
+                fix=f"remove rollout.{name}, or objective.kind=grpo",
+            )
 
 
 def require_rewards(settings: Rollouts) -> None:
