@@ -27,6 +27,11 @@ class Run:
     """File and line, of a record that was not simply kept."""
     why: str | None = None
 
+    @property
+    def each(self) -> float:
+        """Rows of one record."""
+        return self.rows / (self.last - self.first + 1)
+
     def plain(self) -> list[Any]:
         return [self.source, self.first, self.last, self.fate, self.rows, self.place, self.why]
 
@@ -60,12 +65,14 @@ class Totals:
 
 
 def joined(runs: Iterable[Sequence[Any]]) -> list[Run]:
-    """Plain runs in order, those that go on where the last ended made one."""
+    """Plain runs in order, those that go on where the last ended made one. All records of a run become as many rows
+    each, so that a row's record is known."""
     found: list[Run] = []
     for plain in runs:
         run = Run(*plain)
         last = found[-1] if found else None
-        if last is not None and run.place is None is last.place and (last.source, last.fate) == (run.source, run.fate):
+        goes_on = last is not None and run.place is None is last.place
+        if last is not None and goes_on and (last.source, last.fate, last.each) == (run.source, run.fate, run.each):
             assert last.last + 1 == run.first, "a record has no fate"
             last.last, last.rows = run.last, last.rows + run.rows
         else:

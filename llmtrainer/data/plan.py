@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.randomness import derive
-from llmtrainer.data.packed import DOCUMENTS, NumberFile, Store
+from llmtrainer.data.packed import DOCUMENTS, FATES, NumberFile, Store
 from llmtrainer.data.permutation import hashed
 
 Policy = Literal["stream", "split", "truncate", "sample", "whole"]
@@ -114,17 +114,19 @@ def plan(
     built once in blocks.
 
     `held_out` is the share of documents kept from training, chosen by a hash of their number: the same ones in
-    every run, whatever the seed. Raises UserError if a row cannot be made.
+    every run, whatever the seed. Rows of one conversation are kept together. Raises UserError if a row cannot be made.
     """
     if policy == "stream" and held_out == 0.0 and part == "train":
         return Plan(store, sequence_length, policy, seed, None, store.offsets)
     rule = _rule(store, sequence_length, policy)
     facts = [store.fingerprint, policy, sequence_length if policy in ("split", "whole") else 0, held_out, part]
+    together = first_rows(store) if held_out else None
+    facts += [] if together is None else ["together"]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     folder = cache if cache is not None else store.path.with_name(f".{store.path.name}.plan")
     documents, starts = folder / f"{name}.documents.bin", folder / f"{name}.starts.bin"
     if not (documents.is_file() and starts.is_file()):
-        _build(store, documents, starts, rule, held_out, part)
+        _build(store, documents, starts, rule, held_out, part, together)
     return Plan(store, sequence_length, policy, seed, NumberFile(documents), NumberFile(starts))
 
 
@@ -163,7 +165,28 @@ def _rule(store: Store, sequence_length: int, policy: Policy) -> Rule:
     return {"stream": tokens, "split": pieces, "whole": whole}.get(policy, one)
 
 
-def _build(store: Store, documents: Path, starts: Path, rule: Rule, held_out: float, part: Part) -> None:
+def first_rows(store: Store) -> NDArray[np.int64] | None:
+    """For each row of a store of conversations the first row of its record: what is learned of one row of a
+    conversation would be told in its others. None where no record became several rows."""
+    if not (store.path / FATES).is_file():
+        return None
+    found = np.arange(store.documents)
+    at = 0
+    for line in (store.path / FATES).read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        rows, records = told["rows"], told["last"] - told["first"] + 1
+        if rows > records and rows % records == 0:
+            each = rows // records
+            found[at : at + rows] = at + np.arange(rows) // each * each
+        at += rows
+    assert at == store.documents
+    return None if (found == np.arange(store.documents)).all() else found
+
+
+def _build(
+    store: Store, documents: Path, starts: Path, rule: Rule, held_out: float, part: Part,
+    together: NDArray[np.int64] | None,
+) -> None:
     documents.parent.mkdir(parents=True, exist_ok=True)
     # Names of this process only: two ranks may build the same table at once, and either's result will do.
     growing = [path.with_name(f".{path.name}.{os.getpid()}") for path in (documents, starts)]
@@ -175,7 +198,8 @@ def _build(store: Store, documents: Path, starts: Path, rule: Rule, held_out: fl
                 # Read, not mapped: pages of a map would count as this process's memory.
                 offsets = np.fromfile(store.path / DOCUMENTS, "<i8", count=_BLOCK + 1, offset=8 * first)
                 numbers = np.arange(first, first + len(offsets) - 1)
-                kept = is_held_out(numbers, held_out) == (part == "held_out")
+                hashed_by = numbers if together is None else together[numbers]
+                kept = is_held_out(hashed_by, held_out) == (part == "held_out")
                 numbers, lengths = numbers[kept], np.diff(offsets)[kept]
                 added = rule(lengths, numbers)
                 running = total + np.cumsum(added[added > 0])

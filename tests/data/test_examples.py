@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.example import Example, TokenRow
 from llmtrainer.data import examples as writing
 from llmtrainer.data.example_rows import Choices
 from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Run, joined, totals
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.packed import FATES, Store
+from llmtrainer.data.plan import plan
 from llmtrainer.data.shards import partial_of
 from tests.data.chats import ByteChat, chat_file, dialogue, make_chat
 from tests.data.worlds import END, ByteTokenizer, make_store
@@ -286,3 +288,34 @@ def test_of_a_conversation_only_the_last_answer_is_learned_where_that_was_asked_
         learned.append(store.read(document)[weights > 0].tolist())
     assert learned == [[*b"dd", END], [*b"gg", END], [*b"bb", END]]
     assert choices.facts() != Choices(LengthPolicy(100)).facts()
+
+
+class EveryAnswerAlone(ByteChat):
+    """A row for each answer, as templates that rewrite earlier turns need."""
+
+    def rows(self, example: Example) -> tuple[TokenRow, ...]:
+        asked, *answers = example.messages
+        return tuple(row for answer in answers for row in super(EveryAnswerAlone, self).rows(Example((asked, answer))))
+
+
+@pytest.mark.parametrize("kind", ["split", "several rows"])
+def test_rows_of_one_conversation_are_all_held_out_or_all_learned(tmp_path: Path, kind: str) -> None:
+    letters = [chr(256 + number) for number in range(60)]
+    records = []
+    for number, letter in enumerate(letters):
+        spoken = dialogue("q", letter * (25 if kind == "split" and number % 3 else 5))
+        spoken["messages"] += [{"role": "assistant", "content": letter}] * (number % 4 if kind != "split" else 0)
+        records.append(spoken)
+    split = (make_chat, LengthPolicy(30, "split"))
+    make, length = split if kind == "split" else (EveryAnswerAlone, LengthPolicy(99))
+    store = write_examples(
+        [chat_file(tmp_path / "a.jsonl", records)], make, ByteTokenizer(), tmp_path / "store", choices=Choices(length)
+    )  # fmt: skip
+    assert store.documents > 80
+    parts = []
+    for part in ("train", "held_out"):
+        rows = plan(store, sequence_length=99, policy="whole", seed=1, held_out=0.3, part=part)
+        said = [bytes(t for t in store.read(rows.documents[row]).tolist() if t < 256) for row in range(rows.rows)]
+        parts.append({letter for letter in letters if any(letter.encode() in text for text in said)})
+        assert parts[-1], part
+    assert not parts[0] & parts[1] and parts[0] | parts[1] == set(letters)
