@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
+from llmtrainer.apps.demo_told import Told
 from llmtrainer.base.config import Config
 from llmtrainer.base.events import read_events
 from llmtrainer.base.events import steps as steps_of
-from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.data.compressors import COMPRESSORS, bits_per_byte_of
@@ -26,34 +22,45 @@ from llmtrainer.data.open import documents, find
 from llmtrainer.training.cache import receipt
 from llmtrainer.training.console import bar, say
 from llmtrainer.training.datasets.examples import Examples
-from llmtrainer.training.figures import amount, short, span
+from llmtrainer.training.datasets.preferences import Preferences
 from llmtrainer.training.models import model_folder
-from llmtrainer.training.pace import begun_steps, steps_within, train_within
+from llmtrainer.training.pace import Trained, begun_steps, steps_within, train_within
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
 
-Stage = Literal["tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "plot"]
+Stage = Literal[
+    "tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "prefer", "reinforce", "plot"
+]
 STAGES: tuple[Stage, ...] = (
-    "tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "plot",
+    "tokenizer", "prepare", "train", "evaluate", "compress", "sample", "answer", "prefer", "reinforce", "plot",
 )
 
-ANSWER_SHARE = 0.2
-"""Time in which the model learns to answer, as a share of what training took before."""
+SHARES: dict[Stage, tuple[float, int]] = {"answer": (0.2, 4), "prefer": (0.125, 8), "reinforce": (0.125, 8)}
+"""Time that a stage after training learns, as a share of training's; and by what its number of steps is divided."""
 QUESTIONS = "questions"
 """The name of the held-out questions in the events."""
+SENTENCE = r"[A-Z]\S*( [^\s.]+([.][^\s.]+)*){3,20}[.]"
+COMMAND = r"\A(?!This\b|The\b|An?\b)[A-Z][a-z]*(?<![a-rt-z]s)\b"
+"""What earns a reward, half each: an answer of one sentence of 4 to 21 words, and one that begins with a command, as
+Python's guide to docstrings has it (PEP 257): `Return the size.`, not `Returns the size.`"""
+ANSWERS_A_STEP = 64
+LAST = 5
+"""What is told as the reward in the end is the mean of the last fifth of the steps: one step is 64 answers."""
 
 
 class Demo(Config):
-    """Learn a vocabulary, prepare text, train, evaluate, write and answer: `llmtrainer demo`, at most six minutes."""
+    """Learn a vocabulary, prepare text, train, evaluate, write, answer, learn from comparisons and from rewards:
+    `llmtrainer demo`, about six minutes and a half."""
 
     run: str = "runs/demo"
-    """The run directory; `answer` trains in a second one, named so with `-answers` behind it. Run again, the demo
-    goes on where it was; a finished one shows its figures again."""
+    """The run directory; `answer`, `prefer` and `reinforce` train in others, named so with `-answers`, `-preferences`
+    and `-rewards` behind it. Run again, the demo goes on where it was; a finished one shows its figures again."""
 
     stages: tuple[Stage, ...] = STAGES
     """Which parts of the demo to run, in their own order. What a part needs from an earlier one is made if it
-    is not there, except the model: `train` comes before `evaluate`, `sample` and `answer`."""
+    is not there, except the model: `train` comes before `evaluate`, `sample` and `answer`, and `answer` before
+    `prefer` and `reinforce`."""
 
     data: str = "stdlib:train"
     """The text to learn from."""
@@ -62,21 +69,23 @@ class Demo(Config):
     """Text that the model never sees: what it is measured on, and the compressors beside it."""
 
     questions: str = "stdlib:questions"
-    """Conversations to learn answering from: here, what functions and classes do, answered by their docstrings."""
+    """Conversations to learn answering from: here, what functions and classes do, answered by their docstrings. And
+    comparisons to learn preferring from: that answer, and another docstring of the module."""
 
     held_out_questions: str = "stdlib:held_out_questions"
-    """Conversations that it never sees, to measure how well it answers."""
+    """Conversations that it never sees, to measure how well it answers and prefers. Their questions alone are what it
+    is asked when it learns from rewards."""
 
     vocabulary: int = Field(default=4096, ge=269)
     """Number of different pieces that text is cut into."""
 
-    seconds: float = Field(default=200.0, gt=0.0)
-    """Most seconds to spend on training, and a fifth as many on answering afterwards. The speed is measured first, then
-    the number of steps is fixed."""
+    seconds: float = Field(default=180.0, gt=0.0)
+    """Most seconds to spend on training; a fifth as many on answering afterwards, an eighth on comparisons, and an
+    eighth on rewards. The speed is measured first, then the number of steps is fixed."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Train exactly so many steps, and a quarter as many on answering, instead of measuring; two machines then do the
-    same work."""
+    """Train exactly so many steps, a quarter as many on answering, and an eighth each on comparisons and on rewards,
+    instead of measuring; two machines then do the same work."""
 
     prompt: str = 'def read_lines(path):\n    """'
     """How the function begins that the model is to write."""
@@ -94,31 +103,6 @@ class Demo(Config):
     """Everything random is a function of this number and the step."""
 
 
-@dataclass(frozen=True)
-class Told(Result):
-    """What the demo found out, stage by stage; what was not run is None."""
-
-    run: str
-    bits_per_byte: dict[str, float | None]
-    """Of the held-out text, by `model`, `gzip`, `xz` and `zstd`: lower is better."""
-    seconds: float
-    """Of the whole demo."""
-    corpus: dict[str, int] = field(default_factory=dict)
-    vocabulary: dict[str, float] = field(default_factory=dict)
-    training: dict[str, float | None] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    sample: dict[str, str] | None = None
-    answers: dict[str, Any] | None = None
-    """How the model learned to answer: `run`, `rows`, `held_out_rows`, `steps`, `seconds`, `loss_before` and
-    `loss_after` on held-out questions, and what was `said`: prompt, text and finish of each answer."""
-    plot: str | None = None
-
-    def text(self) -> str:
-        """The figures, with a line on what each of them means."""
-        parts = [_figures(self), _comparison(self), _written(self), _answered(self), _where_to_go(self)]
-        return "\n\n".join(part for part in parts if part)
-
-
 Act = Callable[[Demo], dict[str, Any]]
 """A stage: what it found out, by the names of Told."""
 
@@ -134,6 +118,8 @@ def demo(settings: Demo) -> Told:
         "compress": ("measure three compressors on the same files", _compress),
         "sample": ("let the model write", _sample),
         "answer": ("teach the model to answer questions, and ask it two", _answer),
+        "prefer": ("show it two answers to a question, and which of them is right (DPO)", _prefer),
+        "reinforce": ("let it answer, and make what a rule likes more likely (GRPO)", _reinforce),
         "plot": ("draw the curves", _plot),
     }
     chosen = [stage for stage in STAGES if stage in settings.stages]
@@ -237,24 +223,59 @@ def _sample(settings: Demo) -> dict[str, Any]:
 
 
 def _answer(settings: Demo) -> dict[str, Any]:
-    run, seconds = f"{settings.run}-answers", ANSWER_SHARE * settings.seconds
+    run = f"{settings.run}-answers"
     trial = _answer_recipe(settings, run, 10_000)
     assert isinstance(trial.data, Examples)
     # Before the speed is measured, so that a person sees what is prepared.
     learned, held = trial.data.prepared(model_folder(settings.run), Path(settings.cache))
-    steps = max(settings.steps // 4, 1) if settings.steps else begun_steps(run) or steps_within(trial, seconds)
-    done = train_within(
-        _answer_recipe(settings, run, steps), None if settings.steps else seconds, evaluate_first=True
-    )
-    losses = [
-        event[f"{QUESTIONS}/loss"] for event in read_events(RunDir(Path(run)).events) if event["kind"] == "evaluate"
-    ]
+    done = _taught(settings, "answer", run, _answer_recipe)
+    losses = [event[f"{QUESTIONS}/loss"] for event in _events(run, "evaluate")]
     said = [_asked(settings, run, question) for question in settings.ask]
     return {"answers": {
         "run": run, "rows": learned.documents, "held_out_rows": held[QUESTIONS].documents,
         "steps": done.progress.step, "seconds": done.seconds, "loss_before": losses[0], "loss_after": losses[-1],
         "said": said,
     }}  # fmt: skip
+
+
+def _prefer(settings: Demo) -> dict[str, Any]:
+    run = f"{settings.run}-preferences"
+    trial = _prefer_recipe(settings, run, 10_000)
+    assert isinstance(trial.data, Preferences)
+    learned, held = trial.data.prepared(model_folder(trial.tokenizer.path or ""), Path(settings.cache))
+    done = _taught(settings, "prefer", run, _prefer_recipe)
+    shares = [event[f"{QUESTIONS}/preference/accuracy"] for event in _events(run, "evaluate")]
+    return {"preferences": {
+        "run": run, "pairs": learned.comparisons, "held_out_pairs": held[QUESTIONS].comparisons,
+        "steps": done.progress.step, "seconds": done.seconds, "accuracy_before": shares[0],
+        "accuracy_after": shares[-1],
+    }}  # fmt: skip
+
+
+def _reinforce(settings: Demo) -> dict[str, Any]:
+    run = f"{settings.run}-rewards"
+    done = _taught(settings, "reinforce", run, _reinforce_recipe)
+    rewards = [event["reward/mean"] for event in steps_of(RunDir(Path(run)).events)]
+    part = math.ceil(len(rewards) / LAST)
+    return {"rewards": {
+        "run": run, "steps": done.progress.step, "seconds": done.seconds, "answers": len(rewards) * ANSWERS_A_STEP,
+        "reward_before": rewards[0], "reward_after": math.fsum(rewards[-part:]) / part,
+        "said": [_asked(settings, run, question) for question in settings.ask[:1]],
+    }}  # fmt: skip
+
+
+def _taught(settings: Demo, stage: Stage, run: str, recipe: Callable[[Demo, str, int], Recipe]) -> Trained:
+    """Train a stage after the first in its share of the time, or so many steps; measured before and after."""
+    share, divisor = SHARES[stage]
+    if settings.steps:
+        return train_within(recipe(settings, run, max(settings.steps // divisor, 1)), None, evaluate_first=True)
+    seconds = share * settings.seconds
+    steps = begun_steps(run) or steps_within(recipe(settings, run, 10_000), seconds)
+    return train_within(recipe(settings, run, steps), seconds, evaluate_first=True)
+
+
+def _events(run: str, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(RunDir(Path(run)).events) if event["kind"] == kind]
 
 
 def _answer_recipe(settings: Demo, run: str, steps: int) -> Recipe:
@@ -284,6 +305,58 @@ def _answer_recipe(settings: Demo, run: str, steps: int) -> Recipe:
     })  # fmt: skip
 
 
+def _after_answers(settings: Demo, run: str, steps: int) -> dict[str, Any]:
+    """What runs share that go on with the model that answers."""
+    answers = f"{settings.run}-answers"
+    return {
+        "run": run, "model": {"start_from": answers}, "tokenizer": answers,
+        "engine": {"kind": "single", "compile": False}, "duration": Duration(steps, "steps"),
+        "save": {"keep_newest": 1, "keep_best": 0}, "seed": settings.seed, "cache": settings.cache,
+    }  # fmt: skip
+
+
+def _prefer_recipe(settings: Demo, run: str, steps: int) -> Recipe:
+    """As recipes/tiny/dpo.yaml, for as long as there is time."""
+    return Recipe.model_validate({
+        **_after_answers(settings, run, steps),
+        "data": {
+            "kind": "preferences", "train": settings.questions, "evaluate": {QUESTIONS: settings.held_out_questions},
+            "template": "chatml", "sequence_length": 256, "tokens_per_batch": 4096, "pairs_per_step": 16,
+        },
+        "objective": {"kind": "dpo", "beta": 0.1},
+        "evaluate": {"every": Every(Duration(max(steps // 4, 1), "steps"))},
+        "optim": {
+            "rule": {"kind": "adamw", "weight_decay": 0.0},
+            "schedule": {
+                "kind": "cosine", "peak": 1e-4, "warmup": f"{min(steps // 10, 10)} steps", "final_ratio": 0.1,
+            },
+        },
+    })  # fmt: skip
+
+
+def _reinforce_recipe(settings: Demo, run: str, steps: int) -> Recipe:
+    """As recipes/tiny/grpo.yaml, for as long as there is time."""
+    return Recipe.model_validate({
+        **_after_answers(settings, run, steps),
+        "data": {
+            "kind": "prompts", "train": settings.held_out_questions, "template": "chatml", "tokens_per_batch": 4096,
+            "prompts_per_step": ANSWERS_A_STEP // 8,
+        },
+        "objective": {"kind": "grpo", "kl": 0.05},
+        "rollout": {
+            "group_size": 8, "sampling": {"max_new_tokens": 40},
+            "rewards": [
+                {"kind": "regex", "name": "sentence", "weight": 0.5, "match": "whole", "pattern": SENTENCE},
+                {"kind": "regex", "name": "command", "weight": 0.5, "pattern": COMMAND},
+            ],
+        },
+        "optim": {
+            "rule": {"kind": "adamw", "weight_decay": 0.0},
+            "schedule": {"kind": "constant", "peak": 1e-4, "warmup": "0 steps"},
+        },
+    })  # fmt: skip
+
+
 def _asked(settings: Demo, run: str, question: str) -> dict[str, str]:
     wish = Generation(
         model=run, prompt=question, chat=True, max_new_tokens=settings.new_tokens, temperature=0.0, stream=False,
@@ -294,93 +367,3 @@ def _asked(settings: Demo, run: str, question: str) -> dict[str, str]:
 
 def _plot(settings: Demo) -> dict[str, Any]:
     return {"plot": plot(Plot(runs=(settings.run,))).json()["path"]}
-
-
-def _figures(told: Told) -> str:
-    corpus, training = told.corpus, told.training
-    rows: list[tuple[str, str, str]] = []
-    if "bytes" in corpus:
-        size = f"{corpus['files']:,} files, {amount(corpus['bytes'], 'bytes')}"
-        rows.append(("text", size, "Python source and docstrings found on this machine"))
-    if told.vocabulary:
-        pieces, length = told.vocabulary["vocabulary"], told.vocabulary["bytes_per_token"]
-        remark = f"a piece (token) is {length:.2f} bytes of text on average"
-        rows.append(("vocabulary", f"{pieces:,.0f} pieces", remark))
-    if training:
-        spent = f"{training['steps']:,.0f} steps in {span(training['seconds'] or 0.0)}"
-        rows.append(("training", spent, f"{short(training['tokens'] or 0.0)} tokens read"))
-    if told.evaluation:
-        blind = math.log(told.vocabulary.get("vocabulary", 1.0))
-        remark = "surprise per token of text it has never seen"
-        if blind:
-            remark += f"; guessing blindly costs {blind:.2f}"
-        rows.append(("loss", f"{told.evaluation['loss']:.3f} nats", remark))
-    if "held_out_bytes" in corpus:
-        size = f"{corpus['held_out_files']:,} files, {amount(corpus['held_out_bytes'], 'bytes')}"
-        rows.append(("held-out text", size, "not trained on: the figures below are about these files"))
-    rows.append(("whole demo", span(told.seconds), ""))
-    return _table(rows)
-
-
-def _comparison(told: Told) -> str:
-    known = {name: bits for name, bits in told.bits_per_byte.items() if bits is not None}
-    if not known:
-        return ""
-    names = {"model": "this model", "gzip": "gzip -9", "xz": "xz -9", "zstd": "zstd -19"}
-    unit = 40 / max(known.values())
-    rows = [(names[name], f"{bits:.3f}", "#" * round(bits * unit)) for name, bits in known.items()]
-    return (
-        "Bits per byte of the held-out text, less is better. Whoever predicts text well can also store\n"
-        "it in few bits, so a compressor is a fair rival:\n" + _table(rows)
-    )
-
-
-def _written(told: Told) -> str:
-    if told.sample is None:
-        return ""
-    return "\n".join(["A function, as the model writes it:", *_lines(told.sample["prompt"] + told.sample["text"])])
-
-
-def _answered(told: Told) -> str:
-    if told.answers is None:
-        return ""
-    found = told.answers
-    lines = [
-        f"Fine-tuned on {found['rows']:,} questions about the library ({found['steps']:,} steps in "
-        f"{span(found['seconds'])}), it answers. Its loss on {found['held_out_rows']:,} questions",
-        f"about modules that it never saw went from {found['loss_before']:.3f} to {found['loss_after']:.3f} nats:",
-    ]
-    for said in found["said"]:
-        unfinished = "" if said["finish"] == "end" else " ..."
-        lines += [*_lines(said["prompt"]), *(f"    {line}" for line in _lines(said["text"].strip() + unfinished))]
-    return "\n".join(lines)
-
-
-def _lines(text: str) -> list[str]:
-    """A model's text for a screen. A young model also writes control characters, which a terminal would obey."""
-    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text.expandtabs(4))
-    return [f"    {line}" for line in shown.split("\n")]
-
-
-def _where_to_go(told: Told) -> str:
-    rows = [("everything is in", told.run, "recipe.yaml, events.jsonl, checkpoints, samples, plots")]
-    if told.plot:
-        rows.append(("the curves", told.plot, ""))
-    rows.append(("let it write", f"llmtrainer generate {told.run} 'import '", ""))
-    if told.answers:
-        question = "What does Lock.acquire in threading do?"
-        rows.append(("ask it", f"llmtrainer generate {told.answers['run']} --chat '{question}'", ""))
-    rows.append(("train on your text", "llmtrainer train recipes/tiny/pretrain.yaml data.train=FOLDER", ""))
-    rows.append(("or on your chats", "llmtrainer train recipes/tiny/sft.yaml data.train=FILE data.evaluate='{}'", ""))
-    return _table(rows)
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    """Rows of name, figure and remark as aligned plain text."""
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
-    screen = Console(file=io.StringIO(), width=200, color_system=None, highlight=False, markup=False)
-    with screen.capture() as text:
-        screen.print(table)
-    return "\n".join(line.rstrip() for line in text.get().splitlines())

@@ -301,7 +301,8 @@ class TrainingView:
     def _figures(self) -> list[str]:
         assert self._step is not None
         shown = (
-            ("loss", "loss {:.4f}"), ("learning_rate", "lr {:.2e}"), ("grad_norm", "grad norm {:.3g}"),
+            ("loss", "loss {:.4f}"), ("reward/mean", "reward {:.2f}"), ("preference/accuracy", "accuracy {:.2f}"),
+            ("learning_rate", "lr {:.2e}"), ("grad_norm", "grad norm {:.3g}"),
             ("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}"),
         )
         return [text.format(self._step[name]) for name, text in shown if self._step.get(name) is not None]

@@ -36,6 +36,11 @@ SMOOTHING = 40
 """The thick line is the mean over one such part of the run, before and after each step."""
 COUNTS = ("tokens", "bytes", "documents", "step", "time")
 """Figures of an evaluation that say how much was read and not how well."""
+FIRST = {
+    "reward/mean": ("Reward", "what the policy's own answers earned. Higher is better"),
+    "preference/accuracy": ("Accuracy", "share of pairs in which the better answer has more"),
+}
+"""Metrics that matter besides the loss, with the title and the meaning of their panels, which come first."""
 PERPLEXITIES = (1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 
 
@@ -120,7 +125,8 @@ def _panels(curves: Sequence[Curve], scale: Scale) -> list[Panel]:
         title, meaning = chosen.replace("_", " "), "on text the model does not learn from"
         panels.append((f"Evaluation: {title}", meaning, lambda axes, curves: _evaluation(axes, curves, chosen, scale)))
     for key in _other_terms(curves):
-        panels.append((key, "averaged over each step", line(key, smooth=True)))
+        title, meaning = FIRST.get(key, (key, "averaged over each step"))
+        panels.append((title, meaning, line(key, smooth=True)))
     return panels
 
 
@@ -255,8 +261,8 @@ def _other_terms(curves: Sequence[Curve]) -> list[str]:
     """Terms of an objective that deserve a panel: metrics, and the parts of a loss that has several."""
     keys = sorted({key for curve in curves for event in curve.steps for key in event if "/" in key})
     losses = [key for key in keys if key.startswith("loss/")]
-    metrics = [key for key in keys if not key.startswith(("loss/", "seconds/"))]
-    return metrics + (losses if len(losses) > 1 else [])
+    metrics = [key for key in keys if not key.startswith(("loss/", "seconds/")) and key not in FIRST]
+    return [key for key in FIRST if key in keys] + metrics + (losses if len(losses) > 1 else [])
 
 
 def _dress(axes: Axes, scale: Scale) -> None:

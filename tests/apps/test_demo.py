@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +84,17 @@ def test_the_whole_demo_leaves_everything_it_promises(small: Demo) -> None:
     assert answers["rows"] == 40 and answers["held_out_rows"] == 3
     assert [said["prompt"] for said in answers["said"]] == list(small.ask)
     assert {said["finish"] for said in answers["said"]} <= {"end", "length"}
+    preferences, rewards = found["preferences"], found["rewards"]
+    assert preferences["run"] == "runs/demo-preferences" and preferences["steps"] == rewards["steps"] == 1
+    assert preferences["pairs"] == 40 and preferences["held_out_pairs"] == 3
+    # The policy is its own reference before the first step: no answer has gained on another.
+    assert preferences["accuracy_before"] == 0.0 <= preferences["accuracy_after"] <= 1.0
+    assert rewards["run"] == "runs/demo-rewards" and rewards["answers"] == 64
+    assert 0.0 <= rewards["reward_before"] <= 1.0 and [said["prompt"] for said in rewards["said"]] == [small.ask[0]]
     text = told.text()
+    assert f"in {preferences['accuracy_after']:.0%} of 3 pairs" in text
+    assert f"from {rewards['reward_before']:.2f} to {rewards['reward_after']:.2f}" in text
+    assert "runs/demo-preferences" in text and "runs/demo-rewards" in text
     assert f"from {answers['loss_before']:.3f} to {answers['loss_after']:.3f}" in text
     assert "llmtrainer generate runs/demo-answers --chat" in text
     for name in ("this model", "gzip -9", "xz -9", "zstd -19"):
@@ -149,6 +160,32 @@ def test_the_answers_are_learned_as_the_recipe_of_that_name_says(small: Demo) ->
         assert ours[name] == told[name], name
 
 
+@pytest.mark.parametrize(
+    ("recipe", "ours", "steps"), [("dpo", module._prefer_recipe, 100), ("grpo", module._reinforce_recipe, 100)]
+)
+def test_what_follows_is_learned_as_the_recipe_of_that_name_says(
+    small: Demo, recipe: str, ours: Callable[[Demo, str, int], Recipe], steps: int
+) -> None:
+    told = load(Recipe, str(Path(__file__).parents[2] / f"recipes/tiny/{recipe}.yaml")).plain()
+    found = ours(small.model_copy(update=_QUESTIONS), told["run"], steps).plain()
+    for name in ("data", "model", "tokenizer", "objective", "rollout", "optim"):
+        assert found[name] == told[name], name
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "command"),
+    [
+        ("Return the size of it.", True, True), ("Returns the size of it.", True, False),
+        ("Process a line of os.path at once.", True, True), ("This is a file object.", True, False),
+        ("Return it.", False, True), ("Return the size of it. And more of it.", False, True),
+        ("Return the size of", False, True), ("return the size of it.", False, False), ("", False, False),
+        ("A file that is open.", True, False), ("Return " * 22 + "it.", False, True),
+    ],
+)
+def test_the_rule_wants_one_sentence_that_commands(text: str, form: bool, command: bool) -> None:
+    assert bool(re.fullmatch(module.SENTENCE, text)) == form and bool(re.search(module.COMMAND, text)) == command
+
+
 def test_learning_to_answer_lowers_the_loss_on_questions_about_what_was_not_seen(small: Demo) -> None:
     told = demo(small.model_copy(update={"steps": 40, "stages": ("train", "answer"), "ask": ()}))
     assert told.answers and told.answers["loss_after"] < 0.8 * told.answers["loss_before"]
@@ -158,13 +195,15 @@ def test_learning_to_answer_lowers_the_loss_on_questions_about_what_was_not_seen
     assert events[-1]["questions/loss"] == told.answers["loss_after"]
 
 
-def test_answering_takes_a_fifth_of_the_time_of_training_on_top_of_it(
+def test_answering_takes_a_fifth_of_the_time_of_training_and_what_follows_an_eighth_on_top_of_it(
     small: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = []
     monkeypatch.setattr(module, "steps_within", lambda recipe, seconds: planned.append((recipe.run, seconds)) or 2)
     timed = small.model_copy(update={"steps": None, "seconds": 100.0, "ask": ()})
-    demo(timed.model_copy(update={"stages": ("train", "answer")}))
-    assert planned == [("runs/demo", 100.0), ("runs/demo-answers", 20.0)]
+    demo(timed.model_copy(update={"stages": ("train", "answer", "prefer", "reinforce")}))
+    assert planned == [
+        ("runs/demo", 100.0), ("runs/demo-answers", 20.0), ("runs/demo-preferences", 12.5), ("runs/demo-rewards", 12.5),
+    ]
     demo(timed.model_copy(update={"run": "runs/other", "stages": ("train",)}))
-    assert planned[2:] == [("runs/other", 100.0)]
+    assert planned[4:] == [("runs/other", 100.0)]

@@ -140,6 +140,17 @@ def test_training_tells_the_first_step_then_one_line_in_five_seconds_and_the_las
     ]
 
 
+@pytest.mark.parametrize(
+    ("figure", "told"), [({"reward/mean": 0.1234}, "reward 0.12"), ({"preference/accuracy": 0.75}, "accuracy 0.75")]
+)
+def test_a_line_tells_beside_the_loss_what_the_run_is_about(
+    clock: Clock, capsys: pytest.CaptureFixture[str], figure: dict[str, float], told: str
+) -> None:
+    with TrainingView(Duration(1, "steps")) as view:
+        view.show(step(1, **figure))
+    assert f"loss 3.1416  {told}  lr 3.00e-04" in lines(capsys)[0]
+
+
 def test_the_last_step_is_not_told_twice(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingView(Duration(1, "steps")) as view:
         view.show(step(1))

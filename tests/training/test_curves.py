@@ -44,7 +44,11 @@ CASES: dict[str, tuple[list[Curve], list[str]]] = {
     ),
     "more terms": (
         [Curve("run", [step(1, **{"loss/z": 0.1, "preference/accuracy": 0.5}), step(2)])],
-        ["preference/accuracy", "loss/lm", "loss/z"],
+        ["Accuracy", "loss/lm", "loss/z"],
+    ),
+    "what answers earned": (
+        [Curve("run", [step(1, **{"policy/ratio": 1.0, "reward/mean": 0.1, "reward/length": 0.2}), step(2)])],
+        ["Reward", "policy/ratio", "reward/length"],
     ),
     "two runs": ([Curve("a", TWO[:1]), Curve("b", TWO, [evaluation(2, loss=2.0)])], ["Evaluation: loss"]),
     "no numbers": ([Curve("run", [step(1, **ODD), step(2), step(3, loss=None)], [], [1, 2])], []),
