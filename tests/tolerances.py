@@ -60,3 +60,5 @@ FLOAT64_TWO_WAYS = {"rtol": 1e-9, "atol": 1e-12}
 """The same float64 numbers by two arrangements of the same rows: token by token and at once, shared and apart."""
 TRL_FLOAT32_LOSS = 1e-7
 """Against what TRL works out in float32 whatever it is given."""
+FOLLOWED_WEIGHT = 1e-6
+"""Weights of a reference that follows its policy, against the formula, float32."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import REFERENCE, TEACHER_IDS
+from llmtrainer.core.batch import ADVANTAGE, REFERENCE, TEACHER_IDS
 from llmtrainer.core.protocols import Annotator, Engine
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
@@ -120,7 +120,8 @@ def _frozen_of(
 ) -> Frozen | None:
     if REFERENCE not in recipe.objective.reads:
         return None
-    frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute)
+    moves = ADVANTAGE in recipe.objective.reads and recipe.rollout.mix_reference > 0.0
+    frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute, moves=moves)
     if resumption is not None:
         require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
     return frozen

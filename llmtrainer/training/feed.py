@@ -33,6 +33,7 @@ from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.annotate import beside, kept
 from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.dataset import Opened
+from llmtrainer.training.following import following
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.reference import Frozen, at_rest
@@ -138,6 +139,7 @@ def source_of(
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
         version=lambda: weights_version(policy.module), tell=tell,
+        following=following(None if frozen is None else frozen.model, policy, settings.mix_reference),
     )
 
 

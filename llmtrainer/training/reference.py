@@ -33,6 +33,8 @@ class Frozen:
     """Its forward pass, without a way back."""
     sha256: str
     """Over every weight by name: two references with the same hash say the same."""
+    model: Policy | None = None
+    """Its own model; None where it is the policy's, beneath an adapter."""
 
     def say(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
         """What it makes of a batch, over the same ids at the same temperature as the policy."""
@@ -54,16 +56,17 @@ class LiveReference:
 
 
 def reference_of(
-    chosen: Reference, family: Family, policy: Policy, engine: Engine, compute: torch.dtype
+    chosen: Reference, family: Family, policy: Policy, engine: Engine, compute: torch.dtype, *, moves: bool = False
 ) -> Frozen:
-    """The reference of a run that trains `policy`, a model of `family`.
+    """The reference of a run that trains `policy`, a model of `family`. moves: it will follow the policy, so that its
+    weights are kept as wide as the policy's.
 
     Raises UserError where the policy began with random weights and no other reference is named: what it would be held
     to says nothing.
     """
     if chosen.start_from is not None:
         folder = model_folder(chosen.start_from)
-        whole = load_whole(folder, compute) if is_adapter(folder) else load_base(folder, compute, frozen=True)
+        whole = load_whole(folder, compute) if is_adapter(folder) else load_base(folder, compute, frozen=not moves)
         return _read_by(engine, whole, policy)
     if policy.adapter is not None:
         assert family.adapter is not None
@@ -82,7 +85,7 @@ def reference_of(
             why="it is the reference, and only there is it whole; a checkpoint holds what became of it",
             fix="put it back, or name a copy: reference.start_from=FOLDER",
         )
-    began = family.load(folder, compute, frozen=True)
+    began = family.load(folder, compute, frozen=not moves)
     assert isinstance(began, Policy)
     return _read_by(engine, began, policy)
 
@@ -115,7 +118,7 @@ def _read_by(engine: Engine, frozen: Policy, policy: Policy) -> Frozen:
         )
     frozen.eval()
     frozen.ids = policy.ids
-    return Frozen(engine.reader(frozen), sha256_of(frozen.state_dict()))
+    return Frozen(engine.reader(frozen), sha256_of(frozen.state_dict()), frozen)
 
 
 def _beside_its_model(policy: Policy, engine: Engine, folder: Path | None) -> Frozen:

@@ -22,6 +22,7 @@ from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import Sampled, Sampler, require_version
 from llmtrainer.training.answers import Group, figures_of, joined, samples_of, scored
+from llmtrainer.training.following import Following
 from llmtrainer.training.held import SECONDS, Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
 from llmtrainer.training.row_signals import read_back, with_row_signals
@@ -43,6 +44,7 @@ class RolloutSource:
         self, prompts: Prompts, sampler: Sampler, objective: Objective, settings: Rollouts, *,
         text: Callable[[Sequence[int], Sampled], str], tokens_per_batch: int, seed: int, vocabulary: int,
         look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
+        following: Following | None = None,
     ) -> None:  # fmt: skip
         """text: an answer as rewards read it, from the ids of its prompt. look, reference: what the policy and the
         reference say now. version: hash of the policy's weights. tell: shows what a rollout came to."""
@@ -51,7 +53,7 @@ class RolloutSource:
         self._prompts, self._sampler, self._objective, self._settings = prompts, sampler, objective, settings
         self._text, self._seed, self._vocabulary = text, seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
-        self._tokens_per_batch = tokens_per_batch
+        self._tokens_per_batch, self._following = tokens_per_batch, following
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
@@ -88,17 +90,22 @@ class RolloutSource:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: the prompts drawn so far, running statistics, and the rollout that is learned."""
-        return packed(self._held, self._cursor, self._state)
+        more = {} if self._following is None else self._following.state()
+        return {**packed(self._held, self._cursor, self._state), **more}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, in the middle of a rollout too."""
         self._held, self._cursor, self._state = unpacked(state)
+        if self._following is not None:
+            self._following.load_state(state)
 
     def close(self) -> None:
         self._sampler.close()
 
     def _gathered(self, number: int) -> Held:
         started = time.perf_counter()
+        if number and self._following is not None:
+            self._following.step()
         self._sampler.sync()
         groups = list(self._groups())
         written = tuple(one for group in groups for one in group.written)

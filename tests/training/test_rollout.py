@@ -21,7 +21,7 @@ from llmtrainer.training.checkpoint import read_manifest
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.run import open_trainer, train
-from tests.tolerances import FLOAT64_TWO_WAYS
+from tests.tolerances import FLOAT64_TWO_WAYS, FOLLOWED_WEIGHT
 from tests.training import toy_rewards
 
 Make = Callable[..., Recipe]
@@ -298,3 +298,25 @@ def test_rows_beside_and_an_objective_beside_belong_together(rl: Make, world: Pa
         train(rl("objective={kind: mix, main: {kind: grpo}}"))
     with pytest.raises(UserError, match="has none beside it"):
         train(rl(f"beside={{kind: documents, train: {world}/store, sequence_length: 32}}"))
+
+
+def test_the_reference_follows_the_policy_by_its_share_after_every_rollout(rl: Make) -> None:
+    wanted = ("objective.kl=0.1", "rollout.mix_reference=0.25", "optim.schedule.peak=1e-2")
+    with open_trainer(rl(*wanted, "duration=3 steps")) as trainer:
+        policy, following = trainer.parts.policy, trainer.parts.source._following
+        expected = {name: value.clone() for name, value in following.reference.named_parameters()}
+        for _ in trainer.steps():
+            if trainer.progress.step < 3:
+                for name, value in policy.named_parameters():
+                    expected[name] = 0.75 * expected[name] + 0.25 * value.detach()
+        for name, value in following.reference.named_parameters():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=FOLLOWED_WEIGHT)
+
+
+def test_a_reference_that_moved_is_there_again_after_a_resume(rl: Make) -> None:
+    wanted = ("objective.kl=0.1", "rollout.mix_reference=0.25", "optim.schedule.peak=1e-2")
+    straight = rl(*wanted, "duration=4 steps")
+    told = stepped(straight)
+    resumed = ("optim.schedule.length=4 steps", f"run={straight.run}-resumed")
+    train(rl(*wanted, *resumed, "duration=2 steps"))
+    assert [step["loss/kl"] for step in stepped(rl(*wanted, *resumed))] == [step["loss/kl"] for step in told[2:]]
