@@ -71,6 +71,8 @@ bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER nam
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/lora_long.py
+	$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/grpo.py
 
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
