@@ -167,7 +167,8 @@ class _Shard:
     def __init__(self, file: Any) -> None:
         self.keys = [row.tobytes() for row in file.get_tensor(_KEYS)]
         self._offsets = file.get_tensor(_OFFSETS)
-        self._slices = {name: file.get_slice(name) for name in file.keys() if name not in (_KEYS, _OFFSETS)}
+        names = set(file.keys()) - {_KEYS, _OFFSETS}
+        self._slices = {name: file.get_slice(name) for name in sorted(names)}
         self._file = file
 
     @classmethod

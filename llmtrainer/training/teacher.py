@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,19 @@ class LiveTeacher:
     def __call__(self, batch: Batch) -> Batch:
         # Without dropout; and how a target was drawn concerns who drew it, not what the teacher would say.
         known = {name: batch.signals[name] for name in (GATES,) if name in batch.signals}
-        bare = Batch(**{**batch.__dict__, "signals": known}).to(self.device)
+        bare = replace(batch, signals=known).to(self.device)
         hidden_BTD, weight_VD = self.teacher.hidden(bare), self.teacher.head_weight
         if not isinstance(self.teacher, Decoder):
             hidden_BTD, weight_VD = self.teacher.with_bias(hidden_BTD)
-        places = max(1, SLICE_BYTES // (self.rows * 4))
+        places = max(1, SLICE_BYTES // (4 * self.rows))
         return batch.with_signals(
             listed.told_by(hidden_BTD, weight_VD[: self.rows], bare, self.k, self.temperature, places)
         )
 
 
 def teacher_of(
-    chosen: Teacher, objective: Objective, policy: Policy, tokenizer: FileTokenizer, engine: Engine, compute: torch.dtype
+    chosen: Teacher, objective: Objective, policy: Policy, tokenizer: FileTokenizer, engine: Engine,
+    compute: torch.dtype,
 ) -> LiveTeacher:
     """The teacher that the recipe names. UserError where it names none, or one that speaks of other ids."""
     if chosen.start_from is None:
