@@ -101,6 +101,14 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
     return figures
 
 
+def examined_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of answers that only show what the policy can: `reward`, its parts, `length` and `ended`."""
+    kept = {"reward/mean": "reward", "rollout/length": "length", "rollout/ended": "ended", "rollout/failed": "failed"}
+    found = {new: figures[name] for name, new in kept.items() if name in figures}
+    parts = {name: value for name, value in figures.items() if name.startswith("reward/")}
+    return found | {name: value for name, value in parts.items() if name not in ("reward/mean", "reward/std")}
+
+
 def samples_of(groups: Sequence[Group], most: int = 4) -> list[dict[str, Any]]:
     """An answer of the first few groups, for people."""
     return [

@@ -255,6 +255,7 @@ def evaluations_of(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
         average=average if settings.ema else None, annotators=feed.annotators, draw=partial(write_spread, run),
+        examined=feed.examined,
     )  # fmt: skip
 
 

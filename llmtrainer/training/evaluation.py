@@ -32,6 +32,7 @@ class Evaluations:
         suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
         annotators: Sequence[Annotator] = (), draw: Draw | None = None,
+        examined: Mapping[str, Callable[[], Mapping[str, float]]] | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._tokenizer = tokenizer
@@ -45,6 +46,8 @@ class Evaluations:
         """What is measured instead of the policy's own weights."""
         self._annotators = annotators
         self._draw = draw
+        self._examined = dict(examined or {})
+        """What answers to some prompts earn, by the name of the set."""
 
     def run(self, progress: Progress) -> dict[str, float]:
         training = self._policy.training
@@ -65,6 +68,8 @@ class Evaluations:
                 figures.update({f"{title}/{name}/{which}": value for which, value in statistics(values).items()})
                 if self._draw is not None and self._engine.rank == 0:
                     self._draw(title, name, progress, values)
+        for title, examine in self._examined.items():
+            figures.update({f"{title}/{name}": value for name, value in examine().items()})
         for suite in self._suites:
             numbers = suite.run(self._policy, self._tokenizer, self._read)
             figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class Feed:
     """What the source says of the rows it gave last."""
     starts_at: Mapping[str, float]
     """What Terms must be at the first step."""
+    examined: Mapping[str, Callable[[], Mapping[str, float]]] = field(default_factory=dict)
+    """What answers to prompts that are never learned from earn now, by the name of their set."""
 
 
 def feed_of(
@@ -80,7 +83,8 @@ def feed_of(
         for part in (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, recipe.objective):
             for name in type(part).model_fields:
                 getattr(part, name)
-    return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
+    examined = {name: partial(source.examined, prompts) for name, prompts in rows.asked.items()}
+    return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at, examined)
 
 
 def with_beside(recipe: Recipe, rows: Opened, source: Source) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_token
 from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import Sampled, Sampler, require_version
-from llmtrainer.training.answers import Group, figures_of, joined, samples_of, scored
+from llmtrainer.training.answers import Group, examined_figures, figures_of, joined, samples_of, scored
 from llmtrainer.training.following import Following
 from llmtrainer.training.held import SECONDS, Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
@@ -98,6 +99,14 @@ class RolloutSource:
         self._held, self._cursor, self._state = unpacked(state)
         if self._following is not None:
             self._following.load_state(state)
+
+    def examined(self, prompts: Prompts) -> dict[str, float]:
+        """What greedy answers to some prompts earn now, one to each. Nothing of it is learned or remembered."""
+        aside, greedy = copy(self), self._settings.sampling.model_copy(update={"temperature": 0.0})
+        aside._settings = self._settings.model_copy(update={"group_size": 1, "sampling": greedy})
+        self._sampler.sync()
+        groups = aside._written([prompts.prompt(draw) for draw in prompts.draws(0)])
+        return examined_figures(figures_of(groups))
 
     def close(self) -> None:
         self._sampler.close()

@@ -320,3 +320,19 @@ def test_a_reference_that_moved_is_there_again_after_a_resume(rl: Make) -> None:
     resumed = ("optim.schedule.length=4 steps", f"run={straight.run}-resumed")
     train(rl(*wanted, *resumed, "duration=2 steps"))
     assert [step["loss/kl"] for step in stepped(rl(*wanted, *resumed))] == [step["loss/kl"] for step in told[2:]]
+
+
+def test_held_out_prompts_are_answered_and_never_learned(rl: Make) -> None:
+    wanted = ("data.held_out=0.4", "evaluate.every=1 steps", "duration=2 steps")
+    settings = rl(*wanted)
+    plain = stepped(rl("data.held_out=0.4", "duration=2 steps", f"run={settings.run}-plain"))
+    told = stepped(settings)
+    found = events(settings, "evaluate")
+    assert [step["loss"] for step in told] == [step["loss"] for step in plain]
+    assert len(found) == 2 and all(0.0 <= event["held_out/reward"] <= 1.0 for event in found)
+    with open_trainer(rl(*wanted, f"run={settings.run}-again")) as trainer:
+        prompts = trainer.parts.source._prompts
+        (examine,) = trainer.parts.evaluate.__self__._examined.values()
+        asked = {tuple(prompts.prompt(draw).tokens) for draw in range(len(prompts))}
+        held = {tuple(examine.args[0].prompt(draw).tokens) for draw in examine.args[0].draws(0)}
+        assert held and not asked & held
