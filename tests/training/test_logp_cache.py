@@ -105,6 +105,17 @@ def test_a_cached_run_has_the_numbers_of_a_live_one(make: Make, tmp_path: Path) 
     assert len(live) > 8 and cached == near(live)
 
 
+def test_a_cached_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(make: Make, tmp_path: Path) -> None:
+    train(make(CACHED, f"run={tmp_path}/whole", f"cache={tmp_path}/elsewhere"))
+    for duration in ("2 steps", "4 steps"):
+        train(make(CACHED, f"run={tmp_path}/halves", "optim.schedule.length=4 steps", f"duration={duration}"))
+    whole, halves = (
+        (tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors").read_bytes()
+        for name in ("whole", "halves")
+    )
+    assert whole == halves
+
+
 def test_what_a_teacher_said_is_cached_too(make: Make, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations(12)))
     distill = (
