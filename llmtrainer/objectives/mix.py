@@ -50,6 +50,8 @@ class Mix(Objective):
         return self.main.whole_steps or self.beside.whole_steps
 
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
+        if BESIDE not in batch.signals:
+            return self.main.terms(out, batch)      # rows that are measured, and stand beside nothing
         beside_S = batch.signals[BESIDE][: batch.sequences] > 0
         terms = self.main.terms(_of(out, ~beside_S), batch.part(~beside_S))
         if not self.weight:

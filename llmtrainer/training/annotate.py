@@ -11,6 +11,7 @@ import torch
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import ADVANTAGE, REFERENCE, TEACHER_IDS
+from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
@@ -65,6 +66,7 @@ def kept(
     annotators = []
     for live in found.annotators:
         if (recipe.reference if isinstance(live, LiveReference) else recipe.teacher).cached:
+            _require_main(recipe.objective, live)
             filled, cached = cache_of(recipe, rows, live, policy, engine, compute)
             say(f"{_who(live)}: {filled.rows:,} rows, {filled.computed:,} of them read now, the others known before; "
                 f"kept in {filled.folder}")
@@ -104,6 +106,16 @@ def _facts(live: Annotator, policy: Policy, engine: Engine, compute: torch.dtype
         return {"what": "teacher", "sha256": live.sha256, **asked, **how}
     assert isinstance(live, LiveReference)
     return {"what": "reference", "sha256": live.frozen.sha256, **how}
+
+
+def _require_main(objective: Objective, live: Annotator) -> None:
+    """UserError where rows beside the main ones read it: those are others in every epoch."""
+    other = getattr(objective, "beside", None)
+    if isinstance(other, Objective) and not set(other.reads).isdisjoint(live.adds):
+        raise UserError(
+            f"the objective beside the main one reads a {_who(live)} too, and its rows are not cached",
+            where=f"{_who(live)}.cached", fix=f"{_who(live)}.cached=false",
+        )
 
 
 def _distinct(sources: Sequence[Any]) -> list[Any]:

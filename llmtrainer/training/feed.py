@@ -156,11 +156,12 @@ def require_taught(objective: Objective) -> None:
             why="only what learns from its own answers is asked prompts",
             fix="objective.kind=grpo, objective.kind=distill, or data.kind=examples",
         )
-    if "logp" in objective.wants:
+    main = getattr(objective, "main", objective)     # what stands beside it has rows of its own
+    if "logp" in main.wants:
         raise UserError(
             "the policy would imitate its own answers", where="objective.coefficient",
             why="(1 - coefficient) of the loss is the text's own, and the text is the policy's",
-            fix="objective.coefficient=1.0",
+            fix="objective.coefficient=1.0, and the teacher's word alone counts",
         )
 
 

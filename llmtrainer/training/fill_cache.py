@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import REFERENCE, TEACHER_IDS, TEACHER_LOGP, Batch
+from llmtrainer.core.batch import BESIDE, REFERENCE, TEACHER_IDS, TEACHER_LOGP, Batch
 from llmtrainer.core.protocols import Annotator
 from llmtrainer.core.randomness import derive
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
@@ -62,8 +62,11 @@ class Cached:
     """Signals that are the same for every batch."""
 
     def __call__(self, batch: Batch) -> Batch:
+        # The rows of an objective beside the main one are others than were asked about, and read nothing of this.
+        mine = batch.part(batch.signals[BESIDE][: batch.sequences] == 0) if BESIDE in batch.signals else batch
+        mine = mine.to("cpu")
         try:
-            said = said_of(self.cache, keys_of(batch))
+            said = said_of(self.cache, keys_of(mine)) or [self.cache.nothing()]
         except KeyError:
             raise UserError(
                 "a row is not in the cache of log-probabilities", where=str(self.cache.folder),
@@ -71,10 +74,13 @@ class Cached:
                 fix="reference.cached=false and teacher.cached=false",
             ) from None
         rows = [{name: _wide(value) for name, value in one.items()} for one in said]
-        known = with_row_signals(batch.to("cpu"), rows)
+        if mine.sequences:
+            known = with_row_signals(mine, rows).signals
+        else:
+            shape = mine.tokens_BT.shape
+            known = {name: torch.from_numpy(value).new_zeros(*shape, *value.shape[1:]) for name, value in rows[0].items()}
         device = batch.tokens_BT.device
-        found = {name: known.signals[name].to(device) for name in (rows[0] if rows else ())}
-        return batch.with_signals({**found, **self.constant})
+        return batch.with_signals({**{name: known[name].to(device) for name in rows[0]}, **self.constant})
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,17 @@ def test_a_cached_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(
     assert whole == halves
 
 
+def test_rows_of_an_objective_beside_need_no_reference_in_the_cache(make: Make, world: Path, tmp_path: Path) -> None:
+    mixed = (
+        "objective={kind: mix, main: {kind: dpo}, weight: 0.5}", "duration=2 steps", "evaluate.every=never",
+        f"beside={{kind: documents, train: {world}/store, sequence_length: 32, sequences_per_step: 3}}",
+    )
+    live, cached = (told(make(*mixed, f"run={tmp_path}/{n}", *more)) for n, more in enumerate(((), (CACHED,))))
+    assert cached == near(live)
+    with pytest.raises(UserError, match="its rows are not cached"):
+        train(make(*mixed, "objective.beside.kind=tests.training.nearness.Near", CACHED, f"run={tmp_path}/two"))
+
+
 def test_what_a_teacher_said_is_cached_too(make: Make, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations(12)))
     distill = (
