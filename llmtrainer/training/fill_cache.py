@@ -77,8 +77,11 @@ class Cached:
         if mine.sequences:
             known = with_row_signals(mine, rows).signals
         else:
-            shape = mine.tokens_BT.shape
-            known = {name: torch.from_numpy(value).new_zeros(*shape, *value.shape[1:]) for name, value in rows[0].items()}
+            B, T = mine.tokens_BT.shape
+            known = {
+                name: torch.from_numpy(np.zeros((B, T, *value.shape[1:]), value.dtype))
+                for name, value in rows[0].items()
+            }
         device = batch.tokens_BT.device
         return batch.with_signals({**{name: known[name].to(device) for name in rows[0]}, **self.constant})
 

@@ -15,7 +15,9 @@ from llmtrainer.training.run import train
 from llmtrainer.training.use import Evaluation, evaluate
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
-TINY, CONTINUE, ANSWER, JUDGE = (RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward"))
+TINY, CONTINUE, ANSWER, JUDGE, DISTILL = (
+    RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward", "distill")
+)
 
 
 def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp_path: Path) -> None:
@@ -135,3 +137,31 @@ def test_by_the_recipe_a_small_base_learns_which_of_two_answers_is_right(tmp_pat
     gaps = [item["scores"][0] - item["scores"][1] for item in measured.items]
     assert sum(gap > 0 for gap in gaps) / 24 == accuracy
     assert "of 24 pairs: the better answer has more" in measured.text()
+
+
+def test_by_the_recipe_a_smaller_model_comes_near_its_teacher_from_rows_and_then_by_its_own_answers(
+    tmp_path: Path,
+) -> None:
+    library(tmp_path)
+    trained_base(tmp_path)
+    shared = [
+        f"cache={tmp_path / 'cache'}", f"tokenizer={tmp_path / 'base'}", "optim.schedule.warmup=2 steps",
+        "evaluate.every=never",
+    ]  # fmt: skip
+    rows = [f"data.train={tmp_path / 'known.py'}", "data.evaluate={}", "data.sequences_per_step=8", "duration=16 steps"]
+    taught = [*shared, *rows, f"run={tmp_path / 'teacher'}", f"model.start_from={tmp_path / 'base'}"]
+    train(load(Recipe, ANSWER, overrides=[*taught, "evaluate.prompts=[]", "optim.schedule.peak=1e-2"]))
+    shared += [f"teacher.start_from={tmp_path / 'teacher'}"]
+    overrides = [*shared, *rows, f"run={tmp_path / 'run'}", "model.hidden_size=32", "model.layers=2"]
+    train(load(Recipe, DISTILL, overrides=[*overrides, "optim.schedule.peak=1e-2"]))
+    told = [event["loss/distill"] for event in steps(tmp_path / "run" / "events.jsonl")]
+    assert told[-1] < 0.6 * told[0], told
+    overrides = [
+        *shared, f"run={tmp_path / 'own'}", f"model={{start_from: {tmp_path / 'run'}}}", "objective.coefficient=1.0",
+        f"data={{kind: prompts, train: {tmp_path / 'known.py'}, template: chatml, prompts_per_step: 8}}",
+        "objective.divergence=reverse_kl", "rollout.group_size=1", "rollout.sampling.max_new_tokens=8",
+        "teacher.cached=false", "duration=8 steps", "optim.schedule.peak=1e-2",
+    ]  # fmt: skip
+    train(load(Recipe, DISTILL, overrides=overrides))
+    told = [event["loss/distill"] for event in steps(tmp_path / "own" / "events.jsonl")]
+    assert sum(told[-2:]) < sum(told[:2]), told
