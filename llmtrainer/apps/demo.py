@@ -70,7 +70,7 @@ class Demo(Config):
 
     questions: str = "stdlib:questions"
     """Conversations to learn answering from: here, what functions and classes do, answered by their docstrings. And
-    comparisons to learn preferring from: that answer, and another docstring of the module."""
+    comparisons to learn preferring from: that answer, and its first half."""
 
     held_out_questions: str = "stdlib:held_out_questions"
     """Conversations that it never sees, to measure how well it answers and prefers. Their questions alone are what it
@@ -118,7 +118,7 @@ def demo(settings: Demo) -> Told:
         "compress": ("measure three compressors on the same files", _compress),
         "sample": ("let the model write", _sample),
         "answer": ("teach the model to answer questions, and ask it two", _answer),
-        "prefer": ("show it two answers to a question, and which of them is right (DPO)", _prefer),
+        "prefer": ("show it a whole answer and one that breaks off, and which of them is better (DPO)", _prefer),
         "reinforce": ("let it answer, and make what a rule likes more likely (GRPO)", _reinforce),
         "plot": ("draw the curves", _plot),
     }
@@ -321,7 +321,8 @@ def _prefer_recipe(settings: Demo, run: str, steps: int) -> Recipe:
         **_after_answers(settings, run, steps),
         "data": {
             "kind": "preferences", "train": settings.questions, "evaluate": {QUESTIONS: settings.held_out_questions},
-            "template": "chatml", "sequence_length": 256, "tokens_per_batch": 4096, "pairs_per_step": 16,
+            "format": {"kind": "messages", "worse": "broken_off"}, "template": "chatml", "sequence_length": 256,
+            "tokens_per_batch": 4096, "pairs_per_step": 16,
         },
         "objective": {"kind": "dpo", "beta": 0.1},
         "evaluate": {"every": Every(Duration(max(steps // 4, 1), "steps"))},

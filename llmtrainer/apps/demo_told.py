@@ -110,10 +110,9 @@ def _preferred(told: Told) -> str:
         return ""
     found = told.preferences
     return (
-        f"Shown which of two answers is right ({found['pairs']:,} pairs, {found['steps']:,} steps of DPO in "
-        f"{span(found['seconds'])}), it now holds\nthe right one likelier than it did, against the wrong one, in "
-        f"{found['accuracy_after']:.0%} of {found['held_out_pairs']:,} pairs that it never saw; a guess\n"
-        "would be 50%."
+        f"Shown whole answers beside broken-off ones ({found['pairs']:,} pairs, {found['steps']:,} steps of DPO in "
+        f"{span(found['seconds'])}), it leans\ntowards the whole one more than it did before in "
+        f"{found['accuracy_after']:.0%} of {found['held_out_pairs']:,} pairs that it never saw; a guess would be 50%."
     )
 
 

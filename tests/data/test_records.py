@@ -164,5 +164,8 @@ def test_source_compares_the_answer_to_a_question_with_that_to_another(tmp_path:
     told = [(record["chosen"][1]["content"], record["rejected"][1]["content"]) for record in found]
     assert told == [(answers[0], answers[1]), (answers[1], answers[2]), (answers[2], answers[0])]
     assert all(record["chosen"][0] == record["rejected"][0] == record["messages"][0] for record in found)
+    for record in found:
+        whole, half = (record[name][1]["content"] for name in ("chosen", "broken_off"))
+        assert record["broken_off"][0] == record["chosen"][0] and whole.startswith(half) and 0 < len(half) < len(whole)
     (alone,) = read(written(tmp_path / "alone.py", 'def f():\n    """Do the one thing there is."""\n'))
     assert alone.value["rejected"][1]["content"] == "is. there thing one the Do"

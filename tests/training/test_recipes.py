@@ -18,6 +18,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
 TINY, CONTINUE, ANSWER, JUDGE, DISTILL = (
     RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward", "distill")
 )
+PREFER, EARN, CRITIC = (RECIPES / f"{name}.yaml" for name in ("dpo", "grpo", "ppo"))
+FULL = sorted((RECIPES.parent / "full").glob("*.yaml"))
 
 
 def test_the_tiny_recipe_runs_on_this_pythons_own_library_and_its_loss_falls(tmp_path: Path) -> None:
@@ -165,3 +167,59 @@ def test_by_the_recipe_a_smaller_model_comes_near_its_teacher_from_rows_and_then
     train(load(Recipe, DISTILL, overrides=overrides))
     told = [event["loss/distill"] for event in steps(tmp_path / "own" / "events.jsonl")]
     assert sum(told[-2:]) < sum(told[:2]), told
+
+
+def started_from_base(folder: Path) -> list[str]:
+    """The recipe's model, data and folders, replaced by small ones."""
+    library(folder)
+    trained_base(folder)
+    return [
+        f"run={folder / 'run'}", f"cache={folder / 'cache'}", f"model.start_from={folder / 'base'}",
+        f"tokenizer={folder / 'base'}", f"data.train={folder / 'known.py'}",
+    ]
+
+
+def test_by_the_recipe_a_small_base_comes_to_prefer_the_right_answers(tmp_path: Path) -> None:
+    recipe = load(
+        Recipe, PREFER,
+        overrides=[
+            *started_from_base(tmp_path), f"data.evaluate={{questions: {tmp_path / 'known.py'}}}",
+            "data.pairs_per_step=12", "optim.schedule.peak=1e-3", "optim.schedule.warmup=2 steps",
+            "evaluate.every=never", "duration=30 steps",
+        ],
+    )  # fmt: skip
+    result = train(recipe)
+    events = steps(tmp_path / "run" / "events.jsonl")
+    assert events[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the policy begins as its own reference: log 2"
+    assert events[-1]["loss"] < 0.5 and result.figures["questions/preference/accuracy"] > 0.9, result.figures
+
+
+CHARACTERS = "rollout.rewards=[{kind: regex, name: letters, pattern: '[a-z ]', times: 0}]"
+"""A rule that a base of two steps obeys now and then: no small letter and no space."""
+
+
+@pytest.mark.parametrize("name", [EARN, CRITIC], ids=["grpo", "ppo"])
+def test_by_the_recipe_a_small_base_comes_to_earn_more(tmp_path: Path, name: Path) -> None:
+    recipe = load(
+        Recipe, name,
+        overrides=[
+            *started_from_base(tmp_path), CHARACTERS, "rollout.sampling.max_new_tokens=4", "objective.kl=0",
+            "optim.schedule.peak=1e-2", "duration=20 steps",
+        ],
+    )  # fmt: skip
+    train(recipe)
+    rewards = [event["reward/mean"] for event in steps(tmp_path / "run" / "events.jsonl")]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2, rewards
+
+
+@pytest.mark.parametrize("name", [EARN, CRITIC], ids=["grpo", "ppo"])
+def test_the_rule_of_the_recipe_is_measured_in_both_its_parts(tmp_path: Path, name: Path) -> None:
+    train(load(Recipe, name, overrides=[*started_from_base(tmp_path), "duration=2 steps"]))
+    for event in steps(tmp_path / "run" / "events.jsonl"):
+        assert event["reward/mean"] == pytest.approx((event["reward/sentence"] + event["reward/command"]) / 2)
+
+
+@pytest.mark.parametrize("name", FULL, ids=lambda path: path.stem)
+def test_a_recipe_for_a_large_model_is_one(name: Path) -> None:
+    recipe = load(Recipe, name)
+    assert recipe.run == f"runs/{name.stem}" and recipe.precision == "bfloat16"

@@ -24,6 +24,7 @@ class Docstrings(Reader):
     """`What does NAME in MODULE do?` for every public function, class and method with a docstring, whose first
     paragraph is the answer: `messages`. And, for those who compare answers, that conversation as `chosen` and the same
     question answered by the module's next docstring as `rejected`; by its own words backwards, where there is no other.
+    `broken_off` is the right answer, which stops half way: easier to tell, for a small model.
     The source is parsed and never run; private modules and tests are left out."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".py",)
@@ -57,8 +58,9 @@ def _questions(text: str, module: str, path: str) -> tuple[tuple[dict[str, Any],
     records = []
     for place, (name, line, answer) in enumerate(found):
         question = f"What does {name} in {module} do?"
-        right, wrong = (_asked(question, text) for text in (answer, _another(answers, place)))
-        records.append(({"messages": right, "chosen": right, "rejected": wrong}, line))
+        told = (answer, _another(answers, place), answer[: len(answer) // 2].rstrip())
+        right, wrong, half = (_asked(question, text) for text in told)
+        records.append(({"messages": right, "chosen": right, "rejected": wrong, "broken_off": half}, line))
     return tuple(records)
 
 
