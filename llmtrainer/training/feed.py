@@ -21,6 +21,7 @@ from llmtrainer.core.batch import (
     Batch,
     Outputs,
 )
+from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
@@ -32,6 +33,7 @@ from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.annotate import beside, kept
 from llmtrainer.training.beside import BesideSource
+from llmtrainer.training.conversations import Talking, encoder
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
@@ -76,7 +78,9 @@ def feed_of(
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
-        for part in (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, recipe.objective):
+        environment = () if recipe.rollout.environment is None else (recipe.rollout.environment,)
+        rollout = (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, *environment)
+        for part in (*rollout, recipe.objective):
             for name in type(part).model_fields:
                 getattr(part, name)
     return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at)
@@ -138,7 +142,16 @@ def source_of(
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
         version=lambda: weights_version(policy.module), tell=tell,
+        talking=talking_of(settings.environment, rows, policy),
     )
+
+
+def talking_of(environment: Environment | None, rows: Opened, policy: Policy) -> Talking | None:
+    """With whom the policy talks, by the template of its prompts."""
+    if environment is None:
+        return None
+    assert rows.chat is not None, "prompts come with a template"
+    return Talking(environment, encoder(rows.chat), policy.context_length)
 
 
 def require_taught(objective: Objective) -> None:
