@@ -114,6 +114,20 @@ class Chat:
         begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
         return begin + self.tokenizer.encode(text)
 
+    def behind_answer(self, messages: Sequence[Message], reply: Message, *, ended: bool) -> list[int]:
+        """What a model reads behind its answer to a conversation, up to where it answers again: a reply to it, and the
+        template's call. ended: whether the answer has its own end; else the template's is the first id."""
+        place = len(messages)
+        rendered = self._render([*messages, Message(ASSISTANT, "It is."), reply], (), prompt=True)
+        start = max(rendered.of_message(place))
+        end = next((item for item in rendered.controls if item.start >= start and item.token in self.end_ids), None)
+        if end is None or end.stop > min(rendered.of_message(place + 1), default=end.stop):
+            raise self._refusal("the template does not end an answer that is replied to", f"the reply is by {reply.role}")
+        first = end.stop if ended else end.start
+        parts, starts = parts_of(rendered, [first])
+        encoded = self.tokenizer.encode_parts(parts)
+        return [token for start, ids in zip(starts, encoded, strict=True) if start >= first for token in ids]
+
     def text(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
     ) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llmtrainer.core.protocols import Reward
 from llmtrainer.core.rollout import Answer, Prompt, Rollout, Verdict
 from llmtrainer.generation.sampler import Sampled
+from llmtrainer.training.turns import Conversation
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,45 @@ class Group:
 
     prompt: Prompt
     written: tuple[Sampled, ...]
+    """What was sampled of each; of a conversation, all turns of the policy as one."""
     answers: tuple[Answer, ...]
     reward_G: NDArray[np.float64]
     """NaN where no reward could be worked out."""
     verdicts: Mapping[str, Sequence[Verdict]]
     """What each reward said of each answer, by the reward's name, without its weight."""
+    talks: tuple[Conversation, ...] = ()
+    """The conversations that the answers are, where an environment takes part."""
 
     @property
     def teaches(self) -> bool:
         """Whether some answer earned more than another."""
         known = self.reward_G[~np.isnan(self.reward_G)]
         return len(known) > 1 and bool(known.max() > known.min())
+
+    @property
+    def ended_G(self) -> NDArray[np.bool_]:
+        """Whether each came to its end by itself: a conversation, where its environment said so."""
+        whole = np.array([one.finish != "length" for one in self.written])
+        return whole & np.array([talk.end == "done" for talk in self.talks]) if self.talks else whole
+
+    def tokens(self, place: int) -> NDArray[np.int64]:
+        """What follows the prompt, with what an environment said in between."""
+        return np.array(self.talks[place].tokens if self.talks else self.written[place].tokens, dtype=np.int64)
+
+    def weights(self, place: int) -> NDArray[np.float32]:
+        """1 for each of these that was sampled, 0 for the others."""
+        if self.talks:
+            return np.array(self.talks[place].weights, dtype=np.float32)
+        return np.ones(len(self.written[place].tokens), dtype=np.float32)
+
+    def logp(self, place: int) -> NDArray[np.float64]:
+        """What sampling saw of each of these that was sampled; 0 for the others."""
+        if not self.talks:
+            return self.written[place].sampled_logp
+        drawn = self.weights(place) > 0
+        found = np.zeros(len(drawn))
+        found[drawn] = self.written[place].sampled_logp
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,30 +89,32 @@ def scored(rewards: Sequence[Reward], answers: Sequence[Answer]) -> Scores:
 
 def joined(groups: Sequence[Group]) -> Rollout:
     """The answers of all groups side by side. Their log-probabilities are those that sampling saw."""
-    flat = [(number, group, one) for number, group in enumerate(groups) for one in group.written]
-    answers = tuple(np.array(one.tokens, dtype=np.int64) for _, _, one in flat)
+    flat = [(number, group, place) for number, group in enumerate(groups) for place in range(len(group.written))]
     return Rollout(
         prompts=tuple(np.array(group.prompt.tokens, dtype=np.int64) for _, group, _ in flat),
-        answers=answers,
-        weights=tuple(np.ones(len(answer), dtype=np.float32) for answer in answers),
-        old_logp=tuple(one.sampled_logp for _, _, one in flat),
+        answers=tuple(group.tokens(place) for _, group, place in flat),
+        weights=tuple(group.weights(place) for _, group, place in flat),
+        old_logp=tuple(group.logp(place) for _, group, place in flat),
         group_R=np.array([number for number, _, _ in flat], dtype=np.int64),
         reward_R=np.concatenate([group.reward_G for group in groups]),
-        ended_R=np.array([one.finish != "length" for _, _, one in flat]),
-        version=flat[0][2].version,
+        ended_R=np.concatenate([group.ended_G for group in groups]),
+        version=groups[0].written[0].version,
     )
 
 
 def figures_of(groups: Sequence[Group]) -> dict[str, float]:
-    """What a rollout came to: rewards, lengths, how answers ended, and in which share of them a reward gave which
-    reason."""
+    """What a rollout came to: rewards, lengths, how answers ended, in which share of them a reward gave which reason;
+    of conversations, how many turns they had, and how many of these the environment could not use."""
     reward_R = np.concatenate([group.reward_G for group in groups])
     written = [one for group in groups for one in group.written]
     known = reward_R[~np.isnan(reward_R)]
     figures = {
         "rollout/length": float(np.mean([len(one.tokens) for one in written])),
-        "rollout/ended": float(np.mean([one.finish != "length" for one in written])),
+        "rollout/ended": float(np.concatenate([group.ended_G for group in groups]).mean()),
     }
+    if talks := [talk for group in groups for talk in group.talks]:
+        figures["rollout/turns"] = float(np.mean([len(talk.said) for talk in talks]))
+        figures["rollout/errors"] = float(np.mean([sum(heard.error for heard in talk.heard) for talk in talks]))
     if not groups[0].verdicts:
         return figures    # nobody said what an answer is worth
     figures |= {
@@ -113,7 +144,7 @@ def samples_of(groups: Sequence[Group], most: int = 4) -> list[dict[str, Any]]:
     """An answer of the first few groups, for people."""
     return [
         {
-            "prompt": [message.content for message in group.prompt.messages], "answer": group.answers[0].text,
+            "prompt": [message.content for message in group.answers[0].prompt], "answer": group.answers[0].text,
             "reward": None if np.isnan(group.reward_G[0]) else float(group.reward_G[0]),
             "finish": group.answers[0].finish,
         }

@@ -22,17 +22,18 @@ from llmtrainer.core.batch import (
     Batch,
     Outputs,
 )
+from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.generation.loop import text_stream
-from llmtrainer.generation.sampler import Sampled
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.annotate import beside, kept
 from llmtrainer.training.beside import BesideSource
+from llmtrainer.training.conversations import Talking, encoder
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.following import following
 from llmtrainer.training.ready_rewards import ready
@@ -42,6 +43,7 @@ from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUTS, State
 from llmtrainer.training.shared_prompts import require_exact
+from llmtrainer.training.turns import Turn
 from llmtrainer.training.writing import text_after
 
 
@@ -80,7 +82,9 @@ def feed_of(
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
-        for part in (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, recipe.objective):
+        environment = () if recipe.rollout.environment is None else (recipe.rollout.environment,)
+        rollout = (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, *environment)
+        for part in (*rollout, recipe.objective):
             for name in type(part).model_fields:
                 getattr(part, name)
     examined = {name: partial(source.examined, prompts) for name, prompts in rows.asked.items()}
@@ -144,7 +148,16 @@ def source_of(
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
         version=lambda: weights_version(policy.module), tell=tell,
         following=following(None if frozen is None else frozen.model, policy, settings.mix_reference),
+        talking=talking_of(settings.environment, rows, policy),
     )
+
+
+def talking_of(environment: Environment | None, rows: Opened, policy: Policy) -> Talking | None:
+    """With whom the policy talks, by the template of its prompts."""
+    if environment is None:
+        return None
+    assert rows.chat is not None, "prompts come with a template"
+    return Talking(environment, encoder(rows.chat), policy.context_length)
 
 
 def require_taught(objective: Objective) -> None:
@@ -171,7 +184,7 @@ def with_ends(sampling: Sampling, rows: Opened) -> Sampling:
     return sampling.model_copy(update={"stop_ids": tuple(dict.fromkeys([*sampling.stop_ids, *ends]))})
 
 
-def text_of(tokenizer: FileTokenizer, sampling: Sampling, prompt: Sequence[int], answer: Sampled) -> str:
+def text_of(tokenizer: FileTokenizer, sampling: Sampling, prompt: Sequence[int], answer: Turn) -> str:
     """What was written, without control tokens and without the stop string that ended it."""
     if sampling.stop:
         growing = text_stream(sampling, tokenizer, prompt)

@@ -39,7 +39,7 @@ class Held:
     """Of the rollout, from 0."""
     rollout: Rollout
     written: tuple[Sampled, ...]
-    """The answers as they were sampled."""
+    """The answers as they were sampled; of a conversation, all turns of the policy as one."""
     advantages: Arrays | None = None
     """For each token of each answer; None where nothing is earned."""
     returns: Arrays | None = None
@@ -159,11 +159,13 @@ def _read_written(state: Mapping[str, Tensor], rollout: Rollout) -> tuple[Sample
     told, ids, left_out = _json(state["written"]), _arrays(state, "kept"), state["left_out"].tolist()
     kept, no_ids = [Kept(*both) for both in zip(ids, left_out, strict=True)], np.array(told["never"], dtype=np.int64)
     found, at = [], 0
-    for number, tokens in enumerate(rollout.answers):
+    for number, weight in enumerate(rollout.weights):
+        drawn = weight > 0      # what an environment said between them was not
+        tokens, logp = rollout.answers[number][drawn], rollout.old_logp[number][drawn]
         mine = tuple(kept[at : at + len(tokens)])
         at += len(tokens)
         found.append(Sampled(
-            tuple(tokens.tolist()), told["finish"][number], rollout.old_logp[number], rollout.old_logp[number],
+            tuple(tokens.tolist()), told["finish"][number], logp, logp,
             told["temperature"][number], no_ids,
             mine if told["filtered"][number] else None, rollout.version,
         ))  # fmt: skip

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Duration, Every
+from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import EngineConfig, Family, Reward, Rule
 from llmtrainer.core.schedule import Schedule
@@ -155,6 +156,10 @@ class Rollouts(Config):
 
     rewards: tuple[Reward, ...] = ()
     """What answers are worth: rewards by kind, added up by their weights, each reported under its name."""
+
+    environment: Environment | None = None
+    """Who answers the policy for several turns, such as `{kind: callback, function: "game:play", max_turns: 3}`: an
+    answer is then a conversation. What it gives for turns is added to `rewards`. Left out: single answers."""
 
     sampler: SamplerKind = Own()
     """Who writes the answers, and with how much memory."""

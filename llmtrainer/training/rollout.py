@@ -23,10 +23,12 @@ from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import Sampled, Sampler, require_version
 from llmtrainer.training.answers import Group, examined_figures, figures_of, joined, samples_of, scored
+from llmtrainer.training.conversations import REWARD, Talking, answer_of, sampled_of, with_own_reward
 from llmtrainer.training.following import Following
 from llmtrainer.training.held import SECONDS, Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
 from llmtrainer.training.row_signals import read_back, with_row_signals
+from llmtrainer.training.turns import Conversation, Turn
 
 Look = Callable[[Batch, tuple[str, ...]], Outputs]
 """What a model says of a batch, without dropout and without a gradient."""
@@ -43,18 +45,19 @@ class RolloutSource:
 
     def __init__(
         self, prompts: Prompts, sampler: Sampler, objective: Objective, settings: Rollouts, *,
-        text: Callable[[Sequence[int], Sampled], str], tokens_per_batch: int, seed: int, vocabulary: int,
+        text: Callable[[Sequence[int], Turn], str], tokens_per_batch: int, seed: int, vocabulary: int,
         look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
-        following: Following | None = None,
+        following: Following | None = None, talking: Talking | None = None,
     ) -> None:  # fmt: skip
         """text: an answer as rewards read it, from the ids of its prompt. look, reference: what the policy and the
-        reference say now. version: hash of the policy's weights. tell: shows what a rollout came to."""
+        reference say now. version: hash of the policy's weights. tell: shows what a rollout came to. talking: with
+        whom the policy talks for several turns; None: it answers once."""
         self._earns = ADVANTAGE in objective.reads
         (require_rewards if self._earns else require_no_rewards)(settings)
         self._prompts, self._sampler, self._objective, self._settings = prompts, sampler, objective, settings
         self._text, self._seed, self._vocabulary = text, seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
-        self._tokens_per_batch, self._following = tokens_per_batch, following
+        self._tokens_per_batch, self._following, self._talking = tokens_per_batch, following, talking
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
@@ -152,16 +155,31 @@ class RolloutSource:
     def _written(self, prompts: Sequence[Prompt]) -> list[Group]:
         G, seed, settings = self._settings.group_size, derive(self._seed, "rollout", self._cursor), self._settings
         self._cursor += len(prompts)
+        if self._talking is not None:
+            talks = self._talking.talks(self._sampler, prompts, G, settings.sampling, seed, self._text)
+            return self._grouped(prompts, [sampled_of(talk) for talk in talks], list(map(answer_of, talks)), talks)
         written = self._sampler.sample([prompt.tokens for prompt in prompts], G, settings.sampling, seed)
         asked = [prompt for prompt in prompts for _ in range(G)]
         answers = [
             Answer(prompt.messages, self._text(prompt.tokens, one), one.tokens, one.finish, prompt.facts)
             for prompt, one in zip(asked, written, strict=True)
         ]
-        scores = scored(settings.rewards, answers)
-        slices = [slice(at, at + G) for at in range(0, len(asked), G)]
+        return self._grouped(prompts, written, answers)
+
+    def _grouped(
+        self, prompts: Sequence[Prompt], written: Sequence[Sampled], answers: Sequence[Answer],
+        talks: Sequence[Conversation] = (),
+    ) -> list[Group]:  # fmt: skip
+        G, rewards = self._settings.group_size, self._settings.rewards
+        scores = scored(rewards, answers)
+        if talks:
+            scores = with_own_reward(scores, talks, needed=self._earns and not rewards)
+        slices = [slice(at, at + G) for at in range(0, len(answers), G)]
         return [
-            Group(prompt, tuple(written[part]), tuple(answers[part]), scores.total_R[part], scores.of(part))
+            Group(
+                prompt, tuple(written[part]), tuple(answers[part]), scores.total_R[part], scores.of(part),
+                tuple(talks[part]),
+            )
             for prompt, part in zip(prompts, slices, strict=True)
         ]
 
@@ -255,13 +273,13 @@ def require_no_rewards(settings: Rollouts) -> None:
 
 def require_rewards(settings: Rollouts) -> None:
     """UserError where nothing says what an answer is worth, or two rewards have one name."""
-    if not settings.rewards:
+    if not settings.rewards and settings.environment is None:
         raise UserError(
             "nothing says what an answer is worth", where="rollout.rewards",
             why="the policy learns to earn a reward",
             fix="rollout.rewards='[{kind: numeric}]' compares the number at the end with the record's `answer`",
         )
-    names = [reward.title for reward in settings.rewards]
+    names = [reward.title for reward in settings.rewards] + ([REWARD] if settings.environment else [])
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"two rewards are called `{twice[0]}`", where="rollout.rewards", why="their figures would have one name",

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.environment import Environment, Episode, Feedback
 from llmtrainer.core.randomness import derive
@@ -44,27 +42,21 @@ class Sampler(Protocol):
     ) -> Sequence[Turn]: ...
 
 
-class Turns(Config):
-    """With whom a policy talks, and for how long."""
+class Limits(NamedTuple):
+    """When a conversation ends that its environment would go on with."""
 
-    environment: Environment
-    """Who answers: `{kind: callback, function: "game:play"}`."""
+    turns: int
+    errors: int
+    tokens: int
+    """Behind the prompt."""
+    context: int | None
+    """Tokens that the policy reads at most, the prompt among them; None: any number."""
+    next_turn: int
+    """Tokens that a turn may have."""
 
-    max_turns: int = Field(default=8, ge=1)
-    """Turns of the policy in one conversation."""
-
-    max_errors: int = Field(default=2, ge=1)
-    """So many turns in a row that the environment cannot use end a conversation."""
-
-    max_tokens: int = Field(default=4096, ge=1)
-    """Tokens of a conversation behind its prompt, at most; no turn is begun that might go beyond."""
-
-    workers: int = Field(default=4, ge=1)
-    """Conversations that the environment answers at a time, in threads."""
-
-    exceptions: Literal["stop", "fail"] = "stop"
-    """What an exception of the environment does: stop the run with its own traceback, or end the one conversation,
-    which then has no reward."""
+    def room(self, talk: Conversation) -> int:
+        """Tokens that may follow the prompt."""
+        return self.tokens if self.context is None else min(self.tokens, self.context - len(talk.prompt.tokens))
 
 
 @dataclass
@@ -120,31 +112,36 @@ class Conversation:
         self.logp += [0.0] * len(tokens)
 
 
-Spoken = Callable[[Turn], str]
-"""The text of a turn, without control tokens."""
+Spoken = Callable[[Sequence[int], Turn], str]
+"""The text of a turn, without control tokens, and the ids before it."""
 Encoded = Callable[[Conversation, Feedback], Sequence[int]]
 """The ids that show a feedback to the policy, up to where its next turn begins: the end of its own turn where a
 template has one that was not sampled, the feedback in its role, and what opens an assistant's turn."""
 
 
 def converse(
-    sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, turns: Turns,
-    spoken: Spoken, encoded: Encoded,
+    sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, environment: Environment,
+    spoken: Spoken, encoded: Encoded, context: int | None = None,
 ) -> list[Conversation]:
     """`each` conversations about every prompt, those of the first prompt first.
 
     All that are still open are sampled together, turn by turn: a function of (weights, prompts, sampling, seed) where
-    the environment is one of what it was told, however many threads it has. Raises what the environment raised, with
+    the environment is one of what it was told, however many threads it has. context: tokens that the policy reads at
+    most. Raises what the environment raised, with
     its own traceback, of the first conversation in order where several did; UserError always.
     """
     talks = [Conversation(prompt) for prompt in prompts for _ in range(each)]
+    limits = Limits(
+        environment.max_turns, environment.max_errors, environment.max_tokens, context, sampling.max_new_tokens
+    )
+    forgiving = environment.exceptions == "fail"
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(turns.workers, thread_name_prefix="environment"))
+        pool = stack.enter_context(ThreadPoolExecutor(environment.workers, thread_name_prefix="environment"))
         episodes: list[Episode] = []
         for talk in talks:
-            episodes.append(turns.environment.begin(talk.prompt))
+            episodes.append(environment.begin(talk.prompt))
             stack.callback(episodes[-1].close)
-        for number in range(turns.max_turns):
+        for number in range(limits.turns):
             active = [place for place, talk in enumerate(talks) if talk.end is None]
             if not active:
                 break
@@ -152,22 +149,22 @@ def converse(
             written = sampler.sample(asked, 1, sampling, derive(seed, "turn", number))
             assert len(written) == len(active), f"{len(written)} completions of {len(active)} prompts"
             for place, turn in zip(active, written, strict=True):
-                talks[place].write(turn, spoken(turn))
-            waiting = [pool.submit(_answer, episodes[place], talks[place], turns) for place in active]
+                talks[place].write(turn, spoken([*talks[place].prompt.tokens, *talks[place].tokens], turn))
+            waiting = [pool.submit(_answer, episodes[place], talks[place], forgiving) for place in active]
             answers = _all(waiting)
             for place, feedback in zip(active, answers, strict=True):
-                _go_on(talks[place], feedback, turns, number, sampling.max_new_tokens, encoded)
+                _go_on(talks[place], feedback, limits, encoded)
     return talks
 
 
-def _answer(episode: Episode, talk: Conversation, turns: Turns) -> Feedback | str:
+def _answer(episode: Episode, talk: Conversation, forgiving: bool) -> Feedback | str:
     """What the environment says; the name of its exception where that costs only the conversation."""
     try:
         return episode.step(talk.said[-1])
     except UserError:
         raise
     except Exception as error:
-        if turns.exceptions == "stop":
+        if not forgiving:
             raise
         return type(error).__name__
 
@@ -179,9 +176,7 @@ def _all(waiting: Sequence[Any]) -> list[Feedback | str]:
     return [future.result() for future in waiting]
 
 
-def _go_on(
-    talk: Conversation, feedback: Feedback | str, turns: Turns, number: int, next_turn: int, encoded: Encoded
-) -> None:
+def _go_on(talk: Conversation, feedback: Feedback | str, limits: Limits, encoded: Encoded) -> None:
     """Note what the environment said, and end the conversation or prepare its next turn."""
     if isinstance(feedback, str):
         talk.end, talk.error = "failed", feedback
@@ -189,15 +184,15 @@ def _go_on(
     talk.heard.append(feedback)
     if feedback.done:
         talk.end = "done"
-    elif talk.errors >= turns.max_errors:
+    elif talk.errors >= limits.errors:
         talk.end = "errors"
     elif talk.finish == "length":
         talk.end = "length"     # its turn has no end to which anything could be said
-    elif number + 1 == turns.max_turns:
+    elif len(talk.said) == limits.turns:
         talk.end = "turns"
     else:
         heard = encoded(talk, feedback)
-        if len(talk.tokens) + len(heard) + next_turn > turns.max_tokens:
+        if len(talk.tokens) + len(heard) + limits.next_turn > limits.room(talk):
             talk.end = "length"
         else:
             talk.read(heard)

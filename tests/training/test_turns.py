@@ -23,7 +23,8 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.training.environments.callback import Callback
 from llmtrainer.training.environments.tools import Tools
-from llmtrainer.training.turns import Conversation, Turns, converse
+from llmtrainer.training.recipe import Rollouts
+from llmtrainer.training.turns import Conversation, converse
 from tests.generation.test_loop import Tokens
 
 HERE = "tests.training.test_turns"
@@ -60,7 +61,7 @@ class Scripted:
         ]  # fmt: skip
 
 
-def spoken(turn: Any) -> str:
+def spoken(before: Sequence[int], turn: Any) -> str:
     return str(turn.tokens[0])
 
 
@@ -76,9 +77,9 @@ def talked(
     function: Any, given: Sequence[Prompt], sampler: Scripted | None = None, each: int = 1, **settings: Any
 ) -> list[Conversation]:
     environment = function if isinstance(function, Environment) else Callback.given(function)
-    turns = Turns(environment=environment, **settings)
+    environment = environment.model_copy(update=settings)
     return converse(
-        sampler or Scripted(), given, each, Sampling(max_new_tokens=2), 7, turns, spoken, encoded
+        sampler or Scripted(), given, each, Sampling(max_new_tokens=2), 7, environment, spoken, encoded
     )  # fmt: skip
 
 
@@ -205,10 +206,11 @@ def test_the_number_of_threads_changes_nothing(workers: int) -> None:
 
 
 def test_a_callback_by_name_may_want_the_facts_and_is_part_of_a_recipe() -> None:
-    turns = Turns.model_validate({"environment": {"kind": "callback", "function": f"{HERE}:with_facts"}})
-    (talk,) = talked(turns.environment, prompts(1, right="yes"))
+    settings = Rollouts.model_validate({"environment": {"function": f"{HERE}:with_facts", "max_turns": 3}})
+    assert settings.environment is not None and settings.environment.max_turns == 3
+    (talk,) = talked(settings.environment, prompts(1, right="yes"))
     assert talk.heard == [Feedback(True, "yes", reward=2.0)]
-    assert Turns.model_validate(turns.plain()) == turns
+    assert Rollouts.model_validate(settings.plain()) == settings
     with pytest.raises(UserError, match="did you mean `with_facts`"):
         Callback(function=f"{HERE}:with_factz").begin(prompts(1)[0])
 
@@ -221,9 +223,9 @@ def test_log_probabilities_of_three_real_turns_are_those_of_the_whole_conversati
     policy.initialise(0)
     sampler = Own(max_rows=2, block=4).open(policy, Tokens(vocabulary=60), policy)
     given = [Prompt((), (7, 8, 9)), Prompt((), (5,)), Prompt((), (30, 31))]
-    turns = Turns(environment=Callback.given(lambda text: (False, "x" * 20)), max_turns=3, workers=2)
+    environment = Callback.given(lambda text: (False, "x" * 20), max_turns=3, workers=2)
     talks = converse(
-        sampler, given, 2, Sampling(max_new_tokens=6, stop_ids=(11, 12, 13, 14, 15, 16, 17, 18)), 3, turns, spoken,
+        sampler, given, 2, Sampling(max_new_tokens=6, stop_ids=(11, 12, 13, 14, 15, 16, 17, 18)), 3, environment, spoken,
         lambda talk, feedback: [3, 20 + len(talk.said), 1],
     )  # fmt: skip
     assert {talk.end for talk in talks} == {"turns", "length"} and max(len(talk.said) for talk in talks) == 3
