@@ -16,7 +16,7 @@ from llmtrainer.training.use import Evaluation, evaluate
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
 TINY, CONTINUE, ANSWER, JUDGE = (RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward"))
-PREFER, EARN, CRITIC = (RECIPES / f"{name}.yaml" for name in ("dpo", "grpo", "ppo"))
+PREFER, EARN, CRITIC, DISTILL = (RECIPES / f"{name}.yaml" for name in ("dpo", "grpo", "ppo", "distill"))
 FULL = sorted((RECIPES.parent / "full").glob("*.yaml"))
 
 
@@ -187,6 +187,23 @@ def test_the_rule_of_the_recipe_is_measured_in_both_its_parts(tmp_path: Path, na
     train(load(Recipe, name, overrides=[*started_from_base(tmp_path), "duration=2 steps"]))
     for event in steps(tmp_path / "run" / "events.jsonl"):
         assert event["reward/mean"] == pytest.approx((event["reward/sentence"] + event["reward/command"]) / 2)
+
+
+def test_by_the_recipe_a_smaller_model_learns_from_a_base(tmp_path: Path) -> None:
+    library(tmp_path)
+    trained_base(tmp_path)
+    recipe = load(
+        Recipe, DISTILL,
+        overrides=[
+            f"run={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", f"teacher.start_from={tmp_path / 'base'}",
+            f"tokenizer={tmp_path / 'base'}", f"data.train={tmp_path / 'known.py'}", "model.hidden_size=32",
+            "model.layers=1", "data.sequence_length=64", "data.tokens_per_step=256", "data.tokens_per_batch=256",
+            "optim.schedule.warmup=2 steps", "objective.coefficient=1", "evaluate={}", "duration=12 steps",
+        ],
+    )  # fmt: skip
+    train(recipe)
+    losses = [event["loss"] for event in steps(tmp_path / "run" / "events.jsonl")]
+    assert 0 <= losses[-1] < 0.8 * losses[0], losses
 
 
 @pytest.mark.parametrize("name", FULL, ids=lambda path: path.stem)
