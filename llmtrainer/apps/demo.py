@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmtrainer.apps.demo_told import Told
 from llmtrainer.base.config import Config
 from llmtrainer.base.events import read_events
 from llmtrainer.base.events import steps as steps_of
@@ -27,6 +26,7 @@ from llmtrainer.training.models import model_folder
 from llmtrainer.training.pace import Trained, begun_steps, steps_within, train_within
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.told import Told
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
 
 Stage = Literal[
