@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llmtrainer.apps.demo_told import Told
 from llmtrainer.base.config import Config
 from llmtrainer.base.events import read_events
 from llmtrainer.base.events import steps as steps_of
@@ -27,6 +26,7 @@ from llmtrainer.training.models import model_folder
 from llmtrainer.training.pace import Trained, begun_steps, steps_within, train_within
 from llmtrainer.training.prepare import prepared, trained_tokenizer
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.told import Told
 from llmtrainer.training.use import Evaluation, Generation, Plot, evaluate, generate, plot
 
 Stage = Literal[
@@ -257,9 +257,11 @@ def _reinforce(settings: Demo) -> dict[str, Any]:
     done = _taught(settings, "reinforce", run, _reinforce_recipe)
     rewards = [event["reward/mean"] for event in steps_of(RunDir(Path(run)).events)]
     part = math.ceil(len(rewards) / LAST)
+    held = [event["held_out/reward"] for event in _events(run, "evaluate")]
     return {"rewards": {
         "run": run, "steps": done.progress.step, "seconds": done.seconds, "answers": len(rewards) * ANSWERS_A_STEP,
         "reward_before": rewards[0], "reward_after": math.fsum(rewards[-part:]) / part,
+        "held_out_before": held[0], "held_out_after": held[-1],
         "said": [_asked(settings, run, question) for question in settings.ask[:1]],
     }}  # fmt: skip
 
@@ -341,9 +343,10 @@ def _reinforce_recipe(settings: Demo, run: str, steps: int) -> Recipe:
         **_after_answers(settings, run, steps),
         "data": {
             "kind": "prompts", "train": settings.held_out_questions, "template": "chatml", "tokens_per_batch": 4096,
-            "prompts_per_step": ANSWERS_A_STEP // 8,
+            "prompts_per_step": ANSWERS_A_STEP // 8, "held_out": 0.25,
         },
         "objective": {"kind": "grpo", "kl": 0.05},
+        "evaluate": {"every": Every(Duration(max(steps // 4, 1), "steps"))},
         "rollout": {
             "group_size": 8, "sampling": {"max_new_tokens": 40},
             "rewards": [

@@ -38,7 +38,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
     """A demo of a few steps on a few small files, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "_has_compiler", lambda: False)    # compiling takes longer than all the rest
-    for part, count in (("train", 40), ("held_out", 3)):
+    for part, count in (("train", 40), ("held_out", 12)):
         (tmp_path / part).mkdir()
         for number in range(count):
             body = "".join(f"def f{line}(x):\n    return x * {number + line}\n\n" for line in range(30))
@@ -81,18 +81,20 @@ def test_the_whole_demo_leaves_everything_it_promises(small: Demo) -> None:
     assert found["training"]["steps"] == 4
     answers = found["answers"]
     assert answers["run"] == "runs/demo-answers" and answers["steps"] == 1
-    assert answers["rows"] == 40 and answers["held_out_rows"] == 3
+    assert answers["rows"] == 40 and answers["held_out_rows"] == 12
     assert [said["prompt"] for said in answers["said"]] == list(small.ask)
     assert {said["finish"] for said in answers["said"]} <= {"end", "length"}
     preferences, rewards = found["preferences"], found["rewards"]
     assert preferences["run"] == "runs/demo-preferences" and preferences["steps"] == rewards["steps"] == 1
-    assert preferences["pairs"] == 40 and preferences["held_out_pairs"] == 3
+    assert preferences["pairs"] == 40 and preferences["held_out_pairs"] == 12
     # The policy is its own reference before the first step: no answer has gained on another.
     assert preferences["accuracy_before"] == 0.0 <= preferences["accuracy_after"] <= 1.0
     assert rewards["run"] == "runs/demo-rewards" and rewards["answers"] == 64
-    assert 0.0 <= rewards["reward_before"] <= 1.0 and [said["prompt"] for said in rewards["said"]] == [small.ask[0]]
+    for name in ("reward", "held_out"):
+        assert 0.0 <= rewards[f"{name}_before"] <= 1.0 and 0.0 <= rewards[f"{name}_after"] <= 1.0
+    assert [said["prompt"] for said in rewards["said"]] == [small.ask[0]]
     text = told.text()
-    assert f"in {preferences['accuracy_after']:.0%} of 3 pairs" in text
+    assert f"in {preferences['accuracy_after']:.0%} of 12 pairs" in text
     assert f"from {rewards['reward_before']:.2f} to {rewards['reward_after']:.2f}" in text
     assert "runs/demo-preferences" in text and "runs/demo-rewards" in text
     assert f"from {answers['loss_before']:.3f} to {answers['loss_after']:.3f}" in text

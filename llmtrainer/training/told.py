@@ -36,7 +36,8 @@ class Told(Result):
     in which the better answer has gained on the worse since the run began, `accuracy_before` and `accuracy_after`."""
     rewards: dict[str, Any] | None = None
     """How it learned from rewards: `run`, `steps`, `seconds`, `answers` that it wrote, the mean reward of those of the
-    first step, `reward_before`, and of the last fifth, `reward_after`; and what was `said`."""
+    first step, `reward_before`, and of the last fifth, `reward_after`; that of the likeliest answers to questions that
+    were not learned from, `held_out_before` and `held_out_after`; and what was `said`."""
     plot: str | None = None
 
     def text(self) -> str:
@@ -124,7 +125,9 @@ def _earned(told: Told) -> str:
         "Rewarded for one sentence that commands, as Python's own guide wants it (PEP 257), it wrote "
         f"{found['answers']:,} answers",
         f"({found['steps']:,} steps of GRPO in {span(found['seconds'])}). What they earn of 1 went from "
-        f"{found['reward_before']:.2f} to {found['reward_after']:.2f}:",
+        f"{found['reward_before']:.2f} to {found['reward_after']:.2f}; to questions",
+        f"that it did not learn from, its likeliest answers went from {found['held_out_before']:.2f} to "
+        f"{found['held_out_after']:.2f}:",
     ]
     return "\n".join([*lines, *_dialogue(found["said"])])
 
