@@ -285,8 +285,8 @@ def test_every_reward_is_that_of_its_own_prompt(rl: Make) -> None:
 
 
 def test_rewards_are_added_to_the_environments_own_and_each_has_its_name(rl: Make) -> None:
-    rewards = "rollout.rewards=[{kind: function, function: 'tests.training.toy_rewards:length', name: length, weight: 0.5}]"
-    recipe = rl(rewards, "duration=1 steps")
+    reward = "{kind: function, function: 'tests.training.toy_rewards:length', name: length, weight: 0.5}"
+    recipe = rl(f"rollout.rewards=[{reward}]", "duration=1 steps")
     train(recipe)
     (event,) = told(recipe)
     assert event["reward/mean"] == pytest.approx(
