@@ -122,7 +122,9 @@ class Chat:
         start = max(rendered.of_message(place))
         end = next((item for item in rendered.controls if item.start >= start and item.token in self.end_ids), None)
         if end is None or end.stop > min(rendered.of_message(place + 1), default=end.stop):
-            raise self._refusal("the template does not end an answer that is replied to", f"the reply is by {reply.role}")
+            raise self._refusal(
+                "the template does not end an answer that is replied to", f"the reply is by {reply.role}"
+            )
         first = end.stop if ended else end.start
         parts, starts = parts_of(rendered, [first])
         encoded = self.tokenizer.encode_parts(parts)

@@ -228,13 +228,14 @@ def test_weights_that_were_not_renewed_are_refused(rl: Make) -> None:
 
 def test_weights_that_change_in_the_middle_of_a_conversation_are_refused(rl: Make) -> None:
     with open_trainer(rl()) as trainer:
-        sampler = trainer.parts.source._sampler
-        original = sampler.sample
+        sampler, weight = trainer.parts.source._sampler, next(trainer.parts.policy.parameters())
+        original, before, calls = sampler.sample, weight.detach().clone(), []
 
         def sample(*given: Any) -> Any:
             found = original(*given)
-            with torch.no_grad():
-                next(trainer.parts.policy.parameters()).add_(0.01)
+            calls.append(len(found))
+            with torch.no_grad():       # other weights for the second turn alone
+                weight.copy_(before + 0.01 if len(calls) == 1 else before)
             return found
 
         sampler.sample = sample
