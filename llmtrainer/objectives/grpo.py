@@ -176,7 +176,7 @@ class GRPO(Objective):
         reward_R = np.where(kept_R, rollout.reward_R, np.nan)
         if self.overlong:
             assert self.max_new_tokens is not None
-            length_R = np.array([len(answer) for answer in rollout.answers], dtype=np.int64)
+            length_R = np.array([np.count_nonzero(weight) for weight in rollout.weights], dtype=np.int64)
             reward_R = reward_R + credit.overlong(length_R, self.max_new_tokens, self.overlong)
         weights = [weight * kept for weight, kept in zip(rollout.weights, kept_R, strict=True)]
         spent, kind = self._spent(rollout), self._chosen("advantage")

@@ -131,6 +131,14 @@ def test_a_conversation_without_end_is_ended_by_its_limits(settings: dict[str, i
     assert len(talk.tokens) <= settings.get("max_tokens", 99)
 
 
+@pytest.mark.parametrize(("context", "turns"), [(8, 1), (9, 2), (12, 2), (14, 3)])
+def test_no_turn_is_begun_that_the_context_might_cut(context: int, turns: int) -> None:
+    given = [Prompt((Message("user", "1"),), (1, 5))]
+    (talk,) = converse(Scripted(), given, 1, Sampling(max_new_tokens=2), 7, Callback.given(lambda text: (False, "")),
+                       spoken, encoded, context)
+    assert (talk.end, len(talk.said)) == ("length", turns) and 2 + len(talk.tokens) <= context
+
+
 def test_a_turn_that_was_cut_ends_the_conversation_after_it_was_judged() -> None:
     cut, whole = talked(lambda text: (False, "go on", 0.5), prompts(1, 2), Scripted(frozenset([1])), max_turns=2)
     assert (cut.end, cut.finish, cut.reward, len(cut.said)) == ("length", "length", 0.5, 1)
@@ -224,8 +232,9 @@ def test_log_probabilities_of_three_real_turns_are_those_of_the_whole_conversati
     sampler = Own(max_rows=2, block=4).open(policy, Tokens(vocabulary=60), policy)
     given = [Prompt((), (7, 8, 9)), Prompt((), (5,)), Prompt((), (30, 31))]
     environment = Callback.given(lambda text: (False, "x" * 20), max_turns=3, workers=2)
+    sampling = Sampling(max_new_tokens=6, stop_ids=(11, 12, 13, 14, 15, 16, 17, 18))
     talks = converse(
-        sampler, given, 2, Sampling(max_new_tokens=6, stop_ids=(11, 12, 13, 14, 15, 16, 17, 18)), 3, environment, spoken,
+        sampler, given, 2, sampling, 3, environment, spoken,
         lambda talk, feedback: [3, 20 + len(talk.said), 1],
     )  # fmt: skip
     assert {talk.end for talk in talks} == {"turns", "length"} and max(len(talk.said) for talk in talks) == 3
