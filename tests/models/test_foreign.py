@@ -243,7 +243,7 @@ def test_adapters_stand_beside_any_linear_layer_of_transformers(kind: str, tmp_p
 def test_a_folder_that_brings_its_own_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}')
     (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(UserError, match="no class that predicts the next token"):
+    with pytest.raises(UserError, match="no class for this folder that predicts the next token"):
         load_foreign(tmp_path)
 
 
