@@ -31,7 +31,7 @@ $(VENV)/test.stamp: $(VENV)/core.stamp
 
 install: $(VENV)/test.stamp  ## .venv with the package and everything the tests need
 
-demo: $(VENV)/core.stamp  ## the whole life of a small model, at most 6 minutes
+demo: $(VENV)/core.stamp  ## the whole life of a small model, six to eight minutes
 	$(BIN)/llmtrainer demo
 
 lint: $(VENV)/test.stamp  ## ruff
