@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ import smollm2
 import turns
 from trainer_clock import clock
 from turns import Figures
+
+import recipes
 
 PAIRS, LENGTH, RATE, BETA = 2, 512, 1e-6, 0.1
 
@@ -83,35 +84,20 @@ def trl(settings: Figures) -> Iterator[Figures]:
 
 def prepare(folder: Path, wish: Any, steps: int) -> Figures:
     """Pairs and our recipes, for all sides."""
-    from ruamel.yaml import YAML
-
     data = folder / "pairs.jsonl"
     with data.open("w", encoding="utf-8") as file:
         # As many as a turn learns, so that every turn of every side is about the same pairs.
         file.writelines(_rows(wish.data, PAIRS * steps))
-    settings: Figures = {"data": str(data), "model": str(wish.model), "scratch": str(folder / "trl")}
-    recipe = {
-        "model": {"start_from": str(wish.model)}, "tokenizer": str(wish.model), "cache": str(folder / "cache"),
-        "data": {
-            "kind": "preferences", "train": str(data), "format": "texts", "shuffle": False, "sequence_length": LENGTH,
-            "max_prompt_length": LENGTH - 1, "tokens_per_batch": 2 * PAIRS * LENGTH, "pairs_per_step": PAIRS,
-            "max_dropped_share": 1.0,
-        },
-        "objective": {"kind": "dpo", "beta": BETA},
-        "optim": {
-            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
-            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
-        },
-        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager},
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"}, "allow": ["preflight"],
+    rows = {
+        "kind": "preferences", "train": str(data), "format": "texts", "shuffle": False, "sequence_length": LENGTH,
+        "max_prompt_length": LENGTH - 1, "tokens_per_batch": 2 * PAIRS * LENGTH, "pairs_per_step": PAIRS,
+        "max_dropped_share": 1.0,
     }  # fmt: skip
-    for name, share in {"two_rows": False, "shared": True}.items():
-        file_name = folder / f"{name}.yaml"
-        chosen = {**recipe, "run": str(folder / f"run-{name}"), "data": {**recipe["data"], "share_prompt": share}}    # type: ignore[dict-item]
-        with file_name.open("w") as opened:
-            YAML().dump(chosen, opened)
-        settings[name] = str(file_name)
-    return settings
+    parts: Figures = {"objective": {"kind": "dpo", "beta": BETA}, "allow": ["preflight"]}
+    return recipes.settings_of(folder, wish, data) | {
+        name: recipes.written(folder, name, wish, RATE, data={**rows, "share_prompt": share}, **parts)
+        for name, share in {"two_rows": False, "shared": True}.items()
+    }
 
 
 def _rows(data: Path | None, count: int) -> list[str]:
@@ -134,19 +120,11 @@ def _rows(data: Path | None, count: int) -> list[str]:
     ]
 
 
-def data_of(wish: Any) -> Path | None:
-    """--data, else pairs.jsonl in the folder that BENCH_DATA names."""
-    if wish.data is None and (folder := os.environ.get("BENCH_DATA")):
-        return Path(folder, "pairs.jsonl")
-    return None if wish.data is None else Path(wish.data)
-
-
 def compared(way: str, wish: Any, settings: Figures) -> Figures:
     """Ours and TRL in turn."""
-    pythons = {"ours": Path(sys.executable), "trl": wish.peer_python}
-    script, given = Path(__file__).resolve(), {**settings, "recipe": settings[way]}
-    sides = [turns.Side(side, python, script, given, wish.threads) for side, python in pythons.items()]
-    return turns.compare(f"SmolLM2-135M, DPO, {way}", "pairs/s", sides, turns.rounds(wish))
+    given = {**settings, "recipe": settings[way]}
+    work = f"SmolLM2-135M, DPO, {way}"
+    return turns.in_turn(work, "pairs/s", {"trl": wish.peer_python}, __file__, given, wish)
 
 
 def require_log_2(result: Figures) -> Figures:
@@ -167,7 +145,7 @@ def main() -> None:
     if wish.side:
         turns.serve(ours if wish.side == "ours" else trl, wish.settings)
         return
-    wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), data_of(wish)
+    wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "pairs.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
         short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 5}
         settings = {**prepare(Path(scratch), wish, short["steps"]), **short}

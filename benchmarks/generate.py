@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,13 +212,10 @@ def main() -> None:
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     batches = (2 if wish.quick else 4) // (2 if wish.rollout else 1)
     settings = {"model": str(wish.model), "batches": batches, "rollout": wish.rollout}
-    pythons = {"ours": Path(sys.executable), "transformers": wish.peer_python}
-    script = Path(__file__).resolve()
-    sides = [turns.Side(name, python, script, settings, wish.threads) for name, python in pythons.items()]
     work = f"SmolLM2-135M bfloat16, {len(PROMPTS)} prompts, {NEW} new tokens each, temperature 1, all ids"
     if wish.rollout:
         work = f"SmolLM2-135M bfloat16, {EACH} answers to each of {QUESTIONS} questions, up to {LONGEST} tokens"
-    result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
+    result = turns.in_turn(work, "tokens/s", {"transformers": wish.peer_python}, __file__, settings, wish)
     turns.tell({**result, "largest_logit_difference": difference(result["facts"]), "threads": wish.threads})
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ import smollm2
 import turns
 from trainer_clock import clock
 from turns import Figures
+
+import recipes
 
 PROMPTS, GROUP, LENGTH, RATE = 4, 4, 64, 1e-6
 
@@ -103,35 +104,21 @@ def trl(settings: Figures) -> Iterator[Figures]:
 
 def prepare(folder: Path, wish: Any) -> Figures:
     """Questions and our recipe, for both sides."""
-    from ruamel.yaml import YAML
-
     data = folder / "prompts.jsonl"
     with data.open("w", encoding="utf-8") as file:
         for n in range(64):
             question = f"What is {n} + {n * 7 + 3}? Answer with the number."
             file.write(json.dumps({"prompt": [{"role": "user", "content": question}], "answer": str(8 * n + 3)}) + "\n")
-    recipe = {
-        "run": str(folder / "run"), "model": {"start_from": str(wish.model)}, "tokenizer": str(wish.model),
-        "cache": str(folder / "cache"),
+    parts: Figures = {
         "data": {"kind": "prompts", "train": str(data), "prompts_per_step": PROMPTS, "tokens_per_batch": 4096},
         "objective": {"kind": "grpo"},
         "rollout": {
             "group_size": GROUP, "sampling": {"max_new_tokens": LENGTH},
             "rewards": [{"kind": "function", "function": "grpo:holds_the_number"}],
         },
-        "optim": {
-            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
-            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
-        },
-        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager},
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
-    }  # fmt: skip
-    file_name = folder / "grpo.yaml"
-    with file_name.open("w") as opened:
-        YAML().dump(recipe, opened)
-    return {
-        "data": str(data), "model": str(wish.model), "scratch": str(folder / "trl"), "recipe": str(file_name),
     }
+    recipe = recipes.written(folder, "grpo", wish, RATE, **parts)
+    return {**recipes.settings_of(folder, wish, data), "recipe": recipe}
 
 
 def main() -> None:
@@ -146,10 +133,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
         given = {**prepare(Path(scratch), wish), **short}
-        pythons = {"ours": Path(sys.executable), "trl": wish.peer_python}
-        script = Path(__file__).resolve()
-        sides = [turns.Side(side, python, script, given, wish.threads) for side, python in pythons.items()]
-        result = turns.compare("SmolLM2-135M, GRPO", "steps/s", sides, turns.rounds(wish))
+        peers = {"trl": wish.peer_python}
+        result = turns.in_turn("SmolLM2-135M, GRPO", "steps/s", peers, __file__, given, wish)
     turns.tell({
         **result, "work": "SmolLM2-135M, GRPO, 4 prompts x 4 answers x 64 tokens a step, no reference, bfloat16",
         "compiled": not wish.eager, "threads": wish.threads,

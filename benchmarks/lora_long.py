@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ import smollm2
 import turns
 from trainer_clock import clock
 from turns import Figures
+
+import recipes
 
 LENGTH, RANK, ALPHA, RATE = 8192, 16, 32, 1e-4
 LARGEST_DIFFERENCE = 0.01
@@ -62,33 +63,21 @@ def trl(settings: Figures) -> Iterator[Figures]:
 
 def prepare(folder: Path, wish: Any) -> Figures:
     """One text and our recipe, for both sides."""
-    from ruamel.yaml import YAML
-
     from llmtrainer.data.open import documents, find
 
     text = "\n".join(document.text for document in itertools.islice(documents(find(wish.data or "stdlib:train")), 40))
     data = folder / "text.txt"
     data.write_text(text[:80_000], encoding="utf-8")
-    recipe = {
-        "run": str(folder / "run"), "tokenizer": str(wish.model), "cache": str(folder / "cache"),
+    parts: Figures = {
         "model": {"start_from": str(wish.model), "adapter": {"kind": "lora", "rank": RANK, "alpha": ALPHA}},
         "data": {
             "train": str(data), "sequence_length": LENGTH, "sequences_per_step": 1, "tokens_per_batch": LENGTH,
             "shuffle": False,
         },
-        "optim": {
-            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
-            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
-        },
         "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager, "recompute_every": 1},
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
-    }  # fmt: skip
-    with (folder / "recipe.yaml").open("w") as file:
-        YAML().dump(recipe, file)
-    return {
-        "recipe": str(folder / "recipe.yaml"), "model": str(wish.model), "data": str(data),
-        "scratch": str(folder / "trl"), "recompute": wish.recompute,
-    }  # fmt: skip
+    }
+    recipe = recipes.written(folder, "recipe", wish, RATE, **parts)
+    return {**recipes.settings_of(folder, wish, data), "recipe": recipe, "recompute": wish.recompute}
 
 
 def main() -> None:
@@ -104,11 +93,8 @@ def main() -> None:
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {**prepare(Path(scratch), wish), "warm": 1, "steps": 1 if wish.quick else 2}
-        pythons = {"ours": Path(sys.executable), "trl": wish.peer_python}
-        script = Path(__file__).resolve()
-        sides = [turns.Side(side, python, script, settings, wish.threads) for side, python in pythons.items()]
         work = f"SmolLM2-135M, LoRA of rank {RANK}, one row of {LENGTH:,} tokens, bfloat16"
-        result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
+        result = turns.in_turn(work, "tokens/s", {"trl": wish.peer_python}, __file__, settings, wish)
     told = turns.fact(result, "first_loss")
     if abs(told["peers"]["trl"] - told["ours"]) > LARGEST_DIFFERENCE:
         turns.refuse(f"the first losses differ: {told}", "this is not one work")

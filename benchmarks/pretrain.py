@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -274,14 +273,12 @@ def main() -> None:
             "warm": 2 if wish.quick else 3, "steps": 2 if wish.quick else 4, "compile": not wish.eager,
             "tokens_per_batch": wish.tokens_per_batch,
         })
-        pythons = {"ours": Path(sys.executable), "hf_trainer": wish.peer_python, "litgpt": wish.litgpt_python}
+        peers = {"hf_trainer": wish.peer_python, "litgpt": wish.litgpt_python}
         if not wish.litgpt_python.exists():
             turns.say(f"litgpt is left out: there is no {wish.litgpt_python} (make bench-install)")
-            del pythons["litgpt"]
-        script = Path(__file__).resolve()
-        sides = [turns.Side(name, python, script, settings, wish.threads) for name, python in pythons.items()]
+            del peers["litgpt"]
         work = f"Llama 27.8M, {ROWS} x {LENGTH} tokens a step, bfloat16, AdamW"
-        result = turns.compare(work, "tokens/s", sides, turns.rounds(wish))
+        result = turns.in_turn(work, "tokens/s", peers, __file__, settings, wish)
     told = require_one_work(result)
     turns.tell({**result, **told, "compiled": not wish.eager, "threads": wish.threads})
 

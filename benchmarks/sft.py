@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ import smollm2
 import turns
 from trainer_clock import clock
 from turns import Figures
+
+import recipes
 
 BATCH, LENGTH, RATE, ROWS = 8, 512, 1e-5, 400
 LARGEST_DIFFERENCE = 1e-3
@@ -91,33 +92,19 @@ def trl(settings: Figures) -> Iterator[Figures]:
 
 def prepare(folder: Path, wish: Any) -> Figures:
     """Conversations and our recipe, for all sides."""
-    from ruamel.yaml import YAML
-
     data = folder / "rows.jsonl"
     with data.open("w", encoding="utf-8") as file:
         file.writelines(_rows(wish.data))
-    settings: Figures = {"data": str(data), "model": str(wish.model), "scratch": str(folder / "trl")}
-    recipe = {
-        "model": {"start_from": str(wish.model)}, "tokenizer": str(wish.model), "cache": str(folder / "cache"),
-        "data": {
-            "kind": "examples", "train": str(data), "format": "messages", "learn": "everything", "shuffle": False,
-            "sequence_length": LENGTH, "too_long": "cut", "cut_end": "leave_out", "tokens_per_batch": BATCH * LENGTH,
-            "max_dropped_share": 1.0,
-        },
-        "optim": {
-            "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
-            "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
-        },
-        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager},
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"}, "allow": ["preflight"],
+    rows = {
+        "kind": "examples", "train": str(data), "format": "messages", "learn": "everything", "shuffle": False,
+        "sequence_length": LENGTH, "too_long": "cut", "cut_end": "leave_out", "tokens_per_batch": BATCH * LENGTH,
+        "max_dropped_share": 1.0,
     }  # fmt: skip
-    for name, size in {"rows": {"sequences_per_step": BATCH}, "packed": {"tokens_per_step": BATCH * LENGTH}}.items():
-        file_name = folder / f"{name}.yaml"
-        chosen = {**recipe, "run": str(folder / f"run-{name}"), "data": {**recipe["data"], **size}}    # type: ignore[dict-item]
-        with file_name.open("w") as opened:
-            YAML().dump(chosen, opened)
-        settings[name] = str(file_name)
-    return settings
+    sizes = {"rows": {"sequences_per_step": BATCH}, "packed": {"tokens_per_step": BATCH * LENGTH}}
+    return recipes.settings_of(folder, wish, data) | {
+        name: recipes.written(folder, name, wish, RATE, data={**rows, **size}, allow=["preflight"])
+        for name, size in sizes.items()
+    }
 
 
 def _rows(data: Path | None) -> list[str]:
@@ -133,21 +120,12 @@ def _rows(data: Path | None) -> list[str]:
     return [json.dumps(value) + "\n" for value in itertools.islice(found, ROWS)]
 
 
-def data_of(wish: Any) -> Path | None:
-    """--data, else sft.jsonl in the folder that BENCH_DATA names."""
-    if wish.data is None and (folder := os.environ.get("BENCH_DATA")):
-        return Path(folder, "sft.jsonl")
-    return None if wish.data is None else Path(wish.data)
-
-
 def compared(name: str, wish: Any, settings: Figures, packing: bool) -> Figures:
     """Ours and TRL in turn."""
     given = {**settings, "recipe": settings["packed" if packing else "rows"], "packing": packing}
-    pythons = {"ours": Path(sys.executable), name: wish.peer_python}
-    script = Path(__file__).resolve()
-    sides = [turns.Side(side, python, script, given, wish.threads) for side, python in pythons.items()]
     how = "packed" if packing else "a row each"
-    return turns.compare(f"SmolLM2-135M, conversations {how}", "useful tokens/s", sides, turns.rounds(wish))
+    work = f"SmolLM2-135M, conversations {how}"
+    return turns.in_turn(work, "useful tokens/s", {name: wish.peer_python}, __file__, given, wish)
 
 
 def require_one_work(result: Figures) -> Figures:
@@ -168,7 +146,7 @@ def main() -> None:
     if wish.side:
         turns.serve(ours if wish.side == "ours" else trl, wish.settings)
         return
-    wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), data_of(wish)
+    wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "sft.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
         short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
         settings = {**prepare(Path(scratch), wish), **short}

@@ -119,6 +119,15 @@ def compare(work: str, unit: str, sides: Sequence[Side], times: int) -> Figures:
     return {"work": work, "unit": unit, **summary(answers), "facts": facts}
 
 
+def in_turn(
+    work: str, unit: str, peers: Mapping[str, Path], script: str, settings: Figures, wish: argparse.Namespace
+) -> Figures:
+    """`compare` of this Python with the peers' by their names, all running the same script with the same settings."""
+    pythons = {"ours": Path(sys.executable), **peers}
+    sides = [Side(name, python, Path(script).resolve(), settings, wish.threads) for name, python in pythons.items()]
+    return compare(work, unit, sides, rounds(wish))
+
+
 def summary(answers: Mapping[str, Sequence[Figures]]) -> Figures:
     """Medians over each side's turns, and how they compare; the first side is ours."""
     ours, *peers = answers

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.part import Config, Kind, forget_reads, known_keys, leaves, part_at, unread
+from llmtrainer.base.part import Config, Kind, count_as_read, forget_reads, known_keys, leaves, part_at, unread
 from llmtrainer.base.refusal import all_keys, refusal, unknown_key, value_at
 from llmtrainer.base.result import plain
 from llmtrainer.base.text import (
@@ -27,8 +27,8 @@ from llmtrainer.base.text import (
 )
 
 __all__ = [
-    "Config", "Kind", "dump", "forget_reads", "is_data", "leaves", "load", "load_with_origins", "schema",
-    "sorted_words", "unread",
+    "Config", "Kind", "count_as_read", "dump", "forget_reads", "is_data", "leaves", "load", "load_with_origins",
+    "schema", "sorted_words", "unread",
 ]
 
 Some = TypeVar("Some", bound=Config)

@@ -181,6 +181,13 @@ def unread(config: Config, prefix: str = "") -> list[str]:
     return found
 
 
+def count_as_read(*configs: Config) -> None:
+    """Let every field of these count as read, though whoever reads it will do so later, or may be spared it."""
+    for config in configs:
+        for name in type(config).model_fields:
+            getattr(config, name)
+
+
 def forget_reads(config: Config) -> None:
     """From here on, count anew what is read."""
     _private(config)["_reads"].clear()

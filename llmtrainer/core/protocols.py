@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -134,6 +134,13 @@ class Annotator(Protocol):
         ...
 
     def __call__(self, batch: Batch) -> Batch: ...
+
+
+def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
+    """The batch with what each of them knows."""
+    for annotate in annotators:
+        batch = annotate(batch)
+    return batch
 
 
 class Engine(Protocol):

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Policy, Tokenizer, opening
 from llmtrainer.core.suite import ContextPolicy, Read, Report, Suite
@@ -219,16 +220,10 @@ def _score_group(
 @contextmanager
 def _measuring(policy: Policy) -> Iterator[None]:
     """Dropout off and no graph; afterwards the mode is what it was."""
-    module = policy.module
-    training = module.training
-    module.eval()
-    try:
-        # Not inference_mode: what a module caches on the way, such as rotary tables, would be an inference
-        # tensor ever after, and the next training step could not save it for its backward pass.
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
+    # Not inference_mode: what a module caches on the way, such as rotary tables, would be an inference tensor ever
+    # after, and the next training step could not save it for its backward pass.
+    with at_rest(policy.module), torch.no_grad():
+        yield
 
 
 def _by_length(rows: list[Window], budget: int) -> Iterator[list[Window]]:

@@ -21,6 +21,8 @@ Held = Literal["shared", "copied"]
 Mode = Literal["exact", "fast"]
 """Which log-probability is recorded for a sampled token: what the trainer's forward pass says of the finished answer as
 a row of its own, or what sampling saw."""
+Places = tuple[Any, Any]    # a number and a slice, or two tensors of numbers
+"""Row and column of some targets of a batch."""
 Forward = Callable[[Batch, tuple[str, ...]], Outputs]
 """The trainer's own forward pass."""
 
@@ -148,24 +150,25 @@ def alone(prompt: Sequence[int], answer: Sampled | Sequence[int], vocabulary: in
     weights_BT = torch.zeros(1, n)
     weights_BT[:, first:] = 1.0
     zeros_BT = torch.zeros(1, n, dtype=torch.int32)
+    signals = drawn_signals([((0, slice(first, n)), answer)], (1, n), vocabulary) if isinstance(answer, Sampled) else {}
     return Batch(
         tokens_BT=torch.tensor([row[:-1]]), targets_BT=torch.tensor([row[1:]]), weights_BT=weights_BT,
         document_BT=zeros_BT, position_BT=torch.arange(n, dtype=torch.int32)[None], sequence_BT=zeros_BT,
         place_B=torch.zeros(1, dtype=torch.int64),
-        signals=drawn_signals([(0, first, answer)], (1, n), vocabulary) if isinstance(answer, Sampled) else {},
+        signals=signals,
     )  # fmt: skip
 
 
 def drawn_signals(
-    placed: Sequence[tuple[int, int, Sampled]], shape: tuple[int, int], vocabulary: int
+    placed: Sequence[tuple[Places, Sampled]], shape: tuple[int, int], vocabulary: int
 ) -> dict[str, torch.Tensor]:
     """What a batch [B, T] must say of how its targets were drawn; nothing where that was from all ids at temperature 1.
 
-    placed: (row, place of the first target, answer) of each answer; targets that are in none do not count.
-    vocabulary: V, the rows of the head.
+    placed: each answer with the places of its targets in the batch, in order, as an index of [B, T]; targets that are
+    in none do not count. vocabulary: V, the rows of the head.
     """
     signals: dict[str, torch.Tensor] = {}
-    answers = [answer for _, _, answer in placed]
+    answers = [answer for _, answer in placed]
     if answers and len(answers[0].never):
         assert all(np.array_equal(one.never, answers[0].never) for one in answers), "answers of several rollouts"
         signals[NEVER] = torch.from_numpy(answers[0].never)
@@ -173,12 +176,11 @@ def drawn_signals(
         signals[TEMPERATURE] = torch.ones(shape, dtype=torch.float64)
     if any(one.kept is not None for one in answers):
         signals[KEPT] = torch.full((*shape, -(-vocabulary // 8)), 255, dtype=torch.uint8)
-    for row, first, one in placed:
-        targets = slice(first, first + len(one.tokens))
+    for places, one in placed:
         if TEMPERATURE in signals:
-            signals[TEMPERATURE][row, targets] = one.temperature or 1.0
+            signals[TEMPERATURE][places] = one.temperature or 1.0
         if (bits := one.kept_bits(vocabulary)) is not None:
-            signals[KEPT][row, targets] = torch.from_numpy(bits)
+            signals[KEPT][places] = torch.from_numpy(bits)
     return signals
 
 

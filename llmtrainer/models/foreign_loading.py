@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.randomness import derive
 from llmtrainer.models import proof
@@ -63,12 +64,10 @@ def load_foreign(
                 module.__class__ = AdaptedLinear
                 module.adapter = None   # type: ignore[assignment]
     policy = Foreign(model, compute, apart=apart, frozen=frozen)
-    training = policy.training
-    policy.eval()
-    if not apart:
-        require_packing(policy, where)
-    policy.own_logits = policy.worded and not _is_product(policy)
-    policy.train(training)
+    with at_rest(policy):
+        if not apart:
+            require_packing(policy, where)
+        policy.own_logits = policy.worded and not _is_product(policy)
     policy.requires_grad_(not frozen)
     policy.train()
     return policy

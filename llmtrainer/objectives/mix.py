@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from llmtrainer.base.config import count_as_read
 from llmtrainer.core.batch import BESIDE, Batch, Outputs
 from llmtrainer.core.credit import FRESH, State
 from llmtrainer.core.objective import Objective, Term, Unit
@@ -55,9 +56,7 @@ class Mix(Objective):
         beside_S = batch.signals[BESIDE][: batch.sequences] > 0
         terms = self.main.terms(_of(out, ~beside_S), batch.part(~beside_S))
         if not self.weight:
-            # Said to be off: no setting of it was forgotten.
-            for name in type(self.beside).model_fields:
-                getattr(self.beside, name)
+            count_as_read(self.beside)      # said to be off: no setting of it was forgotten
         else:
             other = self.beside.terms(_of(out, beside_S), batch.part(beside_S))
             terms += [

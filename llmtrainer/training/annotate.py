@@ -20,14 +20,14 @@ from llmtrainer.training.dataset import Opened
 from llmtrainer.training.fill_cache import Filled, fill, folder_of
 from llmtrainer.training.logp_cache import LogpCache
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.reference import FACT, Frozen, LiveReference, reference_of, require_same_reference
+from llmtrainer.training.reference import FACT, Frozen, LiveReference, reference_of, require_same
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.teacher import FACT as TEACHER_FACT
-from llmtrainer.training.teacher import LiveTeacher, require_same_teacher, teacher_of
+from llmtrainer.training.teacher import LiveTeacher, teacher_of
 
 
 @dataclass(frozen=True)
-class Beside:
+class Models:
     """Who says what of the rows."""
 
     frozen: Frozen | None
@@ -37,10 +37,10 @@ class Beside:
     """What every checkpoint says of them: their hashes."""
 
 
-def beside(
+def models_beside(
     recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine, compute: torch.dtype,
     resumption: Resumption | None,
-) -> Beside:
+) -> Models:
     """The models that the objective asks for. UserError where one is another than the run began with."""
     facts, annotators = dict[str, str](), list[Annotator]()
     frozen = _frozen_of(recipe, policy, engine, compute, resumption)
@@ -51,15 +51,15 @@ def beside(
     if TEACHER_IDS in recipe.objective.reads:
         teacher = teacher_of(recipe.teacher, recipe.objective, policy, tokenizer, engine, compute)
         if resumption is not None:
-            require_same_teacher(resumption.manifest, teacher.sha256, resumption.folder)
+            require_same("teacher", resumption.manifest.get(TEACHER_FACT), teacher.sha256, resumption.folder)
         facts[TEACHER_FACT] = teacher.sha256
         annotators.append(teacher)
-    return Beside(frozen, tuple(annotators), facts)
+    return Models(frozen, tuple(annotators), facts)
 
 
-def kept(
-    recipe: Recipe, rows: Opened, found: Beside, policy: Policy, engine: Engine, compute: torch.dtype
-) -> Beside:
+def with_caches(
+    recipe: Recipe, rows: Opened, found: Models, policy: Policy, engine: Engine, compute: torch.dtype
+) -> Models:
     """The same, with those replaced by what they said, once, that the recipe wants to be cached."""
     if rows.train is None:
         return found
@@ -135,5 +135,5 @@ def _frozen_of(
     moves = ADVANTAGE in recipe.objective.reads and recipe.rollout.mix_reference > 0.0
     frozen = reference_of(recipe.reference, recipe.model, policy, engine, compute, moves=moves)
     if resumption is not None:
-        require_same_reference(resumption.manifest, frozen.sha256, resumption.folder)
+        require_same("reference", resumption.manifest.get(FACT), frozen.sha256, resumption.folder)
     return frozen

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmtrainer.base.config import dump, unread
+from llmtrainer.base.config import count_as_read, dump, unread
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
@@ -148,9 +148,8 @@ def trained_policy(
 def _require_trackers(recipe: Recipe) -> None:
     for tracker in recipe.log.trackers:
         tracker.require()
-        # Its settings are read on its own thread, which may be after the first step has asked what was read.
-        for name in type(tracker).model_fields:
-            getattr(tracker, name)
+    # Their settings are read on threads of their own, which may be after the first step has asked what was read.
+    count_as_read(*recipe.log.trackers)
 
 
 MUST_MATCH = ("data_fingerprint", "tokenizer_fingerprint", "precision")
@@ -227,11 +226,9 @@ def evaluations_of(
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.texts(), recipe.evaluate.max_new_tokens
 
-    for suite in settings.suites:
-        # A suite reads its settings when it runs, which may be hours from now. That each kind reads all of them
-        # is held by a test; here they count as read.
-        for name in type(suite).model_fields:
-            getattr(suite, name)
+    # A suite reads its settings when it runs, which may be hours from now. That each kind reads all of them is held by
+    # a test.
+    count_as_read(*settings.suites)
 
     def read(path: str) -> Iterator[str]:
         found = documents(find(path), fields=fields)

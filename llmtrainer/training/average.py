@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from llmtrainer.models.stored import Policy, read_into
+from llmtrainer.training.exchange import exchanged
 from llmtrainer.training.recipe import Ema
 
 FOLDER = "ema"
@@ -35,24 +35,11 @@ class MovingAverage:
         if step % self._every == 0:
             torch._foreach_lerp_(self._means, list(self._parameters), 1.0 - self.kept(step))
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Until the block ends, the policy has the mean's values, and the mean the policy's."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        return exchanged(self._parameters, self._means)
 
     def load(self, policy: Policy, folder: Path) -> None:
         """Continue from what a checkpoint holds, every tensor by name. Raises UserError, as loading weights does."""
         with self.in_place():
             read_into(policy, folder)
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        # Values, not storage: an optimizer, a graph or a compiled kernel may hold on to the storage.
-        for parameter, mean in zip(self._parameters, self._means, strict=True):
-            held = parameter.detach().clone()
-            parameter.copy_(mean)
-            mean.copy_(held)

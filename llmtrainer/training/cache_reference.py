@@ -8,7 +8,7 @@ from pathlib import Path
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.result import Result
 from llmtrainer.core.precision import DTYPES
-from llmtrainer.training.annotate import beside, cache_of
+from llmtrainer.training.annotate import cache_of, models_beside
 from llmtrainer.training.assemble import engine_of, require_choices, rows_of, tokenizer_of, trained_policy
 from llmtrainer.training.console import warn
 from llmtrainer.training.feed import require_known
@@ -59,7 +59,7 @@ def cache_reference(recipe: Recipe) -> CachedReference:
         )
     try:
         policy, _ = trained_policy(recipe, tokenizer, engine, compute, rows, None, warn)
-        found = beside(recipe, rows, policy, tokenizer, engine, compute, None)
+        found = models_beside(recipe, rows, policy, tokenizer, engine, compute, None)
         if not found.annotators:
             raise UserError(
                 "the objective asks for neither reference nor teacher", where="objective.kind",

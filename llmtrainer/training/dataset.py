@@ -39,6 +39,7 @@ class Rows(Protocol):
     """A source of rows on disk: step -> micro-batches, with nothing to save."""
 
     store: Store
+    rows_per_epoch: int
     rows_per_step: int
     """Rows of one step over all ranks."""
     fingerprint: str

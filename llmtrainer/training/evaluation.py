@@ -11,9 +11,10 @@ import torch
 
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Progress
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count
-from llmtrainer.core.protocols import Annotator, Engine, Tokenizer
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, annotated
 from llmtrainer.core.suite import Read, Suite
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.average import MovingAverage
@@ -50,13 +51,8 @@ class Evaluations:
         """What answers to some prompts earn, by the name of the set."""
 
     def run(self, progress: Progress) -> dict[str, float]:
-        training = self._policy.training
-        self._policy.eval()
-        try:
-            with nullcontext() if self._average is None else self._average.in_place():
-                return self._figures(progress)
-        finally:
-            self._policy.train(training)
+        with at_rest(self._policy), nullcontext() if self._average is None else self._average.in_place():
+            return self._figures(progress)
 
     def _figures(self, progress: Progress) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -89,9 +85,7 @@ def measure(
     sums: dict[str, float] = {}
     coefs: dict[str, float] = {}
     for batch in batches:
-        batch = batch.to(engine.device)
-        for annotate in annotators:
-            batch = annotate(batch)
+        batch = annotated(batch.to(engine.device), annotators)
         out = engine.forward(batch, objective.wants)
         if spread is not None:
             spread.add(objective.spread(out, batch))

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import (
     ADVANTAGE,
     BESIDE,
@@ -31,14 +33,14 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
-from llmtrainer.training.annotate import beside, kept
+from llmtrainer.training.annotate import models_beside, with_caches
 from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.conversations import Talking, encoder
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.following import following
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.reference import Frozen, at_rest
+from llmtrainer.training.reference import Frozen
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
 from llmtrainer.training.saving import ROLLOUTS, State
@@ -70,10 +72,10 @@ def feed_of(
     resumption: Resumption | None, tell: Callable[[Mapping[str, Any]], None],
 ) -> Feed:
     """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
-    found = beside(recipe, rows, policy, tokenizer, engine, compute, resumption)
+    found = models_beside(recipe, rows, policy, tokenizer, engine, compute, resumption)
     require_known(recipe.objective.reads, rows, found.annotators)
     source = source_of(recipe, rows, policy, tokenizer, engine, found.frozen, tell)
-    found = kept(recipe, rows, found, policy, engine, compute)
+    found = with_caches(recipe, rows, found, policy, engine, compute)
     annotators, facts = found.annotators, found.facts
     starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy, compute) else {}
     every = with_beside(recipe, rows, source)
@@ -84,9 +86,7 @@ def feed_of(
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
         environment = () if recipe.rollout.environment is None else (recipe.rollout.environment,)
         rollout = (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, *environment)
-        for part in (*rollout, recipe.objective):
-            for name in type(part).model_fields:
-                getattr(part, name)
+        count_as_read(*rollout, recipe.objective)
     examined = {name: partial(source.examined, prompts) for name, prompts in rows.asked.items()}
     return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at, examined)
 

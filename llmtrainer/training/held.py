@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrainer.core.batch import (
-    ADVANTAGE,
-    KEPT,
-    NEVER,
-    OLD,
-    OLD_VALUE,
-    REFERENCE,
-    RETURN,
-    ROLLOUT,
-    TEMPERATURE,
-    Batch,
-)
+from llmtrainer.core.batch import ADVANTAGE, OLD, OLD_VALUE, REFERENCE, RETURN, ROLLOUT
 from llmtrainer.core.credit import Moments, State
 from llmtrainer.core.rollout import Rollout
 from llmtrainer.generation.sampler import Kept, Sampled
@@ -45,11 +34,11 @@ class Held:
     returns: Arrays | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
 
-    def signals(self, several_steps: bool, vocabulary: int) -> dict[str, list[NDArray[Any]]]:
-        """By the name of the signal, what is known of each learned token of each answer.
+    def signals(self, answer: int, several_steps: bool) -> dict[str, NDArray[Any]]:
+        """By the name of the signal, what is known of each learned token of an answer.
 
         several_steps: whether the policy changes while the rollout is learned, so that what it said before must be
-        known. vocabulary: rows of the head.
+        known.
         """
         rollout = self.rollout
         known: dict[str, Arrays | None] = {
@@ -57,34 +46,8 @@ class Held:
             OLD: rollout.trainer_logp if several_steps else None, ROLLOUT: rollout.old_logp,
             REFERENCE: rollout.reference_logp,
         }  # fmt: skip
-        found = {
-            name: [array[weight > 0] for array, weight in zip(arrays, rollout.weights, strict=True)]
-            for name, arrays in known.items() if arrays is not None
-        }  # fmt: skip
-        return found | self.drawn_from(vocabulary)
-
-    def drawn_from(self, vocabulary: int) -> dict[str, list[NDArray[Any]]]:
-        """What a log-probability of a token is of: the temperature and the ids, where it is not the model's own."""
-        found: dict[str, list[NDArray[Any]]] = {}
-        if any(one.temperature not in (0.0, 1.0) for one in self.written):
-            found[TEMPERATURE] = [np.full(len(one.tokens), one.temperature or 1.0) for one in self.written]
-        if any(one.kept is not None for one in self.written):
-            every = [replace(one, kept=one.kept or (None,) * len(one.tokens)) for one in self.written]
-            bits = [one.kept_bits(vocabulary) for one in every]
-            found[KEPT] = [one for one in bits if one is not None]
-        return found
-
-    def among_its_ids(self, batch: Batch) -> Batch:
-        """The batch, knowing which ids none of its targets could be."""
-        ids = never(self.written)
-        return batch if ids is None else batch.with_signals({NEVER: ids})
-
-
-def never(written: Sequence[Sampled]) -> Tensor | None:
-    """Ids that none of these answers could have, as the signal `never_K` says it; None where that is no id."""
-    ids = written[0].never
-    assert all(np.array_equal(one.never, ids) for one in written), "one sampler, one set of impossible ids"
-    return torch.from_numpy(ids) if len(ids) else None
+        learned = rollout.weights[answer] > 0
+        return {name: arrays[answer][learned] for name, arrays in known.items() if arrays is not None}
 
 
 SECONDS = "rollout/seconds"

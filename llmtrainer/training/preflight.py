@@ -18,7 +18,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count, loss_of
-from llmtrainer.core.protocols import Annotator, Engine, Tokenizer
+from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, annotated
 from llmtrainer.data.collate import Row, end_to_end
 from llmtrainer.data.examples import fates_of
 from llmtrainer.data.packed import FATES, Store
@@ -222,8 +222,7 @@ def _memory(batch: Batch | None, objective: Objective, engine: Engine, annotator
     batch = batch.to(engine.device)
     told = f"a micro-batch of {batch.input_tokens:,} tokens, its longest row {int(batch.position_BT.max()) + 1:,}"
     try:
-        for annotate in annotators:
-            batch = annotate(batch)
+        batch = annotated(batch, annotators)
         with engine.micro(last=True):
             terms = objective.terms(engine.forward(batch, objective.wants), batch)
             engine.backward(loss_of(terms, engine.sum(count([batch]))))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.format import RecordFormat
+from llmtrainer.data.outcome import RowChoices
+from llmtrainer.data.packed import Store
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.chats import load_chat
-from llmtrainer.training.dataset import Dataset
+from llmtrainer.training.dataset import Dataset, Rows, Setting
+from llmtrainer.training.prepare_examples import Wish, prepared_examples
 
 
 def _several(value: Any) -> Any:
@@ -98,3 +103,36 @@ class RecordFiles(Dataset):
         return {
             name: str(Path(self.test_dataset_dir) / path) if "/" not in path else path for name, path in named.items()
         }
+
+
+class PreparedFiles(RecordFiles):
+    """Which files of records become rows of a token store."""
+
+    def wished(self) -> tuple[RecordFormat, RowChoices]:
+        """How the files are read, and what their rows are to be."""
+        raise NotImplementedError
+
+    def as_one_step(self, store: Store, rows: int | None, setting: Setting, **part: Any) -> Rows:
+        """So many rows of a store, None: all, in their order and as one step."""
+        raise NotImplementedError
+
+    def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
+        """The rows of the training set and of each evaluation set, made now unless the cache has them. `folder`: the
+        tokenizer's."""
+        format, choices = self.wished()
+        shared: dict[str, Any] = {
+            "format": format, "choices": choices, "max_dropped_share": self.max_dropped_share,
+            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
+            "chat": self.chat(folder), "folder": folder,
+        }  # fmt: skip
+        train = prepared_examples(Wish(self.train, **shared), cache)
+        return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self.sets().items()}
+
+    def measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
+        """The held-out part and the named sets, each as one step of all its rows."""
+        found: dict[str, Rows] = {}
+        if self.held_out:
+            part: dict[str, Any] = {"part": "held_out", "held_out": self.held_out}
+            rows = min(setting.held_out_rows, self.as_one_step(store, 1, setting, **part).rows_per_epoch)
+            found["held_out"] = self.as_one_step(store, rows, setting, **part)
+        return found | {name: self.as_one_step(held, None, setting) for name, held in sets.items()}

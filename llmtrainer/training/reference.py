@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import GATES, KEPT, NEVER, REFERENCE, TEMPERATURE, Batch, Outputs
 from llmtrainer.core.protocols import Engine, Family
 from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
 from llmtrainer.models.stored import Policy
+from llmtrainer.training.exchange import exchanged
 from llmtrainer.training.models import load_base, load_whole, model_folder
 from llmtrainer.training.recipe import Reference
 
@@ -90,14 +90,15 @@ def reference_of(
     return _read_by(engine, began, policy)
 
 
-def require_same_reference(manifest: Mapping[str, Any], sha256: str, where: Path) -> None:
-    """Refuse to go on with another reference than the run began with."""
-    if (before := manifest.get(FACT)) != sha256:
+def require_same(who: str, before: object, sha256: str, where: Path) -> None:
+    """Refuse to go on with another reference or teacher (`who`) than the run began with, whose hash was `before`."""
+    if before != sha256:
+        more = " reference.start_from=FOLDER" if who == "reference" else ""
         raise UserError(
-            "the reference changed since this run's checkpoint was written", where=str(where),
+            f"the {who} changed since this run's checkpoint was written", where=str(where),
             why=f"its SHA-256 was {str(before)[:16]} and is {sha256[:16]}: the loss would mean something else",
-            fix="restore the model it was, or begin anew from these weights: "
-            f"run=runs/other model.start_from={where} reference.start_from=FOLDER",
+            fix=f"restore the model it was, or begin anew from these weights: run=runs/other model.start_from={where}"
+            + more,
         )
 
 
@@ -128,73 +129,34 @@ def _beside_its_model(policy: Policy, engine: Engine, folder: Path | None) -> Fr
     """
     base = {name: value for name, value in policy.state_dict().items() if ".adapter." not in name}
     if folder is None:
-        began = untrained(policy)
+        tensors, others = untrained(policy)
         sha256 = sha256_of(base)
     else:
-        now = {name: value.clone() for name, value in adapter_tensors(policy).items()}
-        load_adapter(policy, folder)
-        began = {name: value.clone() for name, value in adapter_tensors(policy).items()}
-        with torch.no_grad():
-            for name, value in adapter_tensors(policy).items():
-                value.copy_(now[name])
+        named = adapter_tensors(policy)
+        began = {name: value.clone() for name, value in named.items()}
+        tensors, others = list(named.values()), list(began.values())
+        with exchanged(tensors, others):     # what is loaded stays among the others, and its own values come back
+            load_adapter(policy, folder)
         sha256 = sha256_of(base | began)
-    swapped, read_policy = _Swapped(policy, began), engine.reader(policy)
+    read_policy = engine.reader(policy)
 
     def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
-        with at_rest(policy), swapped.in_place():
+        with at_rest(policy), exchanged(tensors, others):
             return read_policy(batch, wants)
 
     return Frozen(read, sha256)
 
 
-def untrained(policy: Policy) -> dict[str, Tensor]:
-    """Values of adapters that change nothing: B is 0, and magnitudes are the norms of the matrices themselves."""
-    found = {}
-    for name, value in adapter_tensors(policy).items():
-        if ".lora_B" in name:
-            found[name] = torch.zeros_like(value)
+def untrained(policy: Policy) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors of the adapters with other values for them that change nothing: B is 0, and magnitudes are the norms of
+    the matrices themselves."""
+    tensors, others = list[Tensor](), list[Tensor]()
     for layer in adapters(policy).values():
         assert layer.adapter is not None
+        tensors.append(layer.adapter.lora_B)
+        others.append(torch.zeros_like(layer.adapter.lora_B))
         if layer.adapter.lora_magnitude_vector is not None:
-            (name,) = (
-                name for name, value in adapter_tensors(policy).items()
-                if value.data_ptr() == layer.adapter.lora_magnitude_vector.data_ptr()
-            )  # fmt: skip
-            norm_O = layer.adapter.base_norm_O
-            assert isinstance(norm_O, Tensor)
-            found[name] = norm_O.clone()
-    return found
-
-
-@dataclass(frozen=True)
-class _Swapped:
-    """Other values for some tensors of a policy's adapters, of the same shapes."""
-
-    policy: Policy
-    values: Mapping[str, Tensor] = field(repr=False)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the policy have these values; its own come back afterwards."""
-        held = {name: value for name, value in adapter_tensors(self.policy).items() if name in self.values}
-        kept = {name: value.clone() for name, value in held.items()}
-        with torch.no_grad():
-            for name, value in held.items():
-                value.copy_(self.values[name])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in held.items():
-                    value.copy_(kept[name])
-
-
-@contextmanager
-def at_rest(policy: nn.Module) -> Iterator[None]:
-    """Without dropout and noise."""
-    training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(training)
+            assert isinstance(layer.adapter.base_norm_O, Tensor)
+            tensors.append(layer.adapter.lora_magnitude_vector)
+            others.append(layer.adapter.base_norm_O.clone())
+    return tensors, others

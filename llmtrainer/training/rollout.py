@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +20,14 @@ from llmtrainer.core.rollout import Answer, Prompt, Rollout
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
 from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
-from llmtrainer.generation.sampler import Sampled, Sampler, require_version
+from llmtrainer.generation.sampler import Sampled, Sampler, drawn_signals, require_version
+from llmtrainer.generation.sampling import Sampling
 from llmtrainer.training.answers import Group, examined_figures, figures_of, joined, samples_of, scored
 from llmtrainer.training.conversations import REWARD, Talking, answer_of, sampled_of, with_own_reward
 from llmtrainer.training.following import Following
 from llmtrainer.training.held import SECONDS, Held, packed, unpacked
 from llmtrainer.training.recipe import Rollouts
-from llmtrainer.training.row_signals import read_back, with_row_signals
+from llmtrainer.training.row_signals import places_of, read_back, with_row_signals
 from llmtrainer.training.turns import Conversation, Turn
 
 Look = Callable[[Batch, tuple[str, ...]], Outputs]
@@ -105,10 +105,10 @@ class RolloutSource:
 
     def examined(self, prompts: Prompts) -> dict[str, float]:
         """What greedy answers to some prompts earn now, one to each. Nothing of it is learned or remembered."""
-        aside, greedy = copy(self), self._settings.sampling.model_copy(update={"temperature": 0.0})
-        aside._settings = self._settings.model_copy(update={"group_size": 1, "sampling": greedy})
+        greedy = self._settings.sampling.model_copy(update={"temperature": 0.0})
         self._sampler.sync()
-        groups = aside._written([prompts.prompt(draw) for draw in prompts.draws(0)])
+        asked = [prompts.prompt(draw) for draw in prompts.draws(0)]
+        groups = self._written(asked, 1, greedy, derive(self._seed, "examined"))
         return examined_figures(figures_of(groups))
 
     def close(self) -> None:
@@ -145,20 +145,23 @@ class RolloutSource:
         wanted = self._prompts.prompts_per_step
         for attempt in range(1 + self._settings.redraw):
             last = attempt == self._settings.redraw
-            for group in self._written([self._prompts.prompt(self._cursor + n) for n in range(wanted)]):
+            first = self._cursor
+            self._cursor += wanted
+            asked = [self._prompts.prompt(draw) for draw in range(first, self._cursor)]
+            seed = derive(self._seed, "rollout", first)
+            for group in self._written(asked, self._settings.group_size, self._settings.sampling, seed):
                 if last or group.teaches:
                     wanted -= 1
                     yield group
             if not wanted:
                 return
 
-    def _written(self, prompts: Sequence[Prompt]) -> list[Group]:
-        G, seed, settings = self._settings.group_size, derive(self._seed, "rollout", self._cursor), self._settings
-        self._cursor += len(prompts)
+    def _written(self, prompts: Sequence[Prompt], G: int, sampling: Sampling, seed: int) -> list[Group]:
+        """G answers to each prompt, and what they earn."""
         if self._talking is not None:
-            talks = self._talking.talks(self._sampler, prompts, G, settings.sampling, seed, self._text)
+            talks = self._talking.talks(self._sampler, prompts, G, sampling, seed, self._text)
             return self._grouped(prompts, [sampled_of(talk) for talk in talks], list(map(answer_of, talks)), talks)
-        written = self._sampler.sample([prompt.tokens for prompt in prompts], G, settings.sampling, seed)
+        written = self._sampler.sample([prompt.tokens for prompt in prompts], G, sampling, seed)
         asked = [prompt for prompt in prompts for _ in range(G)]
         answers = [
             Answer(prompt.messages, self._text(prompt.tokens, one), one.tokens, one.finish, prompt.facts)
@@ -170,7 +173,7 @@ class RolloutSource:
         self, prompts: Sequence[Prompt], written: Sequence[Sampled], answers: Sequence[Answer],
         talks: Sequence[Conversation] = (),
     ) -> list[Group]:  # fmt: skip
-        G, rewards = self._settings.group_size, self._settings.rewards
+        G, rewards = len(answers) // len(prompts), self._settings.rewards
         scores = scored(rewards, answers)
         if talks:
             scores = with_own_reward(scores, talks, needed=self._earns and not rewards)
@@ -196,10 +199,8 @@ class RolloutSource:
         """The rollout with what policy, critic and reference say of every token that was written."""
         rollout = held.rollout
         found: dict[str, list[NDArray[Any]]] = {}
-        drawn = held.drawn_from(self._vocabulary)
         for part in range(self._parts):
-            for bare, rows in self._packed(held, self._chosen(held, part, rollout.valid_R)):
-                batch = with_row_signals(bare, [{name: arrays[row] for name, arrays in drawn.items()} for row in rows])
+            for batch, rows in self._packed(held, self._chosen(held, part, rollout.valid_R)):
                 out = self._look(batch, self._asks)
                 said = {"trainer_logp": out.logp_BT, "values": out.value_BT}
                 if self._reference is not None:
@@ -217,9 +218,9 @@ class RolloutSource:
 
     def _cut(self, held: Held, part: int) -> list[Batch]:
         trained_R = self._objective.trains(held.rollout)
-        signals = held.signals(self.steps_per_rollout > 1, self._vocabulary)
+        several = self.steps_per_rollout > 1
         return [
-            with_row_signals(batch, [{name: arrays[row] for name, arrays in signals.items()} for row in rows])
+            with_row_signals(batch, [held.signals(row, several) for row in rows])
             for batch, rows in self._packed(held, self._chosen(held, part, trained_R))
         ]
 
@@ -247,7 +248,9 @@ class RolloutSource:
             chosen = [items[place] for place in places.tolist()]
             batch = collate_comparisons(chosen, share=self._settings.share_prompt, liked=False, margin=False)
             rows = [row for place in places.tolist() for row in groups[place]]
-            yield held.among_its_ids(replace(batch, signals={})), rows
+            placed = [(targets, held.written[row]) for targets, row in zip(places_of(batch), rows, strict=True)]
+            drawn = drawn_signals(placed, (1, batch.tokens_BT.shape[1]), self._vocabulary)
+            yield replace(batch, signals=drawn), rows
 
 
 def _rows_of(rollout: Rollout, rows: Sequence[int]) -> AnswerRows:

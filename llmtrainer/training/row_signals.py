@@ -9,21 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch
-
-_REST: Mapping[str, float] = {KEPT: 255, TEMPERATURE: 1.0}
-"""What stands where nothing is learned: every id, and logits as they are. Elsewhere 0."""
+from llmtrainer.core.batch import Batch
 
 
 def with_row_signals(batch: Batch, rows: Sequence[Mapping[str, NDArray[Any]]]) -> Batch:
     """A batch that knows more. rows: for each of its sequences in order, by the name of the signal, an entry for each
-    token of it that counts, in order: [n] or [n, W]."""
+    token of it that counts, in order: [n] or [n, K]. Elsewhere stands 0."""
     found: dict[str, Tensor] = {}
     for name in rows[0] if rows else ():
         first = torch.from_numpy(rows[0][name])
         shape = (*batch.tokens_BT.shape, *first.shape[1:])
-        found[name] = torch.full(shape, _REST.get(name, 0), dtype=first.dtype)
-        for places, row in zip(_places(batch), rows, strict=True):
+        found[name] = torch.zeros(shape, dtype=first.dtype)
+        for places, row in zip(places_of(batch), rows, strict=True):
             found[name][places] = torch.from_numpy(row[name])
     return batch.with_signals(found)
 
@@ -31,10 +28,10 @@ def with_row_signals(batch: Batch, rows: Sequence[Mapping[str, NDArray[Any]]]) -
 def read_back(batch: Batch, value_BT: Tensor) -> list[NDArray[Any]]:
     """For each sequence of the batch, the values at its tokens that count, in order."""
     value_BT = value_BT.detach().cpu()
-    return [value_BT[places].numpy() for places in _places(batch)]
+    return [value_BT[places].numpy() for places in places_of(batch)]
 
 
-def _places(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+def places_of(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Row and column of the counting tokens of each sequence, in order."""
     counted_BT = batch.weights_BT > 0
     return [

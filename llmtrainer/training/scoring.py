@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.example import Example, Message
 from llmtrainer.core.protocols import opening
 from llmtrainer.core.rollout import Answer
@@ -40,9 +41,7 @@ def scores_of(
     _require_rows(policy, distinct)
     device = next(policy.parameters()).device
     found: dict[tuple[int, ...], float] = {}
-    training = policy.training
-    policy.eval()
-    try:
+    with at_rest(policy):
         for group in _packed(distinct, tokens_per_batch):
             batch = end_to_end([_read_whole(row, place) for place, row in enumerate(group)])
             score_S = policy(batch.to(device), ("score",)).score_S
@@ -50,8 +49,6 @@ def scores_of(
             found |= dict(zip(group, score_S.double().cpu().tolist(), strict=True))
             if report is not None:
                 report(len(group))
-    finally:
-        policy.train(training)
     return np.array([found[tuple(int(token) for token in row)] for row in rows], dtype=np.float64)
 
 

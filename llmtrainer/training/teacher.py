@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -92,16 +91,6 @@ def temperature_of(objective: Objective) -> float:
             why=f"they are {', '.join(f'{one:g}' for one in sorted(found))}", fix="give both the same temperature",
         )
     return found.pop()
-
-
-def require_same_teacher(manifest: Mapping[str, Any], sha256: str, where: Path) -> None:
-    """Refuse to go on with another teacher than the run began with."""
-    if (before := manifest.get(FACT)) != sha256:
-        raise UserError(
-            "the teacher changed since this run's checkpoint was written", where=str(where),
-            why=f"its SHA-256 was {str(before)[:16]} and is {sha256[:16]}: the loss would mean something else",
-            fix=f"restore the model it was, or begin anew from these weights: run=runs/other model.start_from={where}",
-        )
 
 
 def _taught(objective: Objective) -> Iterator[Objective]:

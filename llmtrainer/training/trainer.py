@@ -14,6 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Term, count, loss_of
+from llmtrainer.core.protocols import annotated
 from llmtrainer.core.randomness import derive
 from llmtrainer.training.ledger import Ledger
 from llmtrainer.training.parts import Clock, Parts, StepInfo
@@ -133,8 +134,7 @@ class Trainer:
         return info
 
     def _terms(self, batch: Batch) -> list[Term]:
-        for annotate in self.parts.annotators:
-            batch = annotate(batch)
+        batch = annotated(batch, self.parts.annotators)
         out = self.parts.engine.forward(batch, self.parts.objective.wants)
         if self.parts.keep is not None:
             self._spread.add(self.parts.objective.spread(out, batch))

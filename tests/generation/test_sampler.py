@@ -245,7 +245,8 @@ def test_answers_in_one_batch_have_the_log_probabilities_that_they_have_alone() 
         placed.append((place, len(prompt) - 1, one))
     batch = collate(rows)
     shape = (batch.tokens_BT.shape[0], batch.tokens_BT.shape[1])
-    (logp_BT,) = score(policy, [replace(batch, signals=drawn_signals(placed, shape, 64))])
+    targets = [((row, slice(first, first + len(one.tokens))), one) for row, first, one in placed]
+    (logp_BT,) = score(policy, [replace(batch, signals=drawn_signals(targets, shape, 64))])
     for row, first, one in placed:
         found = logp_BT[row, first : first + len(one.tokens)].numpy()
         np.testing.assert_allclose(found, one.logp, rtol=0, atol=FLOAT64_LOGITS)

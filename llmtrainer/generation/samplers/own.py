@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.generation.blocks import Blocks
 from llmtrainer.generation.continuous import Batching, Reading, Row, Traffic
@@ -97,7 +97,7 @@ class OwnSampler:
         assert each > 0
         if not prompts:
             return []
-        with torch.no_grad(), _evaluating(self.policy.module):
+        with torch.no_grad(), at_rest(self.policy.module):
             version = self.version
             rows = self._rows(prompts, each, sampling)
             drawing = Drawing(sampling, self.tokenizer, rows, seed, first_row)
@@ -139,14 +139,3 @@ class OwnSampler:
             )
         weights = self.policy.reading_weights() if self._own is None else self._own
         return self.policy.pages(weights, count + 1, size, longest), Blocks(count, size)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

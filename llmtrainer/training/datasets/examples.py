@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import model_validator
 
+from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.budget_source import BudgetSource
 from llmtrainer.data.example_rows import Choices, Learn
-from llmtrainer.data.format import Format
+from llmtrainer.data.format import Format, RecordFormat
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy
+from llmtrainer.data.outcome import RowChoices
 from llmtrainer.data.packed import Store
-from llmtrainer.training.dataset import Opened, Rows, Setting
-from llmtrainer.training.prepare_examples import Wish, prepared_examples
-from llmtrainer.training.record_files import RecordFiles
+from llmtrainer.training.dataset import Opened, Setting
+from llmtrainer.training.record_files import PreparedFiles
 
 
-class Examples(RecordFiles):
+class Examples(PreparedFiles):
     """Which conversations, how they are read and rendered, and how they are cut into steps."""
 
     format: Format = Auto()
@@ -65,10 +64,9 @@ class Examples(RecordFiles):
         return self
 
     def opened(self, setting: Setting) -> Opened:
-        # A format reads its own keys when a file is prepared, which the cache may spare; here they count as read.
-        for name in type(self.format).model_fields:
-            getattr(self.format, name)
-        store, measured = self.prepared(setting.folder, setting.cache)
+        # A format reads its own keys when a file is prepared, which the cache may spare.
+        count_as_read(self.format)
+        store, sets = self.prepared(setting.folder, setting.cache)
         chat = self.chat(setting.folder)
         engine = setting.engine
         per_step = self.tokens_per_step or (None if self.sequences_per_step else 32_768)
@@ -78,41 +76,20 @@ class Examples(RecordFiles):
             **self._budget(store, setting),
         )  # fmt: skip
         return Opened(
-            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
+            train, lambda: self.measured(store, sets, setting), {"template_fingerprint": chat.fingerprint}, chat,
             self.max_dropped_share,
         )
 
-    def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
-        """The rows of the training set and of each evaluation set, made now unless the cache has them. `folder`: the
-        tokenizer's."""
-        shared: dict[str, Any] = {
-            "format": self.format, "choices": self._choices(), "max_dropped_share": self.max_dropped_share,
-            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
-            "chat": self.chat(folder), "folder": folder,
-        }  # fmt: skip
-        train = prepared_examples(Wish(self.train, **shared), cache)
-        return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self.sets().items()}
-
-    def _choices(self) -> Choices:
+    def wished(self) -> tuple[RecordFormat, RowChoices]:
         cut = (self.cut_side, self.cut_end) if self.too_long == "cut" else ()
         length = LengthPolicy(self.sequence_length, self.too_long, *cut)
-        return Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle, self.learn, self.gate)
+        choices = Choices(length, self.bad_records, self.allow_truncated, self.allow_pickle, self.learn, self.gate)
+        return self.format, choices
 
-    def _measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
-        """The held-out part and the named sets, each as one step of all its rows."""
-        found: dict[str, Rows] = {}
-        if self.held_out:
-            whole = self._as_one_step(store, 1, setting, part="held_out", held_out=self.held_out)
-            rows = min(setting.held_out_rows, whole.rows_per_epoch)
-            found["held_out"] = self._as_one_step(store, rows, setting, part="held_out", held_out=self.held_out)
-        for name, held in sets.items():
-            found[name] = self._as_one_step(held, held.documents, setting)
-        return found
-
-    def _as_one_step(self, store: Store, rows: int, setting: Setting, **part: Any) -> BudgetSource:
+    def as_one_step(self, store: Store, rows: int | None, setting: Setting, **part: Any) -> BudgetSource:
         engine = setting.engine
         return BudgetSource(
-            store, sequences_per_step=rows, shuffle=False, prefetch=False, rank=engine.rank,
+            store, sequences_per_step=rows or store.documents, shuffle=False, prefetch=False, rank=engine.rank,
             world_size=engine.world_size, **self._budget(store, setting), **part,
         )  # fmt: skip
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
 from llmtrainer.data.comparison_rows import ComparisonChoices, PromptCut
 from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.data.comparisons.auto import Auto
-from llmtrainer.data.format import ComparisonFormat
+from llmtrainer.data.format import ComparisonFormat, RecordFormat
+from llmtrainer.data.outcome import RowChoices
 from llmtrainer.data.packed import LIKED as LABELS
 from llmtrainer.data.packed import MARGINS, Store
-from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Opened, Rows, Setting
-from llmtrainer.training.prepare_examples import Wish, prepared_examples
-from llmtrainer.training.record_files import RecordFiles
+from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Opened, Setting
+from llmtrainer.training.record_files import PreparedFiles
 
 
-class Preferences(RecordFiles):
+class Preferences(PreparedFiles):
     """Which comparisons, how they are read and rendered, and how many of them make a step."""
 
     of: ClassVar[str] = "comparisons"
@@ -78,11 +78,10 @@ class Preferences(RecordFiles):
         return self
 
     def opened(self, setting: Setting) -> Opened:
-        # A format reads its own keys when a file is prepared, which the cache may spare; here they count as read.
-        for name in type(self.format).model_fields:
-            getattr(self.format, name)
+        # A format reads its own keys when a file is prepared, which the cache may spare.
+        count_as_read(self.format)
         _ = self.prompt_cut, self.max_prompt_length    # a prepared store was cut when it was made
-        store, measured = self.prepared(setting.folder, setting.cache)
+        store, sets = self.prepared(setting.folder, setting.cache)
         chat = self.chat(setting.folder)
         train = ComparisonSource(
             store, pairs_per_step=self.pairs_per_step, held_out=self.held_out, shuffle=self.shuffle,
@@ -92,25 +91,20 @@ class Preferences(RecordFiles):
         signals += [LIKED] if store.holds(LABELS) else []
         signals += [MARGIN] if store.holds(MARGINS) else []
         return Opened(
-            train, lambda: self._measured(store, measured, setting), {"template_fingerprint": chat.fingerprint}, chat,
+            train, lambda: self.measured(store, sets, setting), {"template_fingerprint": chat.fingerprint}, chat,
             self.max_dropped_share, train.largest, tuple(signals),
         )  # fmt: skip
 
-    def prepared(self, folder: Path, cache: Path) -> tuple[Store, dict[str, Store]]:
-        """The rows of the training set and of each evaluation set, made now unless the cache has them. `folder`: the
-        tokenizer's."""
-        shared: dict[str, Any] = {
-            "format": self.format, "choices": self._choices(), "max_dropped_share": self.max_dropped_share,
-            "template": self.template, "date": self.date, "leave_out": self.leave_out, "workers": self.workers,
-            "chat": self.chat(folder), "folder": folder,
-        }  # fmt: skip
-        train = prepared_examples(Wish(self.train, **shared), cache)
-        return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self.sets().items()}
-
-    def _choices(self) -> ComparisonChoices:
-        return ComparisonChoices(
+    def wished(self) -> tuple[RecordFormat, RowChoices]:
+        choices = ComparisonChoices(
             self.sequence_length, self.too_long, self.prompt_cut, self.max_prompt_length, self.bad_records,
             self.allow_truncated, self.allow_pickle,
+        )
+        return self.format, choices
+
+    def as_one_step(self, store: Store, rows: int | None, setting: Setting, **part: Any) -> ComparisonSource:
+        return ComparisonSource(
+            store, pairs_per_step=rows or store.comparisons, shuffle=False, prefetch=False, **self._cut(setting), **part
         )
 
     def _cut(self, setting: Setting) -> dict[str, Any]:
@@ -118,16 +112,3 @@ class Preferences(RecordFiles):
             "tokens_per_batch": self.tokens_per_batch, "seed": setting.seed, "share_prompt": self.share_prompt,
             "rank": setting.engine.rank, "world_size": setting.engine.world_size,
         }  # fmt: skip
-
-    def _measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:
-        """The held-out part and the named sets, each as one step of all its comparisons."""
-        found: dict[str, Rows] = {}
-        still: dict[str, Any] = {**self._cut(setting), "shuffle": False, "prefetch": False}
-        if self.held_out:
-            part: dict[str, Any] = {**still, "part": "held_out", "held_out": self.held_out}
-            whole = ComparisonSource(store, pairs_per_step=1, **part)
-            rows = min(setting.held_out_rows, whole.rows_per_epoch)
-            found["held_out"] = ComparisonSource(store, pairs_per_step=rows, **part)
-        for name, held in sets.items():
-            found[name] = ComparisonSource(held, pairs_per_step=held.comparisons, **still)
-        return found
