@@ -2,6 +2,8 @@
 
 FLOAT64_GRADIENT_RELATIVE = 1e-12
 """Two ways to cut the same step, float64."""
+FLOAT64_ENGINES_RELATIVE = 1e-12
+"""Weights and norms after a few steps on several processes against one, float64, relative to the largest."""
 FLOAT64_RUN = 1e-9
 """Losses and gradient norms of whole runs that differ only in the cut, float64."""
 FLOAT64_LOGITS = 1e-10

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, RunStopped, UserError
-from llmtrainer.base.process import wait_passively
+from llmtrainer.base.process import rank, wait_passively
 from llmtrainer.base.verbs import VERBS, Verb, verb_named
 from llmtrainer.base.version import VERSION
 
@@ -81,7 +81,7 @@ def _act(before: list[str], rest: list[str], as_json: bool, quiet: bool, out: Te
     with voice(quiet=quiet, json=as_json):
         result = function(load(config_type, file, overrides, bare))
     text = json.dumps(result.json(), ensure_ascii=False, allow_nan=False) if as_json else result.text()
-    if text:
+    if text and rank() == 0:
         print(text, file=out, flush=True)
     return result.exit_code
 

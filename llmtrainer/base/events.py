@@ -21,14 +21,15 @@ class EventLog:
     """The one writer of an events file.
 
     A line that a crash left unfinished is removed at the start: it never was an event. A line that is whole but
-    for its newline stays.
+    for its newline stays. Without a path, events are made and not kept: another process writes those of the run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _mend(path)
-        self._file = path.open("ab")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _mend(path)
+        self._file = (path or Path(os.devnull)).open("ab")
 
     def append(self, kind: str, **values: Any) -> Event:    # Any: whatever JSON can say of it
         """Write one event and hand it to the system. Numbers that are not finite become null."""

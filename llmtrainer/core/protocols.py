@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -136,11 +136,19 @@ class Annotator(Protocol):
     def __call__(self, batch: Batch) -> Batch: ...
 
 
+def of_first(engine: Engine, number: float) -> float:
+    """Rank 0's number, on every rank."""
+    return engine.sum({"number": number if engine.rank == 0 else 0.0})["number"]
+
+
 def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
     """The batch with what each of them knows."""
     for annotate in annotators:
         batch = annotate(batch)
     return batch
+
+
+Made = TypeVar("Made")
 
 
 class Engine(Protocol):
@@ -181,7 +189,17 @@ class Engine(Protocol):
         """Clear the gradients without an update."""
         ...
 
-    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]: ...
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Each number added up over all ranks: every rank asks with the same names, in the same order of calls."""
+        ...
+
+    def in_turn(self, work: Callable[[], Made]) -> Made:
+        """Do what makes files that all ranks read: rank 0 alone first, then the others, who find what was made."""
+        ...
+
+    def weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        """The parameters of the prepared policy by name, whole, wherever their pieces are. Every rank asks."""
+        ...
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer and engine state as named tensors, by parameter name. No pickle."""

@@ -33,7 +33,6 @@ from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import find_device
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
-from llmtrainer.training import checkpoint
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
@@ -43,7 +42,7 @@ from llmtrainer.training.parts import Parts
 from llmtrainer.training.policies import base_name, form_of, policy_of
 from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
-from llmtrainer.training.resume import Resumption, find_resumption, require_same
+from llmtrainer.training.resume import Resumption, continued
 from llmtrainer.training.saving import Saver
 from llmtrainer.training.shared_prompts import require_exact_sharing
 from llmtrainer.training.spread import keeper, write_spread
@@ -83,16 +82,14 @@ def assemble(
     engine, precision = engine_of(recipe)
     require_choices(recipe, engine.device, DTYPES[precision])
     # 2. Vocabulary, text, rows.
-    tokenizer_folder, tokenizer = tokenizer_of(recipe)
-    rows = rows_of(recipe, tokenizer_folder, tokenizer, engine)
+    tokenizer_folder, tokenizer = engine.in_turn(lambda: tokenizer_of(recipe))
+    rows = engine.in_turn(lambda: rows_of(recipe, tokenizer_folder, tokenizer, engine))
     facts = facts_of(recipe, precision, rows, tokenizer)
     # 3. Where the run continues, before anything large is allocated.
-    resumption = find_resumption(run, recipe, warn)
-    if resumption is not None:
-        require_same(resumption, recipe, {name: facts[name] for name in (*MUST_MATCH, *rows.facts)})
-        checkpoint.set_aside_newer(run, resumption.folder)
+    same = {name: facts[name] for name in (*MUST_MATCH, *rows.facts)}
+    resumption = engine.in_turn(lambda: continued(run, recipe, same, warn, engine.rank))
     # 4. The model, its optimizer, and their state.
-    continued = resumption.folder if resumption else None
+    began = resumption.folder if resumption else None
     policy, told = trained_policy(recipe, tokenizer, engine, DTYPES[precision], rows, resumption, warn)
     average = average_of(recipe, policy, resumption, warn)
     # 5. Who gives it rows, and who says what is known of them.
@@ -103,11 +100,12 @@ def assemble(
     # 7. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
-        form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, continued)), engine,
+        form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, began)), engine,
         parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat, feed.states,
     )  # fmt: skip
-    saver.tidy()
-    saver.require_space()
+    if engine.rank == 0:
+        saver.tidy()
+        saver.require_space()
     if resumption is None and rows.chat is not None and rows.train is not None:
         look_before(recipe, run, rows.train.store, rows, tokenizer, policy, engine, feed.annotators, warn)
     parts = Parts(
@@ -119,11 +117,17 @@ def assemble(
         saver=saver, annotators=feed.annotators, average=average, starts_at=feed.starts_at, told=feed.told,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
-        peak_flops=peak_flops(engine.device, precision, recipe.log.peak_flops), stop=stop,
+        peak_flops=peak_of(recipe, engine, precision), stop=stop,
         keep=keeper(recipe.objective, recipe.log.spread, run),
     )  # fmt: skip
     progress, figures = (resumption.progress, resumption.figures) if resumption else (Progress(), {})
     return Assembled(Trainer(parts, progress, figures), resumption, facts)
+
+
+def peak_of(recipe: Recipe, engine: Engine, precision: str) -> float | None:
+    """Operations a second that all devices together could do; None where one's peak is unknown."""
+    each = peak_flops(engine.device, precision, recipe.log.peak_flops)
+    return None if each is None else each * engine.world_size
 
 
 def trained_policy(
@@ -246,7 +250,8 @@ def evaluations_of(
             }
             for prompt, ids, item in zip(settings.prompts, prompts, completions, strict=True)
         ]
-        write_samples(run, progress, told)
+        if engine.rank == 0:
+            write_samples(run, progress, told)
 
     return Evaluations(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,

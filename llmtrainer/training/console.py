@@ -206,6 +206,21 @@ def _bar_row(title: str, share: float | None, figures: str, now: float) -> Table
     return row
 
 
+class Unseen:
+    """The view of a process that another one shows: it shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is open."""
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Nobody looks."""
+
+
 class TrainingView:
     """Shows a run's events as they happen, each as it stands in events.jsonl.
 

@@ -74,8 +74,11 @@ class Resumption:
         engine.load_state(self.state(OPTIMIZER))
 
 
-def find_resumption(run: RunDir, recipe: Recipe, warn: Callable[[str], None]) -> Resumption | None:
-    """The checkpoint a run continues from by `recipe.resume`; None for a run that begins. Never asks."""
+def find_resumption(
+    run: RunDir, recipe: Recipe, warn: Callable[[str], None], first: bool = True
+) -> Resumption | None:
+    """The checkpoint a run continues from by `recipe.resume`; None for a run that begins. Never asks. `first`:
+    False for a process that finds what rank 0 has verified and left as the newest."""
     if recipe.resume == "never":
         if run.step_folders():
             raise UserError(
@@ -85,8 +88,25 @@ def find_resumption(run: RunDir, recipe: Recipe, warn: Callable[[str], None]) ->
                 fix="resume=auto to continue, or run=runs/other to begin elsewhere",
             )
         return None
-    folder = checkpoint.newest_verified(run, warn) if recipe.resume == "auto" else _named(Path(recipe.resume))
+    if recipe.resume != "auto":
+        folder: Path | None = _named(Path(recipe.resume))
+    elif first:
+        folder = checkpoint.newest_verified(run, warn)
+    else:
+        folder = next(iter(run.whole_checkpoints()), None)
     return None if folder is None else Resumption(folder, checkpoint.read_manifest(folder))
+
+
+def continued(
+    run: RunDir, recipe: Recipe, fingerprints: Mapping[str, str], warn: Callable[[str], None], rank: int
+) -> Resumption | None:
+    """Where this run continues, held to what it began with; what is newer than that checkpoint is set aside."""
+    found = find_resumption(run, recipe, warn, first=rank == 0)
+    if found is not None:
+        require_same(found, recipe, fingerprints)
+        if rank == 0:
+            checkpoint.set_aside_newer(run, found.folder)
+    return found
 
 
 def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str]) -> None:

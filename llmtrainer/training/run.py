@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from llmtrainer.base.config import dump
 from llmtrainer.base.errors import DONE, STOPPED
 from llmtrainer.base.events import EventLog
 from llmtrainer.base.events import steps as logged_steps
-from llmtrainer.base.process import StopRequests
+from llmtrainer.base.process import StopRequests, rank
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.training.assemble import Assembled, assemble
-from llmtrainer.training.console import TrainingView
+from llmtrainer.training.console import TrainingView, Unseen
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.tracking import Trackers
 from llmtrainer.training.trainer import Trainer
@@ -60,18 +60,22 @@ def open_trainer(recipe: Recipe) -> Iterator[Trainer]:
 
 @contextmanager
 def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
-    """Hold the run's lock, its signals and its view around an assembled trainer."""
+    """Hold the run's lock, its signals and its view around an assembled trainer. With several processes, rank 0 holds
+    them, and it alone writes and shows what happens."""
     run = RunDir(Path(recipe.run))
+    first = rank() == 0
     with (
-        run.locked(), EventLog(run.events) as log, StopRequests(run.control) as stop,
-        TrainingView(recipe.duration) as view,
+        run.locked() if first else nullcontext(), EventLog(run.events if first else None) as log,
+        StopRequests(run.control) as stop, TrainingView(recipe.duration) if first else Unseen() as view,
     ):  # fmt: skip
-        run.clear_leftovers()
+        if first:
+            run.clear_leftovers()
         assembled = assemble(recipe, log, view.show, stop)
-        _write_recipe(run, recipe)
+        if first:
+            _write_recipe(run, recipe)
         trainer, resumption = assembled.trainer, assembled.resumption
         trackers = Trackers(
-            recipe.log.trackers, run, recipe.plain(), trainer.progress.step,
+            recipe.log.trackers if first else (), run, recipe.plain(), trainer.progress.step,
             lambda text: trainer.tell("warning", text=text),
         )  # fmt: skip
         if resumption is None:

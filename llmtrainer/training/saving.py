@@ -83,6 +83,9 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
+        if self._engine.rank:
+            self._parent = folder.name      # every rank holds the same, and rank 0 writes it
+            return
         weights, state = {".": _frozen(self._form.tensors())}, {OPTIMIZER: _frozen(self._engine.state())}
         state |= {name: _frozen(take()) for name, take in self._more.items()}
         if self._average is not None:

@@ -14,7 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Term, count, loss_of
-from llmtrainer.core.protocols import annotated
+from llmtrainer.core.protocols import annotated, of_first
 from llmtrainer.core.randomness import derive
 from llmtrainer.training.ledger import Ledger
 from llmtrainer.training.parts import Clock, Parts, StepInfo
@@ -45,12 +45,12 @@ class Trainer:
 
     def steps(self) -> Iterator[StepInfo]:
         """Steps until the duration is reached or a stop is requested; the last step is evaluated and saved."""
-        while not self.finished and not self.parts.stop.requested:
+        while not self.finished and not self._stopping():
             self.parts.saver.poll()  # a full disk ends the run now, not hours later
             before = self.progress
             self.last = info = self._first_step() if self.last is None else self.step()
             self._record(before, info)
-            stopping = self.parts.stop.requested is not None
+            stopping = self._stopping()
             if self.finished or (not stopping and self.parts.evaluate_every.due(before, self.progress)):
                 self.evaluate()
             if self.finished or stopping or self.parts.save_every.due(before, self.progress):
@@ -96,7 +96,8 @@ class Trainer:
         if parts.average is not None:
             parts.average.update(after.step)
         clock.lap("optimizer")
-        self.progress = replace(after, minutes=after.minutes + clock.total / 60)
+        minutes = after.minutes + of_first(parts.engine, clock.total / 60)      # one clock for all ranks
+        self.progress = replace(after, minutes=minutes)
         seconds = {**clock.laps, "total": clock.total}
         return StepInfo(self.progress, loss, metrics, rate, grad_norm, int(counts["input"]), seconds, skipped)
 
@@ -121,6 +122,14 @@ class Trainer:
             self.parts.saver.save(self.progress, self.figures if fresh else {})
             self._saved_at = self.progress.step
             self.tell("save", step=self.progress.step)
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop: asked together, so that all ranks end behind the same step."""
+        stop, engine = self.parts.stop, self.parts.engine
+        asked = bool(engine.sum({"stop": float(stop.requested is not None)})["stop"])
+        if asked:
+            stop.request("another process of this job was asked")
+        return asked    # and not what a signal may have changed on this rank since
 
     def _first_step(self) -> StepInfo:
         ledger = Ledger(self.parts.policy)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrainer.base.kinds import kinds_in
 from llmtrainer.core import batch as signals
@@ -155,16 +155,17 @@ class World:
         )  # fmt: skip
 
 
-class Together:
+class Together(nn.Module):
     """A decoder with a score and a value read off its hidden states by fixed directions."""
 
     def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
         self.decoder = decoder
         size = decoder.family.hidden_size
         self.direction = torch.linspace(-1.0, 1.0, size, dtype=torch.float64)
 
-    def __call__(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
-        out = self.decoder(batch, tuple(name for name in wants if name in WANTS))
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        out: Outputs = self.decoder(batch, tuple(name for name in wants if name in WANTS))
         counting_BT = (batch.weights_BT > 0).double()
         if "value" in wants:
             out = replace(out, value_BT=self.decoder.hidden(batch) @ self.direction * counting_BT)

@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llmtrainer.base import process
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
-from llmtrainer.core.protocols import EngineConfig, Rule
+from llmtrainer.core.protocols import EngineConfig, Made, Rule
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
@@ -41,30 +42,40 @@ class Single(EngineConfig):
     """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
 
     def start(self, precision: str) -> SingleEngine:
+        if process.world_size() > 1:
+            raise UserError(
+                f"{process.world_size():,} processes were started, and each of them would train alone",
+                where="engine.kind", why="kind `single` is one process, and all would write to one run directory",
+                fix="engine.kind=ddp, or start one process: llmtrainer train RECIPE.yaml",
+            )
+        device, told = self._ready(precision)
+        return SingleEngine(
+            device, precision, compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told,
+            arrangement=self.arrangement(),
+        )
+
+    def _ready(self, precision: str) -> tuple[torch.device, tuple[str, ...]]:
+        """This process's device, with threads and arithmetic set, and fallbacks for people."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = find_device(self.device, precision)
         if device.type == "cpu":
             keep_freed_memory()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)       # where libraries look that are not told
         if self.compile:
             require_compiler(device)
         if precision in ("float32", "float64"):
             torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
-        told: tuple[str, ...] = ()
-        if self.cuda_graphs:
-            told = require_graphs(device, self.compile, self.fallback)
-        return SingleEngine(
-            device, precision, compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told,
-            arrangement=self.arrangement(),
-        )
+        return device, require_graphs(device, self.compile, self.fallback) if self.cuda_graphs else ()
 
 
 class SingleEngine:
     """Forward, backward, clip and update where nobody else takes part. Gradients and masters stay float32 or
     wider; what is computed narrower is the model's business, except for float16's loss scale."""
 
-    rank = 0
-    world_size = 1
+    rank: int = 0
+    world_size: int = 1
 
     def __init__(
         self, device: torch.device, precision: str, *, compile: bool = False, cuda_graphs: bool = False,
@@ -180,6 +191,12 @@ class SingleEngine:
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return {name: float(number) for name, number in numbers.items()}
 
+    def in_turn(self, work: Callable[[], Made]) -> Made:
+        return work()
+
+    def weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in policy.named_parameters()}
+
     def state(self) -> dict[str, Tensor]:
         """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step
         changes them, so whoever writes them in the background copies them first."""
@@ -254,6 +271,8 @@ def find_device(name: str, precision: str) -> torch.device:
     """The device `name` means on this machine. Raises UserError if it is not there or cannot compute so."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and process.world_size() > 1:
+        name = f"cuda:{process.local_rank()}"     # each process its own card
     try:
         device = torch.device(name)
         torch.empty((), device=device)

@@ -1,0 +1,112 @@
+"""One model on every process: gradients are added up while the backward pass still runs (PyTorch's DDP)."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.arrangement import Arranged
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.parallel.engines.single import Single, SingleEngine
+from llmtrainer.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
+
+class Ddp(Single):
+    """Data parallel (Li 2020, arXiv:2006.15704): each process has the whole model and its share of every step. What a
+    step learns is what one process would learn from all of it; start one process a device with `llmtrainer launch`."""
+
+    bucket_mib: float = Field(default=25.0, gt=0.0)
+    """Gradients are added up in pieces of this size, each as soon as backward has made it. Smaller pieces overlap
+    more and cost more messages."""
+
+    find_unused_parameters: bool = False
+    """Look in every step for parameters that took no part: needed where a step may leave some out, as a gated mixture
+    of adapters does; costs a walk over the graph."""
+
+    timeout_minutes: float = Field(default=30.0, gt=0.0)
+    """How long a process waits for the others in one step before the job ends with an error."""
+
+    def start(self, precision: str) -> DdpEngine:
+        device, told = self._ready(precision)
+        world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
+        return DdpEngine(
+            device, precision, world=world, bucket_mib=self.bucket_mib, find_unused=self.find_unused_parameters,
+            compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told, arrangement=self.arrangement(),
+        )
+
+
+class DdpEngine(SingleEngine):
+    """A SingleEngine whose gradients are those of all ranks: what follows backward is the same arithmetic on every
+    rank, on the same numbers, so weights and optimizer stay equal without being exchanged."""
+
+    def __init__(
+        self, device: torch.device, precision: str, *, world: World, bucket_mib: float, find_unused: bool,
+        **settings: Any,    # those of SingleEngine
+    ) -> None:
+        super().__init__(device, precision, **settings)
+        self.world, self.rank, self.world_size = world, world.rank, world.size
+        self._bucket_mib, self._find_unused = bucket_mib, find_unused
+        self.collectives = 0
+        """Buckets of gradients sent so far."""
+
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
+        arranged = super().prepare(policy, rule, groups)
+        module = cast(nn.Module, self._forward)
+        self._replica = DistributedDataParallel(
+            module, broadcast_buffers=False, bucket_cap_mb=self._bucket_mib,
+            find_unused_parameters=self._find_unused, gradient_as_bucket_view=True,
+        )
+        # Unannotated: torch compares annotations with types, and here they are text.
+        self._replica.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
+        return arranged
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self._replica.no_sync()
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        if not torch.is_grad_enabled():
+            return super().forward(batch, wants)
+        try:
+            out: Outputs = self._replica(batch.to(self.device), wants)
+        except RuntimeError as error:
+            raise _explained(error) from error
+        return out
+
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        return self.world.sum(numbers)
+
+    def in_turn(self, work: Callable[[], Made]) -> Made:
+        return self.world.in_turn(work)
+
+    def close(self) -> None:
+        self.world.leave()
+
+    def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        # A sum and not DDP's mean: the loss is divided by what all ranks counted together.
+        self.collectives += 1
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+
+def _explained(error: RuntimeError) -> Exception:
+    """DDP's complaint about parameters without a gradient, for people; any other error as it is."""
+    if "finished reduction" not in str(error):
+        return error
+    return UserError(
+        "some parameters took no part in a step", where="engine.kind=ddp",
+        why="their gradients were waited for and never came",
+        fix="engine.find_unused_parameters=true, or freeze them: model.freeze=['PATTERN']",
+    )

@@ -1,0 +1,76 @@
+"""What every engine of several processes owes: for every objective, the steps of one process that has all the rows."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from llmtrainer.base.kinds import kinds_in
+from llmtrainer.core.objective import Objective, count, loss_of
+from llmtrainer.core.protocols import Engine, EngineConfig, Rule
+from llmtrainer.optim.groups import group
+from llmtrainer.parallel.engines.single import SingleEngine
+from tests.conformance.objectives import TRIED, Settings, World, name_of
+from tests.processes import Processes, processes  # noqa: F401  a fixture
+from tests.tolerances import FLOAT64_ENGINES_RELATIVE
+
+KINDS = [kind for kind in kinds_in(EngineConfig.folder) if kind != "single"]
+SETTINGS: dict[str, dict[str, Any]] = {"ddp": {"find_unused_parameters": True}}
+"""Beside a kind's defaults."""
+CUTS: dict[int, list[list[tuple[int, ...]]]] = {
+    1: [[(3, 1, 2)]],
+    2: [[(2, 1), (1, 2)], [(4,), (2,)], [(1, 1), (1, 3)]],
+}
+"""Processes -> how each of a few steps is cut: the prompts of each micro-batch of each rank, uneven on purpose."""
+
+
+def trained(engine: Engine, settings: Settings, steps: list[list[tuple[int, ...]]]) -> list[float]:
+    """All weights after a few clipped steps, norms of the gradients before."""
+    objective, world = Objective.model_validate(settings), World(settings, dropout=0.1)
+    policy = world.policy
+    rule = Rule.model_validate({"kind": "adamw", "weight_decay": 0.1})
+    engine.prepare(policy, rule, group(policy.named_parameters(), ()))
+    told = []
+    for step in steps:
+        sizes = [size for share in step for size in share]
+        begin = sum(len(share) for share in step[: engine.rank])
+        batches = world.step(sizes)[begin : begin + len(step[engine.rank])]
+        counts = engine.sum(count(batches))
+        for index, batch in enumerate(batches):
+            with engine.micro(last=index == len(batches) - 1):
+                engine.backward(loss_of(objective.terms(engine.forward(batch, objective.wants), batch), counts))
+        told.append(float(engine.clip(0.5)))
+        engine.step(1e-2)
+    return told + torch.cat([value.flatten() for value in engine.weights(policy).values()]).tolist()
+
+
+def apart(kind: str, steps: list[list[tuple[int, ...]]]) -> dict[str, float]:
+    """In each process: the farthest number from those of one process, for every objective, relative to the largest."""
+    found = {}
+    for settings in TRIED:
+        config = EngineConfig.model_validate({"kind": kind, "device": "cpu", **SETTINGS.get(kind, {})})
+        mine = torch.tensor(trained(config.start("float64"), settings, steps), dtype=torch.float64)
+        alone = [[sum(step, ())] for step in steps]
+        whole = torch.tensor(
+            trained(SingleEngine(torch.device("cpu"), "float64"), settings, alone), dtype=torch.float64
+        )
+        found[name_of(settings)] = float((mine - whole).abs().max() / whole.abs().max())
+    return found
+
+
+@pytest.fixture(scope="module")
+def distances(processes: Processes) -> Any:  # noqa: F811  the fixture
+    """Kind -> for each of two processes, objective -> distance; worked out once, in processes kept for it."""
+    return cache(lambda kind: processes.run(2, apart, kind, CUTS[2]))
+
+
+@pytest.mark.parametrize("settings", TRIED, ids=name_of)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_learns_from_every_objective(
+    kind: str, settings: Settings, distances: Any
+) -> None:
+    for rank, found in enumerate(distances(kind)):
+        assert found[name_of(settings)] <= FLOAT64_ENGINES_RELATIVE, f"rank {rank}"
