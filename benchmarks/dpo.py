@@ -66,7 +66,8 @@ def trl(settings: Figures) -> Iterator[Figures]:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = DPOConfig(
-        settings["scratch"], per_device_train_batch_size=PAIRS, max_steps=1, max_length=LENGTH, bf16=True, use_cpu=True,
+        settings["scratch"], per_device_train_batch_size=PAIRS, max_steps=1, max_length=LENGTH, bf16=True,
+        use_cpu=settings["use_cpu"],
         report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False, beta=BETA,
         seed=0, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         optim="adamw_torch_fused",
@@ -147,7 +148,7 @@ def main() -> None:
         return
     wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "pairs.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
-        short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 5}
+        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 5)
         settings = {**prepare(Path(scratch), wish, short["steps"]), **short}
         plain, shared = (compared(way, wish, settings) for way in ("two_rows", "shared"))
     ratios = {"trl": plain["ratio"], "trl_shared_prompt": shared["ratio"]}

@@ -40,11 +40,12 @@ def ours(settings: Figures) -> Iterator[Figures]:
     from llmtrainer.generation.sampling import Sampling
     from llmtrainer.training.models import open_model
 
-    opened = open_model(settings["model"], "bfloat16", "cpu")
+    opened = open_model(settings["model"], "bfloat16", settings["device"])
     policy, tokenizer = opened.policy, opened.tokenizer
     prompts = tokenizer.encode_batch(PROMPTS)
     kept = policy.cache(len(prompts), max(map(len, prompts)))    # with its copy of the weights, as a server has it
     tokens_BT = torch.tensor([ids + [0] * (max(map(len, prompts)) - len(ids)) for ids in prompts])
+    tokens_BT = tokens_BT.to(settings["device"])
     logits_BV = policy.read(tokens_BT, torch.tensor([len(ids) for ids in prompts]), kept)
     sampling = Sampling(max_new_tokens=NEW, min_new_tokens=NEW)
 
@@ -62,8 +63,10 @@ def transformers(settings: Figures) -> Iterator[Figures]:
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    model = model.to(settings["device"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     read = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    read = read.to(settings["device"])
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(read["input_ids"], read["attention_mask"], strict=True)]
     with torch.inference_mode():
         logits_BV = model(**read).logits[:, -1].float()
@@ -93,7 +96,7 @@ def ours_rollout(settings: Figures) -> Iterator[Figures]:
     from llmtrainer.generation.sampling import Sampling
     from llmtrainer.training.models import open_model
 
-    opened = open_model(settings["model"], "bfloat16", "cpu")
+    opened = open_model(settings["model"], "bfloat16", settings["device"])
     policy, tokenizer = opened.policy, opened.tokenizer
     start, end = (tokenizer.control[name] for name in ("<|im_start|>", "<|im_end|>"))
     marks = {"<|im_start|>": start, "<|im_end|>": end}
@@ -104,6 +107,7 @@ def ours_rollout(settings: Figures) -> Iterator[Figures]:
                                                                   else tokenizer.encode(part))])
     weights = policy.reading_weights()    # kept, as a trainer keeps them for all the rollouts of a step
     tokens_BT = torch.tensor([ids + [0] * (max(map(len, prompts)) - len(ids)) for ids in prompts])
+    tokens_BT = tokens_BT.to(settings["device"])
     lengths_B = torch.tensor([len(ids) for ids in prompts])
     logits_BV = policy.read(tokens_BT, lengths_B, policy.cache(len(prompts), max(map(len, prompts))))
     sampler = Own(max_rows=ROWS).open(policy, tokenizer, policy, "shared", "fast")
@@ -113,7 +117,7 @@ def ours_rollout(settings: Figures) -> Iterator[Figures]:
         return sum(len(one.tokens) for one in sampler.sample(prompts, EACH, sampling, seed))
 
     for told in _turns(settings, write, prompts, logits_BV):
-        if "rate" in told:
+        if "rate" in told and settings["use_cpu"]:    # the layers are packed for a processor alone
             told["linear_rate"] = linear_rate(weights, ROWS)
             told["linear_share"] = told["rate"] / told["linear_rate"]
         yield told
@@ -148,9 +152,11 @@ def transformers_rollout(settings: Figures) -> Iterator[Figures]:
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    model = model.to(settings["device"])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     read = tokenizer([question(number) for number in range(QUESTIONS)], return_tensors="pt", padding=True)
+    read = read.to(settings["device"])
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(read["input_ids"], read["attention_mask"], strict=True)]
     with torch.inference_mode():
         logits_BV = model(**read).logits[:, -1].float()

@@ -75,7 +75,8 @@ def trl(settings: Figures) -> Iterator[Figures]:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = GRPOConfig(
         settings["scratch"], per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_steps=1,
-        max_completion_length=LENGTH, bf16=True, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,
+        max_completion_length=LENGTH, bf16=True,
+        use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1,
         disable_tqdm=True, gradient_checkpointing=False, beta=0.0, temperature=1.0, seed=0, learning_rate=RATE,
         lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused",
     )  # fmt: skip
@@ -131,7 +132,7 @@ def main() -> None:
         return
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
-        short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
+        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 4)
         given = {**prepare(Path(scratch), wish), **short}
         peers = {"trl": wish.peer_python}
         result = turns.in_turn("SmolLM2-135M, GRPO", "steps/s", peers, __file__, given, wish)

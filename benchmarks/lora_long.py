@@ -43,7 +43,7 @@ def trl(settings: Figures) -> Iterator[Figures]:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
     asked = SFTConfig(
         settings["scratch"], per_device_train_batch_size=1, max_steps=settings["warm"], max_length=LENGTH, bf16=True,
-        use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
+        use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
         learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         optim="adamw_torch_fused", gradient_checkpointing=settings["recompute"] == "both",
     )  # fmt: skip
@@ -74,7 +74,7 @@ def prepare(folder: Path, wish: Any) -> Figures:
             "train": str(data), "sequence_length": LENGTH, "sequences_per_step": 1, "tokens_per_batch": LENGTH,
             "shuffle": False,
         },
-        "engine": {"kind": "single", "device": "cpu", "compile": not wish.eager, "recompute_every": 1},
+        "engine": {"kind": "single", "device": wish.device, "compile": not wish.eager, "recompute_every": 1},
     }
     recipe = recipes.written(folder, "recipe", wish, RATE, **parts)
     return {**recipes.settings_of(folder, wish, data), "recipe": recipe, "recompute": wish.recompute}
@@ -92,7 +92,7 @@ def main() -> None:
         return
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {**prepare(Path(scratch), wish), "warm": 1, "steps": 1 if wish.quick else 2}
+        settings = {**prepare(Path(scratch), wish), **turns.steps(wish, 1, 1 if wish.quick else 2)}
         work = f"SmolLM2-135M, LoRA of rank {RANK}, one row of {LENGTH:,} tokens, bfloat16"
         result = turns.in_turn(work, "tokens/s", {"trl": wish.peer_python}, __file__, settings, wish)
     told = turns.fact(result, "first_loss")

@@ -40,7 +40,7 @@ def ours(settings: Figures) -> Iterator[Figures]:
     with lt.open_trainer(recipe) as trainer:
         steps = trainer.steps()
         losses = [next(steps).loss for _ in range(settings["warm"])]
-        products = _products()
+        products = _products(settings["device"])
         yield {"first_loss": losses[0], "last_loss": losses[-1]}
         while True:
             # Before and after, because a shared machine's speed drifts by a third within a turn.
@@ -68,7 +68,8 @@ def hf_trainer(settings: Figures) -> Iterator[Figures]:
 
     def arguments(steps: int) -> TrainingArguments:
         return TrainingArguments(
-            settings["scratch"], per_device_train_batch_size=ROWS, max_steps=steps, bf16=True, use_cpu=True,
+            settings["scratch"], per_device_train_batch_size=ROWS, max_steps=steps, bf16=True,
+            use_cpu=settings["use_cpu"],
             report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, optim="adamw_torch_fused",
             learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, adam_epsilon=1e-8,
             remove_unused_columns=False,
@@ -92,7 +93,7 @@ def litgpt(settings: Figures) -> Iterator[Figures]:
     from litgpt.utils import chunked_cross_entropy
     from safetensors.torch import load_file
 
-    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fabric = lightning.Fabric(accelerator=settings["device"], devices=1, precision="bf16-mixed")
     fabric.launch()
     config = Config(
         block_size=SHAPE["context_length"], vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY, n_layer=8, n_head=8,
@@ -109,7 +110,7 @@ def litgpt(settings: Figures) -> Iterator[Figures]:
     rows = _rows(settings)
 
     def step() -> float:
-        tokens = torch.tensor(list(itertools.islice(rows, ROWS)))[:, :-1]
+        tokens = torch.tensor(list(itertools.islice(rows, ROWS)), device=settings["device"])[:, :-1]
         loss = chunked_cross_entropy(model(tokens)[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
@@ -171,7 +172,7 @@ def _flops() -> float:
     return 6 * (L * (D * width + 3 * D * F) + VOCABULARY * D) + 6 * L * D * LENGTH
 
 
-def _products() -> list[tuple[Any, Any, float]]:
+def _products(device: str) -> list[tuple[Any, Any, float]]:
     """Each of the model's own products, forward, for the input's gradient and for the weight's: operands, FLOP."""
     import torch
 
@@ -180,7 +181,8 @@ def _products() -> list[tuple[Any, Any, float]]:
     found = []
     for inputs, outputs, count in ((D, D, 2), (D, keys, 2), (D, F, 2), (F, D, 1), (D, VOCABULARY, 1)):
         x, w, g = (
-            torch.randn(shape, dtype=torch.bfloat16) for shape in ((N, inputs), (outputs, inputs), (N, outputs))
+            torch.randn(shape, dtype=torch.bfloat16, device=device)
+            for shape in ((N, inputs), (outputs, inputs), (N, outputs))
         )
         found += [(a, b, 2.0 * N * inputs * outputs) for a, b in ((x, w.t()), (g, w), (g.t(), x))] * count
     return found
@@ -193,7 +195,7 @@ def _matrix_rate(products: list[tuple[Any, Any, float]]) -> float:
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            a @ b
+            (a @ b)[0, 0].item()     # waits for the device
             seconds.append(time.perf_counter() - started)
         rates.append(flops / statistics.median(seconds))
     return statistics.median(rates)
@@ -234,7 +236,7 @@ def prepare(folder: Path, data: str | None, settings: Figures) -> Figures:
             "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.95], "epsilon": 1e-8},
             "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
         },
-        "engine": {"kind": "single", "device": "cpu", "compile": settings["compile"]},
+        "engine": {"kind": "single", "device": settings["device"], "compile": settings["compile"]},
         "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
     }  # fmt: skip
     from ruamel.yaml import YAML
@@ -270,8 +272,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         settings = prepare(Path(scratch), wish.data, {
-            "warm": 2 if wish.quick else 3, "steps": 2 if wish.quick else 4, "compile": not wish.eager,
-            "tokens_per_batch": wish.tokens_per_batch,
+            **turns.steps(wish, *((2, 2) if wish.quick else (3, 4))), "compile": not wish.eager,
+            "tokens_per_batch": wish.tokens_per_batch, "device": wish.device,
         })
         peers = {"hf_trainer": wish.peer_python, "litgpt": wish.litgpt_python}
         if not wish.litgpt_python.exists():

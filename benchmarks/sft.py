@@ -73,7 +73,8 @@ def trl(settings: Figures) -> Iterator[Figures]:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = SFTConfig(
-        settings["scratch"], per_device_train_batch_size=BATCH, max_steps=1, max_length=LENGTH, bf16=True, use_cpu=True,
+        settings["scratch"], per_device_train_batch_size=BATCH, max_steps=1, max_length=LENGTH, bf16=True,
+        use_cpu=settings["use_cpu"],
         report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, packing=settings["packing"],
         gradient_checkpointing=False, assistant_only_loss=False, seed=0, learning_rate=RATE,
         lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused",
@@ -148,7 +149,7 @@ def main() -> None:
         return
     wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "sft.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
-        short = {"warm": 1, "steps": 2} if wish.quick else {"warm": 2, "steps": 4}
+        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 4)
         settings = {**prepare(Path(scratch), wish), **short}
         plain = compared("trl", wish, settings, packing=False)
         packed = compared("trl_packing", wish, settings, packing=True)

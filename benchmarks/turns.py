@@ -33,11 +33,12 @@ Work = Callable[[Figures], Iterator[Figures]]
 
 
 def parser(text: str) -> argparse.ArgumentParser:
-    """What every benchmark can be asked: --quick, --rounds, --threads, --peer-python."""
+    """What every benchmark can be asked: --quick, --rounds, --threads, --device, --peer-python."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--quick", action="store_true", help="fewer and shorter turns")
     made.add_argument("--rounds", type=int, help="how often each side has its turn; 2 if quick, else 5")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of every side")
     made.add_argument("--peer-python", type=Path, default=PEERS, help="the peers' environment")
     made.add_argument("--side", help=argparse.SUPPRESS)
     made.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
@@ -47,6 +48,11 @@ def parser(text: str) -> argparse.ArgumentParser:
 def rounds(wish: argparse.Namespace) -> int:
     """How often each side has its turn."""
     return wish.rounds or (2 if wish.quick else 5)
+
+
+def steps(wish: argparse.Namespace, warm: int, steps: int) -> Figures:
+    """Steps before the first turn and in each: more of them where a step is an accelerator's."""
+    return {"warm": warm + 8, "steps": steps * 10} if wish.device == "cuda" else {"warm": warm, "steps": steps}
 
 
 class Side:
@@ -93,8 +99,16 @@ def serve(work: Work, settings: Figures) -> None:
     steps = work(settings)
     for _ in sys.stdin:
         found = next(steps)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps({**found, "peak_memory": memory}), file=answers, flush=True)
+        print(json.dumps({**found, "peak_memory": _peak_memory(settings)}), file=answers, flush=True)
+
+
+def _peak_memory(settings: Figures) -> int:
+    """Bytes: of the process, or of tensors on the accelerator that it computes on."""
+    if settings.get("device") == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compare(work: str, unit: str, sides: Sequence[Side], times: int) -> Figures:
@@ -124,8 +138,9 @@ def in_turn(
 ) -> Figures:
     """`compare` of this Python with the peers' by their names, all running the same script with the same settings."""
     pythons = {"ours": Path(sys.executable), **peers}
-    sides = [Side(name, python, Path(script).resolve(), settings, wish.threads) for name, python in pythons.items()]
-    return compare(work, unit, sides, rounds(wish))
+    given = {**settings, "device": wish.device, "use_cpu": wish.device == "cpu"}
+    sides = [Side(name, python, Path(script).resolve(), given, wish.threads) for name, python in pythons.items()]
+    return {**compare(work, unit, sides, rounds(wish)), "device": wish.device}
 
 
 def summary(answers: Mapping[str, Sequence[Figures]]) -> Figures:

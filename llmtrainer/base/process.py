@@ -37,6 +37,12 @@ def wait_passively() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def ask_cublas_for_equal_bits() -> None:
+    """Have CUDA's matrix products give the same bits every time: a workspace of fixed size, which cuBLAS looks up
+    under this name alone, before its first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def _number(name: str, alone: int) -> int:
     text = os.environ.get(name, str(alone))
     if not text.isdecimal():

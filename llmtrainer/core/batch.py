@@ -109,8 +109,10 @@ class Batch:
         return int(self.sequence_BT.max()) + 1 if self.sequence_BT.numel() else 0
 
     def to(self, device: torch.device | str) -> Self:
+        # A copy to the host is waited for: nothing else would tell when its numbers are there.
+        on_the_way = torch.device(device).type != "cpu"
         moved: dict[str, Any] = {
-            item.name: getattr(self, item.name).to(device, non_blocking=True)
+            item.name: getattr(self, item.name).to(device, non_blocking=on_the_way)
             for item in fields(self)
             if isinstance(getattr(self, item.name), Tensor)
         }

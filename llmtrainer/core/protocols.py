@@ -373,8 +373,8 @@ class EngineConfig(Kind):
     flex_attention or flash kernels over packed documents (varlen). auto: blocks on a CPU, else sdpa."""
 
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """Who computes norms, rotary positions and gated MLPs. auto: Liger's kernels on CUDA where they are installed,
-    else torch's."""
+    """Who computes norms, rotary positions and gated MLPs. auto: Liger's kernels on CUDA where they are installed
+    and nothing is compiled, else torch's."""
 
     fallback: bool = False
     """Where the named attention, kernels or graphs cannot run, take what can and say so in the log, instead of

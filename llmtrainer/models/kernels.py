@@ -44,7 +44,10 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype, fallback: bool)
 
 
 def kernels(name: str) -> Kernels:
-    return TORCH if name == "torch" else Kernels(liger_norm, liger_rotate, liger_gated_mlp)
+    if name == "torch":
+        return TORCH
+    # torch.compile passes Triton kernels of others over as they are: it cannot look into their autograd functions.
+    return Kernels(*map(torch.compiler.disable, (liger_norm, liger_rotate, liger_gated_mlp)))
 
 
 def liger_norm(x: Tensor, weight: Tensor, epsilon: float, out_type: torch.dtype) -> Tensor:

@@ -108,7 +108,9 @@ class LowRank(nn.Module):
     def measure(self, weight_OI: Tensor) -> None:
         """Take the norms of a base whose values are there by now. They never change again."""
         if self.lora_magnitude_vector is not None:
-            self.base_norm_O = torch.linalg.vector_norm(weight_OI, dim=1, dtype=self.lora_A.dtype)
+            # On the host, wherever the weights are by now: a run that continues must find the same digits.
+            norm_O = torch.linalg.vector_norm(weight_OI.cpu(), dim=1, dtype=self.lora_A.dtype)
+            self.base_norm_O = norm_O.to(weight_OI.device)
 
     @torch.no_grad()
     def norm(self, weight_OI: Tensor) -> Tensor:

@@ -542,3 +542,12 @@ def test_with_graphs_pieces_are_compiled_for_them_and_every_micro_batch_begins_o
     for step in range(2):
         engine.forward(rows(step), ("logp",))
     assert asked == ["reduce-overhead", "begin", "begin"]
+
+
+def test_deterministic_kernels_are_asked_for_as_long_as_the_engine_is_open() -> None:
+    engine = Single(device="cpu", deterministic=True).start("float32")
+    assert torch.are_deterministic_algorithms_enabled()
+    engine.close()
+    assert not torch.are_deterministic_algorithms_enabled()
+    Single(device="cpu").start("float32").close()
+    assert not torch.are_deterministic_algorithms_enabled()

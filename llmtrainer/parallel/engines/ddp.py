@@ -92,6 +92,7 @@ class DdpEngine(SingleEngine):
         return self.world.in_turn(work)
 
     def close(self) -> None:
+        super().close()
         self.world.leave()
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:

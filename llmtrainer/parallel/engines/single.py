@@ -38,6 +38,10 @@ class Single(EngineConfig):
     cuda_graphs: bool = False
     """Replay the compiled pieces as CUDA graphs, without the cost of launching each kernel; needs compile."""
 
+    deterministic: bool = False
+    """Take kernels that give the same bits every time, where others would be faster: for runs on CUDA that end with
+    the same bits when they are continued. On a CPU all of ours do. What has no such kernel stops with an error."""
+
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
 
@@ -54,6 +58,12 @@ class Single(EngineConfig):
             arrangement=self.arrangement(),
         )
 
+    def arrangement(self) -> Arrangement:
+        asked = super().arrangement()
+        # A compiler fuses torch's norms and rotations with what is around them, and cannot look into Liger's.
+        fused = self.compile and asked.kernels == "auto" and torch.cuda.is_available()
+        return asked._replace(kernels="torch") if fused else asked
+
     def _ready(self, precision: str) -> tuple[torch.device, tuple[str, ...]]:
         """This process's device, with threads and arithmetic set, and fallbacks for people."""
         if self.threads is not None:
@@ -65,6 +75,9 @@ class Single(EngineConfig):
             torch.cuda.set_device(device)       # where libraries look that are not told
         if self.compile:
             require_compiler(device)
+        if self.deterministic:
+            process.ask_cublas_for_equal_bits()
+            torch.use_deterministic_algorithms(True)
         if precision in ("float32", "float64"):
             torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
         return device, require_graphs(device, self.compile, self.fallback) if self.cuda_graphs else ()
@@ -232,7 +245,7 @@ class SingleEngine:
             self._loss_scale.load_state(state)
 
     def close(self) -> None:
-        """Nothing is held beyond the objects themselves."""
+        torch.use_deterministic_algorithms(False)
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
