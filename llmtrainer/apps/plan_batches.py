@@ -24,12 +24,10 @@ from llmtrainer.data.lengths import hold_lengths, lengths_in_records, lengths_in
 from llmtrainer.data.open import contents, find
 from llmtrainer.data.packed import Store, is_store
 from llmtrainer.data.records import records
-from llmtrainer.data.rows_first import find_plan
 from llmtrainer.data.tokens import Vocabulary
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.chats import day_of
 from llmtrainer.training.console import warn
-from llmtrainer.training.models import load_tokenizer
 
 PROMPT = "group_size batch_size (0 0 ends): "
 
@@ -158,7 +156,7 @@ def plan_batches(settings: BatchPlanning) -> BatchPlan | Dialogue:
 def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, batch_size: int) -> BatchPlan:
     tokens, longest = int(lengths.sum()), settings.max_length or int(lengths.max())
     if settings.compatible:
-        steps = find_steps(lengths.tolist(), group_size, batch_size)
+        steps = find_steps(lengths, group_size, batch_size)
         bins, bound = len(steps.bins), lower_bound(np.minimum(lengths, steps.budget), steps.budget)
         within = int(np.minimum(lengths, steps.budget).sum())
         return BatchPlan(
@@ -166,6 +164,8 @@ def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, 
             within / (bins * steps.budget), bins, bound, bins / bound - 1, len(lengths), tokens,
             longest if steps.budget < longest else None,
         )  # fmt: skip
+    from llmtrainer.data.rows_first import find_plan    # which imports torch: seconds that only this plan needs
+
     found = find_plan(lengths, group_size, batch_size, longest, settings.seed)
     return BatchPlan(
         found.budget, found.divider, found.budget * found.divider, found.samples_per_step, found.micro_batches,
@@ -194,6 +194,8 @@ def _lengths(settings: BatchPlanning) -> NDArray[np.int64]:
 
 def _counted(settings: BatchPlanning, files: list[SourceFile], name: str) -> Iterator[int]:
     """Tokens of each document with its end, or of each row of a conversation."""
+    from llmtrainer.training.models import load_tokenizer
+
     tokenizer = load_tokenizer(name)
     whole = Reading(warn=warn, whole=True)
     if chats := conversations_in(settings.data, files, settings.fields, warn):

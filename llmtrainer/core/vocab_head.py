@@ -373,11 +373,21 @@ PLAIN = Arithmetic(_reduce_by_tiles, _differentiate_by_tiles)
 
 
 def compiled(turned: bool = False) -> Arithmetic:
-    """The same arithmetic by torch.compile: one pass over the logits in each direction."""
-    return Arithmetic(
-        torch.compile(_reduce, dynamic=True), torch.compile(_differentiate_at_once, dynamic=True),
-        turned_copy if turned else None,
-    )
+    """The same arithmetic by torch.compile: one pass over the logits in each direction.
+
+    What it is compiled for is told by shapes alone: a view of a longer vector, or one number shown N times as the
+    gradient of a sum is, would be compiled for once more.
+    """
+    reduce, differentiate = (torch.compile(what, dynamic=True) for what in (_reduce, _differentiate_at_once))
+
+    def reduced(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
+        return reduce(logits, targets_n.clone(), entropy)
+
+    def differentiated(logits: Tensor, *vectors: Tensor | None) -> None:
+        own = (None if x is None else x.clone(memory_format=torch.contiguous_format) for x in vectors)
+        differentiate(logits, *own)  # type: ignore[arg-type]
+
+    return Arithmetic(reduced, differentiated, turned_copy if turned else None)
 
 
 def _tiles(logits: Tensor) -> list[slice]:

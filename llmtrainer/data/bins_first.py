@@ -40,7 +40,7 @@ class Steps:
         return min(counts), max(counts)
 
 
-def find_steps(lengths: Sequence[int], group_size: int, batch_size: int) -> Steps:
+def find_steps(lengths: Sequence[int] | NDArray[np.int64], group_size: int, batch_size: int) -> Steps:
     """The smallest budget with which a step of `group_size` bins holds `batch_size` sequences on average, and its
     plan. The budget may be smaller than a sequence, which then has a bin of its own."""
     low, high = 0, LARGEST // GRAIN
@@ -175,11 +175,13 @@ def _holds(shuffled: NDArray[np.int64], budget: int, group_size: int, batch_size
 def _bins(shuffled: NDArray[np.int64], budget: int, most: int) -> int:
     """How many bins worst fit opens; once they are more than `most`, how many there are by then."""
     rooms = [-budget]
+    replace, push = heapq.heapreplace, heapq.heappush    # a million times: looking up a name counts
     for length in shuffled.tolist():
-        if -rooms[0] >= length:
-            heapq.heapreplace(rooms, rooms[0] + length)
+        left = rooms[0] + length
+        if left <= 0:
+            replace(rooms, left)
         else:
-            heapq.heappush(rooms, length - budget)
+            push(rooms, length - budget)
             if len(rooms) > most + 1:    # one of them may be the bin that nothing is in yet
                 break
     return len(rooms) - (-budget in rooms)

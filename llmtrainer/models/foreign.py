@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -22,6 +22,7 @@ from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import foreign_score, paths, scalar
 from llmtrainer.models.attention import Path as AttentionPath
+from llmtrainer.models.foreign_cache import KeyRows, Rows, Seen, attend_columns
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import TokenPages
 from llmtrainer.models.scalar import ScalarHead
@@ -35,15 +36,16 @@ _NOW: ContextVar[_Reading] = ContextVar("reading")
 class _Reading:
     """One forward pass: what its tokens may see, for every attention layer that asks."""
 
-    def __init__(self, batch: Batch, path: AttentionPath, compute: torch.dtype) -> None:
+    def __init__(self, batch: Batch | Seen, path: AttentionPath, compute: torch.dtype) -> None:
         self.path, self.compute = path, compute
         self.batch = batch
-        self._visible: dict[int | None, Visible] = {}
+        self._visible: dict[int | None, Any] = {}
         self.calls = 0
 
-    def visible(self, window: int | None) -> Visible:
+    def visible(self, window: int | None) -> Any:
         if window not in self._visible:
-            self._visible[window] = Visible.of(self.batch, window)
+            of = Seen.through if isinstance(self.batch, Seen) else Visible.of
+            self._visible[window] = of(self.batch, window)
         return self._visible[window]
 
 
@@ -143,10 +145,11 @@ class Foreign(nn.Module):
             next(filter(None, (getattr(config, key, None) for key in _CONTEXTS)), 2048)
         )
         self.vocabulary = int(self.head_weight.shape[0])
-        self.neftune = 0.0
-        """Size of the noise on embeddings while training."""
+        self.neftune = 0.0    # size of the noise on embeddings while training
         self.calls = 0
         """How often the last pass asked for our attention."""
+        self.keeps_keys = False
+        """Whether reading on from kept keys was proved to be reading the whole."""
         self.own_logits = False
         """Whether the class does more behind its head than a product, so that whole logits are needed."""
         model.get_input_embeddings().register_forward_hook(self._noisy)
@@ -155,6 +158,7 @@ class Foreign(nn.Module):
         if not self.neftune or not self.training:
             return x_BTD
         batch = _NOW.get().batch
+        assert isinstance(batch, Batch), "nothing is trained token by token"
         return embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, *batch.places)
 
     @property
@@ -259,15 +263,16 @@ class Foreign(nn.Module):
         return whole.index_copy(0, places, found.flatten(0, 1)[real]).unflatten(0, batch.tokens_BT.shape)
 
     def _read_rows(self, batch: Batch, logits: bool) -> Tensor:
-        device = batch.tokens_BT.device
-        path = paths.PATHS[self.path or paths.default_for(device)]
-        reading = _Reading(batch, path, self.compute)
-        token = _NOW.set(reading)
+        path = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
         named: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
         if self._takes_positions:
             named["position_ids"] = batch.position_BT.long().clamp(max=self.context_length - 1)
+        return self._run(_Reading(batch, path, self.compute), named, logits)
+
+    def _run(self, reading: _Reading, named: Mapping[str, Any], logits: bool) -> Tensor:
+        token = _NOW.set(reading)
         try:
-            with self._autocast(device):
+            with self._autocast(self.head_weight.device):
                 if logits:
                     found: Tensor = self.model(**named).logits
                 else:
@@ -302,6 +307,8 @@ class Foreign(nn.Module):
         self.path = path
         if any(_drops(module) for module in self.model.modules()):
             told += ("dropout inside a class of transformers is drawn from the seed of the step, not of each row",)
+        if self.worded and not self.keeps_keys:
+            told += (f"{type(self.model).__name__} keeps no keys here: generation reads whole rows for every token",)
         if self.own_logits:
             told += (f"{type(self.model).__name__} does more than a product behind its head: logits exist whole",)
         return Arranged({"attention": f"{path} inside {type(self.model).__name__}"}, told)
@@ -312,17 +319,30 @@ class Foreign(nn.Module):
             why="our attention inside it decides by each batch what is computed", fix="engine.compile=false",
         )
 
-    def cache(self, rows: int, capacity: int) -> Rows:
-        """See Decoder.cache. Tokens are kept, not keys: every read computes the whole rows again."""
+    def cache(self, rows: int, capacity: int) -> Rows | KeyRows:
+        """See Decoder.cache. A class that keeps no keys reads its rows again for every token."""
         if not self.worded:
             raise scalar.no_words()
-        return Rows(rows, capacity, self.head_weight.device)
+        return (KeyRows if self.keeps_keys else Rows)(rows, capacity, self.head_weight.device)
 
     @torch.no_grad()
-    def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Rows) -> Tensor:
+    def read(self, tokens_BT: Tensor, lengths_B: Tensor, cache: Rows | KeyRows) -> Tensor:
         """See Decoder.read."""
-        cache.append(tokens_BT, lengths_B)
-        return self._after(cache.tokens)
+        if isinstance(cache, Rows):
+            cache.append(tokens_BT, lengths_B)
+            return self._after(cache.tokens)
+        device = self.head_weight.device
+        seen = cache.append(lengths_B, tokens_BT.shape[1])
+        named = {
+            "input_ids": tokens_BT.to(device), "use_cache": True, "past_key_values": cache.held,
+            "position_ids": seen.position_BT.clamp(min=0, max=self.context_length - 1),
+        }
+        found = self._run(_Reading(seen, attend_columns, self.compute), named, self.own_logits)
+        last_BD = found[torch.arange(len(found), device=device), (lengths_B.to(device) - 1).clamp(min=0)]
+        if not self.own_logits:
+            last_BD, weight_VD = self.with_bias(last_BD)
+            last_BD = last_BD @ weight_VD.to(last_BD.dtype).t()
+        return last_BD.to(torch.promote_types(self.compute, torch.float32))
 
     @torch.no_grad()
     def _after(self, rows: list[list[int]]) -> Tensor:
@@ -347,26 +367,6 @@ def _drops(module: nn.Module) -> bool:
 
 
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-
-
-class Rows:
-    """The tokens read so far, per row."""
-
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.capacity = capacity
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.lengths_B = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def take(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row rows[i] was."""
-        self.tokens = [list(self.tokens[row]) for row in rows]
-        self.lengths_B = self.lengths_B[list(rows)]
-
-    def append(self, tokens_BT: Tensor, lengths_B: Tensor) -> None:
-        for held, ids, length in zip(self.tokens, tokens_BT.tolist(), lengths_B.tolist(), strict=True):
-            held += ids[:length]
-        self.lengths_B = self.lengths_B + lengths_B.to(self.lengths_B.device)
-        assert int(self.lengths_B.max()) <= self.capacity, f"the cache holds {self.capacity} tokens a row"
 
 
 def rows_of(documents: Sequence[Sequence[int]], device: torch.device) -> Batch:

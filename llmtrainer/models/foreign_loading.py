@@ -16,6 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.randomness import derive
 from llmtrainer.models import proof
 from llmtrainer.models.foreign import ATTENTION, AdaptedLinear, Foreign, attend_packed, rows_of
+from llmtrainer.models.foreign_cache import KeyRows
 from llmtrainer.models.foreign_score import with_own_head
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -68,6 +69,7 @@ def load_foreign(
         if not apart:
             require_packing(policy, where)
         policy.own_logits = policy.worded and not _is_product(policy)
+        policy.keeps_keys = policy.worded and not apart and _keeps_keys(policy)
     policy.requires_grad_(not frozen)
     policy.train()
     return policy
@@ -126,6 +128,24 @@ def _is_product(policy: Foreign) -> bool:
     right = policy.logits(row)
     policy.own_logits = False
     return proof.difference(policy.logits(row), right) <= proof.ALLOWED[policy.compute]
+
+
+@torch.no_grad()
+def _keeps_keys(policy: Foreign) -> bool:
+    """Whether two rows that are read in parts, from kept keys, are read as in one."""
+    parts = (((3, 7, 5, 9), (8, 4)), ((6,), (11, 2, 10)))
+    device = policy.head_weight.device
+    whole = [[token % policy.vocabulary for part in row for token in part] for row in zip(*parts, strict=True)]
+    right = policy._after(whole)
+    cache = KeyRows(2, 8, device)
+    try:
+        for part in parts:
+            width = max(map(len, part))
+            tokens_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in part], device=device)
+            read = policy.read(tokens_BT % policy.vocabulary, torch.tensor([len(ids) for ids in part]), cache)
+    except Exception:  # a class may do anything with keys that it keeps otherwise; then whole rows are read
+        return False
+    return len(cache.held.layers) > 0 and proof.difference(read, right) <= proof.ALLOWED[policy.compute]
 
 
 @dataclass(frozen=True)

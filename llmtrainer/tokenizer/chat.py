@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from functools import cached_property
@@ -13,9 +13,10 @@ from typing import Any
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Example, Message, TokenRow
-from llmtrainer.tokenizer.marks import Marker, Names, Read, as_values, characters, fields_of
-from llmtrainer.tokenizer.rendered import Control, Rendered, behind_common, difference, parts_of
-from llmtrainer.tokenizer.sandbox import Template
+from llmtrainer.tokenizer.composed import closed, is_alone, joined, opens_reasoning, own_of
+from llmtrainer.tokenizer.marks import fields_of
+from llmtrainer.tokenizer.rendered import Rendered, behind_common, difference, parts_of
+from llmtrainer.tokenizer.renderer import CALL, QUESTION, Renderer
 from llmtrainer.tokenizer.shrink import smallest
 from llmtrainer.tokenizer.template import Chosen, choose, with_template
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
@@ -23,22 +24,25 @@ from llmtrainer.tokenizer.tokenizer import FileTokenizer
 ASSISTANT = "assistant"
 LEFT_OUT = ("thinking", "tools")
 """What a template may be allowed to leave out."""
-_LOOKS_LIKE_CONTROL = re.compile(r"<\|[^|<>\s]{1,60}\|>")
 
 
 class _Texts:
     """A conversation's beginnings as text, each rendered once."""
 
-    def __init__(self, chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
         self.messages, self.tools = messages, tools
-        self._chat = chat
+        self._renderer = renderer
         self._known: dict[tuple[int, bool], str] = {}
 
     def upto(self, stop: int, *, prompt: bool = False) -> str:
         """The first `stop` messages; as a prompt, with the template's call for an answer."""
         if (stop, prompt) not in self._known:
-            self._known[stop, prompt] = self._chat.text(self.messages[:stop], self.tools, prompt=prompt)
+            self._known[stop, prompt] = self._renderer.text(self.messages[:stop], self.tools, prompt=prompt)
         return self._known[stop, prompt]
+
+    def parts(self, place: int) -> bool:
+        """Whether an answer begins otherwise than its prompt ends."""
+        return not self.upto(place + 1).startswith(self.upto(place, prompt=True))
 
 
 class Chat:
@@ -63,11 +67,11 @@ class Chat:
         self.tokenizer = with_template(tokenizer, self._chosen)
         """The tokenizer, with the template among its files: who loads what is saved of it needs no name for it."""
         self._day, self._leave_out = day, frozenset(leave_out)
-        self._templates = {name: Template(text, self._chosen.where, day) for name, text in self._chosen.texts.items()}
-        self._names = Names(list(tokenizer.control))
-        self._template_letters = set("".join(self._chosen.texts.values()))
+        self._renderer = Renderer(tokenizer, self._chosen, day, self._leave_out)
         self._shown: dict[str, Example] = {}
         """The smallest conversation for each kind of refusal."""
+        self._ends_by_next: dict[bool, str] = {}
+        """For a template that ends no answer: the name that begins the turn behind a call (True) or behind words."""
         self.end_ids: tuple[int, ...] = self._find_ends()
         """Ids at which an answer stops."""
 
@@ -75,7 +79,8 @@ class Chat:
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which ids a conversation becomes."""
         decides = {
-            "templates": dict(self._chosen.texts), "tokenizer": self.tokenizer.fingerprint, "roles": dict(self._roles),
+            "templates": dict(self._chosen.texts), "tokenizer": self.tokenizer.fingerprint,
+            "roles": dict(self._renderer.roles),
             "day": None if self._day is None else self._day.isoformat(), "leave_out": sorted(self._leave_out),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -106,8 +111,8 @@ class Chat:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """What a model reads before it answers: the conversation and the template's call for an answer."""
-        rendered = self._render(messages, tools, prompt=True)
-        return list(self._encode(_Texts(self, messages, tools), len(messages), rendered, {}).tokens)
+        rendered = self._renderer.render(messages, tools, prompt=True)
+        return list(self._encode(_Texts(self._renderer, messages, tools), len(messages), rendered, {}).tokens)
 
     def plain_prompt(self, text: str) -> list[int]:
         """What a model reads before it goes on with a text, without the template."""
@@ -118,23 +123,17 @@ class Chat:
         """What a model reads behind its answer to a conversation, up to where it answers again: a reply to it, and the
         template's call. ended: whether the answer has its own end; else the template's is the first id."""
         place = len(messages)
-        rendered = self._render([*messages, Message(ASSISTANT, "It is."), reply], (), prompt=True)
+        rendered = self._renderer.render([*messages, Message(ASSISTANT, "It is."), reply], (), prompt=True)
         start = max(rendered.of_message(place))
         end = next((item for item in rendered.controls if item.start >= start and item.token in self.end_ids), None)
         if end is None or end.stop > min(rendered.of_message(place + 1), default=end.stop):
-            raise self._refusal(
+            raise self._renderer.refusal(
                 "the template does not end an answer that is replied to", f"the reply is by {reply.role}"
             )
         first = end.stop if ended else end.start
         parts, starts = parts_of(rendered, [first])
         encoded = self.tokenizer.encode_parts(parts)
         return [token for start, ids in zip(starts, encoded, strict=True) if start >= first for token in ids]
-
-    def text(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
-    ) -> str:
-        """What the template makes of a conversation; with `prompt`, with its call for an answer."""
-        return self._run(as_values(messages), list(tools), prompt, None)
 
     def _plain(self, example: Example) -> TokenRow:
         tokenizer = self.tokenizer
@@ -145,13 +144,20 @@ class Chat:
         return TokenRow((*prompt, *answer), (0.0,) * len(prompt) + (weight,) * len(answer))
 
     def _rows(self, example: Example) -> tuple[TokenRow, ...]:
-        texts = _Texts(self, example.messages, example.tools)
+        texts = _Texts(self._renderer, example.messages, example.tools)
         open_turns = [place for place, message in enumerate(example.messages) if _weight(message) > 0]
         rows: list[TokenRow] = []
         stop = len(example.messages)
         while True:
-            rendered = self._render(example.messages[:stop], example.tools)
-            learned = self._learned(texts, stop, rendered, open_turns)
+            if open_turns and stop - 1 > open_turns[-1] and example.messages[stop - 1].role == ASSISTANT and (
+                texts.parts(stop - 1)
+            ):
+                stop = open_turns[-1] + 1    # what stands behind is not learned, and could not be read in one text
+            if open_turns and open_turns[-1] == stop - 1 and texts.parts(stop - 1):
+                rendered, learned = self._behind_prompt(texts, stop - 1)
+            else:
+                rendered = self._ended(example.messages[:stop], example.tools)
+                learned = self._learned(texts, stop, rendered, open_turns)
             if learned or not open_turns:
                 rows.append(self._encode(texts, stop, rendered, learned))
             open_turns = [place for place in open_turns if place not in learned]
@@ -166,13 +172,9 @@ class Chat:
         learned: dict[int, tuple[int, int]] = {}
         for place in candidates:
             before, alone = texts.upto(place, prompt=True), texts.upto(place + 1)
-            if not alone.startswith(before):
-                raise self._refusal(
-                    f"message {place + 1:,} does not begin where the prompt for it ends",
-                    f"they part here: {difference(alone, before)}",
-                )
-            if not rendered.text.startswith(before):
+            if texts.parts(place) or not rendered.text.startswith(before):
                 continue
+            alone += self._ends_by_next.get(bool(texts.messages[place].tool_calls), "")
             start, marks = len(before), rendered.of_message(place)
             missing = [
                 field for field in fields_of(texts.messages[place])
@@ -190,13 +192,58 @@ class Chat:
                 learned[place] = (start, end)
         return learned
 
+    def _behind_prompt(self, texts: _Texts, place: int) -> tuple[Rendered, dict[int, tuple[int, int]]]:
+        """The prompt for an answer with the answer behind it, where the template parts the two; and what is learned."""
+        messages, tools = texts.messages[: place + 1], texts.tools
+        prompt = self._renderer.render(messages[:-1], tools, prompt=True)
+        told = [message for message in messages if message.role != "system"]
+        before = self._renderer.text(told[:-1], tools, prompt=True)
+        # Some templates show the system's text only while they ask: with the answer, it is as if there were none.
+        if len(told) < len(messages) and texts.upto(place + 1).startswith(before) and (
+            texts.upto(place + 1) == self._renderer.text(told, tools)
+        ):
+            alone, last = self._ended(told, tools), len(told) - 1
+            found: tuple[int, str] | None = (len(before), "")
+        else:
+            alone, last = self._ended(messages, tools), place
+            call = prompt.text.removeprefix(texts.upto(place))
+            found = own_of(prompt.text, "" if call == prompt.text else call, alone, messages[-1], place)
+        for field in fields_of(messages[-1]):
+            filled = field == "thinking" and found is not None and found[1]
+            if (last, field) not in alone.read.places and not self._may_lack(field) and not filled:
+                raise self._renderer.dropped(messages[-1], place, field)
+        end = None if found is None else self._end_behind(alone, max([found[0], *alone.of_message(last)]))
+        if found is None or end is None or not is_alone(alone, last, found[0]):
+            raise self._parted(texts, place)
+        whole = joined(prompt, found[1], alone, found[0], self.tokenizer.control)
+        return whole, {place: (len(prompt.text), end + len(whole.text) - len(alone.text))}
+
+    def _parted(self, texts: _Texts, place: int) -> UserError:
+        before, alone = texts.upto(place, prompt=True), texts.upto(place + 1)
+        fix, thinks = "another template", bool(texts.messages[place].thinking)
+        if opens_reasoning(behind_common(before, alone)) and not thinks:
+            fix = "give every answer its reasoning (`thinking` in its message), which the prompt begins; or " + fix
+        if any("enable_thinking" in text for text in self._chosen.texts.values()):
+            value = "true" if thinks else "false"
+            fix += f", say this one in a file of your own with {{%- set enable_thinking = {value} %}} as its first line"
+        return self._renderer.refusal(
+            f"message {place + 1:,} does not begin where the prompt for it ends",
+            f"they part here: {difference(alone, before)}", fix=fix,
+        )
+
+    def _ended(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Rendered:
+        """A conversation rendered; an answer at its end has one, even where the next turn's first token is it."""
+        rendered = self._renderer.render(messages, tools)
+        name = self._ends_by_next.get(bool(messages[-1].tool_calls)) if messages[-1].role == ASSISTANT else None
+        return rendered if name is None else closed(rendered, name, self.tokenizer.control[name])
+
     def _unlearnable(self, message: Message, place: int, missing: Sequence[str], end: int | None) -> UserError:
         if missing:
-            return self._dropped(message, place, missing[0])
+            return self._renderer.dropped(message, place, missing[0])
         if end is None:
             names = ", ".join(name for name, token in self.tokenizer.control.items() if token in self.end_ids)
-            return self._refusal(f"message {place + 1:,} has no end", f"{names} does not follow it")
-        return self._refusal(
+            return self._renderer.refusal(f"message {place + 1:,} has no end", f"{names} does not follow it")
+        return self._renderer.refusal(
             f"what to learn of message {place + 1:,} cannot be told",
             "its text stands in the prompt for it, or another message's text between its own and its end",
         )
@@ -228,113 +275,50 @@ class Chat:
             weights += [weight] * len(ids)
         return TokenRow(tuple(tokens), tuple(weights))
 
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, prompt: bool = False
-    ) -> Rendered:
-        """The conversation's text with proof of what the template wrote in it."""
-        for message in messages:
-            _require_role(message.role)
-        text = self.text(messages, tools, prompt=prompt)
-        taken = self._template_letters.union(*characters([as_values(messages), list(tools)]))
-        marker = Marker(self._names, taken)
-        values = as_values(messages, marker)
-        read = marker.read(self._run(values, marker.value(list(tools)), prompt, marker))
-        if read.text != text:
-            raise self._refusal(
-                "the template does not write what is said as it is said",
-                f"a mark in a message changes the text: {difference(text, read.text)}",
-                fix="no control token's name in a message, and reasoning in a field of its own; or another template",
-            )
-        for place, message in enumerate(messages):
-            if message.content.strip() and (place, "content") not in read.places:
-                raise self._dropped(message, place, "content")
-        if tools and "tools" not in self._leave_out and self.text(messages, prompt=prompt) == text:
-            raise self._refusal(
-                "the template leaves out the tools", "the text is the same without them",
-                fix="another template, or leave_out=[tools]",
-            )
-        return Rendered(text, read, tuple(self._controls(read)))
-
-    def _controls(self, read: Read) -> Iterator[Control]:
-        """Names of control tokens that the template wrote: a mark stands inside each of those that users wrote."""
-        greedy = self.tokenizer.takes_blanks
-        owned = [(where[0], where[-1]) for where in read.places.values()]
-        for match in self._names.pattern.finditer(read.with_marks):
-            start, stop = read.place(match.start()), read.place(match.end())
-            if len(match[0]) == 1 and any(first <= start and stop <= last for first, last in owned):
-                continue
-            before, behind = greedy.get(match[0], (False, False))
-            yield Control(
-                start, stop, self.tokenizer.control[match[0]],
-                start - len(read.text[:start].rstrip()) if before else 0,
-                len(read.text) - stop - len(read.text[stop:].lstrip()) if behind else 0,
-            )
-
-    def _run(self, values: list[dict[str, Any]], tools: list[Any], prompt: bool, marker: Marker | None) -> str:
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        given = {
-            **self._roles, "messages": values, "tools": tools or None, "documents": None,
-            "add_generation_prompt": prompt,
-        }
-        size = sum(map(len, characters([values, tools])))
-        return self._templates[name].render(given, size, None if marker is None else marker.of.__contains__)
-
-    @cached_property
-    def _roles(self) -> dict[str, str]:
-        names = {token: name for name, token in self.tokenizer.control.items()}
-        roles = {role: name for role, name in self.tokenizer.roles.items() if name in self.tokenizer.control}
-        roles.setdefault("eos_token", names.get(self.tokenizer.end, ""))
-        return roles
-
     def _find_ends(self) -> tuple[int, ...]:
         """The control tokens that end an answer, by trying a question, an answer, and what may come next."""
-        question, answer = Message("user", "Is it so?"), Message(ASSISTANT, "It is.")
-        call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "this"}}}
-        ends = [self._end_of([question, answer])]
+        answer = Message(ASSISTANT, "It is.")
+        ends = [self._end_of(answer)]
         if ends[0] is None:
-            raise self._refusal(
+            shown = self._renderer.text([QUESTION, answer])[-80:]
+            raise self._renderer.refusal(
                 "the template ends no answer with a control token",
-                f"a model that never saw an end never stops; an answer is: {self.text([question, answer])[-80:]!r}",
+                f"a model that never saw an end never stops; an answer is: {shown!r}",
                 fix="a template that writes {{ eos_token }} behind every answer; or, if it ends answers with a name "
                 "that the tokenizer does not know, llmtrainer add-tokens MODEL out=FOLDER tokens=[NAME]",
             )
-        for other in (replace(answer, thinking="Let me see."), replace(answer, content="", tool_calls=(call,))):
+        for other in (replace(answer, thinking="Let me see."), CALL):
             try:
-                ends.append(self._end_of([question, other]))
+                ends.append(self._end_of(other))
             except UserError:   # a template without reasoning or tools; whoever has some is told then
                 continue
         return tuple(dict.fromkeys(end for end in ends if end is not None))
 
-    def _end_of(self, messages: list[Message]) -> int | None:
-        rendered, last = self._render(messages, ()), len(messages) - 1
-        self._require_known(rendered)
-        if any((last, field) not in rendered.read.places for field in fields_of(messages[-1])):
+    def _end_of(self, answer: Message) -> int | None:
+        messages = [QUESTION, answer]
+        rendered = self._renderer.render(messages, ())
+        self._renderer.require_known(rendered)
+        if any((1, field) not in rendered.read.places for field in fields_of(answer)):
             return None
-        before = self.text(messages[:-1], prompt=True)
-        place = max([len(before) if rendered.text.startswith(before) else 0, *rendered.of_message(last)])
-        try:
-            following = self.text([*messages, messages[0]])
-        except UserError:
-            following = ""
-        # What stands there whatever comes next; nothing, if the template shows an answer otherwise once it lies back.
-        shared = len(rendered.text) - len(behind_common(rendered.text, following))
+        before = self._renderer.text(messages[:1], prompt=True)
+        place = max([len(before) if rendered.text.startswith(before) else 0, *rendered.of_message(1)])
         behind = [item for item in rendered.controls if item.start >= place]
+        reply = Message("tool", "It is here.") if answer.tool_calls and self._ends_by_next else QUESTION
+        try:
+            following = self._renderer.render([*messages, reply], ())
+        except UserError:
+            return behind[-1].token if behind else None
+        # What stands there whatever comes next; nothing, if the template shows an answer otherwise once it lies back.
+        shared = len(rendered.text) - len(behind_common(rendered.text, following.text))
         always = [item for item in behind if item.stop <= shared]
-        return (always or behind)[-1].token if behind else None
-
-    def _require_known(self, rendered: Rendered) -> None:
-        """Refuse a template that writes what looks like a control token and is ordinary text to this tokenizer."""
-        places = {item.start for item in rendered.controls}
-        unknown = [
-            match[0] for match in _LOOKS_LIKE_CONTROL.finditer(rendered.text) if match.start() not in places
-        ]
-        if unknown:
-            named = ",".join(f"'{name}'" for name in dict.fromkeys(unknown))
-            raise self._refusal(
-                f"the template writes {unknown[0]}, which is no control token of the tokenizer",
-                "it would be ordinary text, which users can write too",
-                fix=f'llmtrainer add-tokens MODEL out=FOLDER "tokens=[{named}]"',
-            )
+        if (not behind or self._ends_by_next) and shared == len(rendered.text):
+            # No end of its own: the model is stopped at the token that begins the next turn.
+            behind = [item for item in following.controls if item.start == shared]
+            names = {token: name for name, token in self.tokenizer.control.items()}
+            self._ends_by_next |= {bool(answer.tool_calls): names[item.token] for item in behind}
+            always = []
+        ends = [item.token for item in always or behind]
+        return self.tokenizer.end if self.tokenizer.end in ends else next(reversed(ends), None)
 
     def _smallest(self, example: Example, error: UserError) -> Example:
         kind = re.sub(r"\d+", "", error.what)
@@ -349,18 +333,6 @@ class Chat:
         if kind not in self._shown:
             self._shown[kind] = smallest(example, fails)
         return self._shown[kind]
-
-    def _dropped(self, message: Message, place: int, field: str) -> UserError:
-        kind = {"content": "text", "thinking": "reasoning"}.get(field, "tool calls")
-        fix = "another template"
-        if field != "content":
-            fix += f", or leave_out=[{'thinking' if field == 'thinking' else 'tools'}]"
-        return self._refusal(
-            f"the template leaves out the {kind} of a message", f"message {place + 1:,} is by {message.role}", fix=fix
-        )
-
-    def _refusal(self, what: str, why: str, *, fix: str = "another template") -> UserError:
-        return UserError(what, where=self._chosen.where, why=why, fix=fix)
 
 
 def _weight(message: Message) -> float:
@@ -377,10 +349,3 @@ def _told(example: Example) -> dict[str, Any]:
     ]
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
 
-
-def _require_role(role: str) -> None:
-    if not role.replace("_", "a").replace("-", "a").isalnum() or not role.isascii() or len(role) > 64:
-        raise UserError(
-            f"{role[:80]!r} is no role", why="a role is one plain word: the template writes it among its own",
-            fix="system, user, assistant or tool",
-        )

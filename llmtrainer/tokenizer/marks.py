@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,9 +119,21 @@ class Names:
         return any(text[-length:] in self._heads for length in range(1, min(self._longest, len(text) + 1)))
 
 
-def as_values(messages: Sequence[Message], marker: Marker | None = None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Form:
+    """How a template reads messages."""
+
+    parts: bool = False
+    """A content is a list of parts, [{"type": "text", "text": ...}], and no text."""
+    arguments_as_text: bool = False
+    """A call's arguments are the text of their JSON, and no object."""
+
+
+def as_values(
+    messages: Sequence[Message], marker: Marker | None = None, form: Form = Form()
+) -> list[dict[str, Any]]:
     """Messages as templates read them, marked if there is a marker. What a message lacks is not there."""
-    return [_as_value(place, message, marker) for place, message in enumerate(messages)]
+    return [_as_value(place, message, marker, form) for place, message in enumerate(messages)]
 
 
 def fields_of(message: Message) -> Iterator[str]:
@@ -146,20 +159,25 @@ def characters(value: Any) -> Iterator[str]:
             yield from characters(item)
 
 
-def _as_value(place: int, message: Message, marker: Marker | None) -> dict[str, Any]:
+def _as_value(place: int, message: Message, marker: Marker | None, form: Form) -> dict[str, Any]:
     def own(text: str, field: str) -> str:
         return text if marker is None else marker.text(text, (place, field))
 
     def foreign(value: Any) -> Any:
         return _plain(value) if marker is None else marker.value(value)
 
-    told: dict[str, Any] = {"role": message.role, "content": own(message.content, "content")}
+    content = own(message.content, "content")
+    told: dict[str, Any] = {
+        "role": message.role, "content": [{"type": "text", "text": content}] if form.parts else content
+    }
     if message.thinking is not None:
         told |= {name: own(message.thinking, "thinking") for name in ("reasoning_content", "thinking")}
     if message.tool_calls:
         told["tool_calls"] = [
             _call(call, marker, (place, f"tool call {number + 1}")) for number, call in enumerate(message.tool_calls)
         ]
+        if form.arguments_as_text:
+            told["tool_calls"] = [_with_text(call) for call in told["tool_calls"]]
     if message.name is not None:
         told["name"] = foreign(message.name)
     if message.tool_call_id is not None:
@@ -176,6 +194,14 @@ def _call(call: Mapping[str, Any], marker: Marker | None, owner: Owner) -> dict[
         return {key: marker.value(value, owner) for key, value in call.items()}
     marked = {key: marker.value(value, owner) for key, value in function.items()}
     return {key: marked if key == "function" else told[key] for key in call}
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+        return dict(call)
+    arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _plain(value: Any) -> Any:

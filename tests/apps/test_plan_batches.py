@@ -207,3 +207,15 @@ def test_data_without_a_sequence_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "store", [[5], [6]])
     with pytest.raises(UserError, match="no sequence"):
         plan_batches(BatchPlanning(data=str(tmp_path / "store"), group_size=1, batch_size=1))
+
+
+def test_a_compatible_plan_of_lengths_waits_for_no_torch(folder: Path) -> None:
+    import subprocess
+    import sys
+
+    source = (
+        "import sys; from llmtrainer.apps.cli import main\n"
+        f"assert main(['plan-batches', {str(folder / 'lengths.jsonl')!r}, 'group_size=4', 'batch_size=32',"
+        " 'compatible=true']) == 0\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, timeout=120)
