@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -152,6 +153,30 @@ class ComparisonSource:
         fit = max(1, int(np.searchsorted(np.cumsum(lengths[order]), self.tokens_per_batch, side="right")))
         return self._collated(self._placed(self._numbers[order[:fit]].tolist()))
 
+    def mismatched(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step's prompts, each with the answer to the prompt at the place before it,
+        and the first with the last's: what is said of an answer by those who were asked something else. As many
+        micro-batches on every rank. A row that would be longer than every row of the store is cut at its end.
+
+        For comparisons of one answer. UserError where a step has one, whose answer would be its own.
+        """
+        numbers = self.comparisons(step)
+        if len(numbers) < 2:
+            raise UserError(
+                "a step of one answer has no other prompt to put it to", where="data.pairs_per_step",
+                why="the point of reference is estimated on answers to other prompts of the step",
+                fix="data.pairs_per_step=64",
+            )
+        rows = [self.table.read(number, place) for place, number in enumerate(numbers)]
+        made = [_put_to(rows[place], rows[place - 1], self.longest) for place in range(len(rows))]
+        lengths = np.array([len(item.rows[0]) for item in made])
+        budget = max(self.tokens_per_batch, int(lengths.max()))
+        return [
+            self._collated([made[place] for place in chosen.tolist()])
+            if len(chosen) else no_comparison(len(numbers) + self._rank, **self._signals)
+            for chosen in cut_step(lengths, budget, self._world_size, self._pair_cost)[self._rank]
+        ]  # fmt: skip
+
     def close(self) -> None:
         """End the thread that reads ahead."""
         self._ahead.close()
@@ -190,6 +215,16 @@ class ComparisonSource:
             why="the answers of a comparison are learned together",
             fix=f"data.tokens_per_batch={int(lengths[longest])}, or a smaller data.sequence_length",
         )
+
+
+def _put_to(asked: AnswerRows, answered: AnswerRows, longest: int) -> AnswerRows:
+    """The prompt of one comparison with the answer of another."""
+    assert len(asked.rows) == len(answered.rows) == 1, "comparisons of one answer"
+    parts = ((asked.rows[0], asked.weights[0]), slice(asked.shared)), ((answered.rows[0], answered.weights[0]), slice(
+        answered.shared, None
+    ))
+    tokens, weights = (np.concatenate([kept[which][part] for kept, part in parts])[:longest] for which in (0, 1))
+    return replace(asked, rows=(tokens,), weights=(weights,))
 
 
 def _as_targets(batch: Batch) -> list[float]:

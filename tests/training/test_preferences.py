@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from llmtrainer.apps.inspect import Inspection, inspect
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
+from llmtrainer.core.batch import GROUP, KL, LIKED, MARGIN, ROW
 from llmtrainer.data.packed import Store
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.dataset import Opened
@@ -152,7 +152,7 @@ def test_labels_and_margins_are_signals_and_files_of_two_sorts_are_refused(make:
     liked = [{"prompt": "a", "completion": "b" * number, "label": number % 2 == 0} for number in range(1, 6)]
     path = written(tmp_path / "l.jsonl", liked)
     rows = opened(make(f"data.train={path}"))
-    assert rows.signals == (GROUP, ROW, LIKED) and rows.train is not None
+    assert rows.signals == (GROUP, ROW, LIKED, KL) and rows.train is not None
     (batch,) = rows.train.batches(0)
     assert batch.sequences == 6 and set(batch.signals[LIKED].tolist()) == {0.0, 1.0}
     rows.train.close()

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
+from llmtrainer.core.batch import GROUP, KL, LIKED, MARGIN, ROW
 from llmtrainer.data.comparison_rows import ComparisonChoices, PromptCut
 from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.data.comparisons.auto import Auto
@@ -88,7 +88,7 @@ class Preferences(PreparedFiles):
             **self._cut(setting),
         )  # fmt: skip
         signals = [GROUP, ROW]
-        signals += [LIKED] if store.holds(LABELS) else []
+        signals += [LIKED, KL] if store.holds(LABELS) else []
         signals += [MARGIN] if store.holds(MARGINS) else []
         return Opened(
             train, lambda: self.measured(store, sets, setting), {"template_fingerprint": chat.fingerprint}, chat,
