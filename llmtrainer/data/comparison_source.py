@@ -16,7 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, no_comparison, read_tokens
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.draws import Draws
-from llmtrainer.data.packed import COMPARISONS, LIKED, MARGINS, SHARED, Store
+from llmtrainer.data.packed import COMPARISONS, GRADES, LIKED, MARGINS, PAIRED, SHARED, Store
 from llmtrainer.data.plan import Part, is_held_out
 from llmtrainer.data.read_ahead import ReadAhead
 
@@ -37,6 +37,11 @@ class ComparisonTable:
         """Tokens that all its documents begin with: [C]."""
         self.liked: NDArray[np.uint8] | None = self._read(LIKED, "|u1") if store.holds(LIKED) else None
         self.margin: NDArray[np.float32] | None = self._read(MARGINS, "<f4") if store.holds(MARGINS) else None
+        self.grade_C2: NDArray[np.int32] | None = None
+        """From which class to below which each only answer may belong."""
+        if store.holds(GRADES):
+            self.grade_C2 = self._read(GRADES, "<i4").reshape(-1, 2)
+        self.paired: NDArray[np.uint8] | None = self._read(PAIRED, "|u1") if store.holds(PAIRED) else None
 
     def __len__(self) -> int:
         return len(self.shared)
@@ -60,6 +65,8 @@ class ComparisonTable:
             tuple(item for item in weights if item is not None), int(self.shared[number]), documents[0], place,
             None if self.liked is None else bool(self.liked[number]),
             None if self.margin is None else float(self.margin[number]),
+            None if self.grade_C2 is None else (int(self.grade_C2[number, 0]), int(self.grade_C2[number, 1])),
+            self.paired is not None and bool(self.paired[number]),
         )  # fmt: skip
 
     def _read(self, name: str, dtype: str) -> NDArray[Any]:
@@ -94,7 +101,10 @@ class ComparisonSource:
                 f"the data has no comparison to learn from (part `{part}`)", where=str(store.path),
                 why=f"the store has {len(numbers):,} comparisons", fix="more data, or another data.held_out",
             )
-        self._signals = {"liked": self.table.liked is not None, "margin": self.table.margin is not None}
+        self._signals = {
+            "liked": self.table.liked is not None, "margin": self.table.margin is not None,
+            "graded": self.table.grade_C2 is not None,
+        }  # fmt: skip
         self._lengths = read_tokens(self.table.tokens, self.table.answers, self.table.shared, share_prompt)
         self._require_fit()
         self.rows_per_epoch, self.rows_per_step = len(self._numbers), pairs_per_step

@@ -240,9 +240,7 @@ class Decoder(nn.Module):
         if self.adapter is None:
             return None
         gates_BTE = self.adapter.gates(batch)
-        dropping = self.training and any(
-            module.rate > 0.0 for module in self.modules() if isinstance(module, LowRank)
-        )
+        dropping = self.training and any(isinstance(part, LowRank) and part.rate > 0.0 for part in self.modules())
         if gates_BTE is None and not dropping:
             return None
         return Beside(batch.dropout_key if dropping else None, *batch.places, gates_BTE)

@@ -20,7 +20,6 @@ from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.saving import Saver
 from llmtrainer.training.spread import Keep
 
-
 Before = Callable[[int, list[Batch]], list[Batch]]
 """(step, micro-batches of this rank) -> the same with what is known of the whole step."""
 

@@ -153,14 +153,17 @@ def test_each_prompt_of_a_step_is_put_the_answer_of_the_place_before_it_whatever
         found: dict[int, tuple[list[int], list[int]]] = {}
         rows = source(store, pairs_per_step=5, **settings)
         for rank in range(2):
-            share = source(store, pairs_per_step=5, rank=rank, world_size=2, **settings).mismatched(1)
-            assert len(share) == len(source(store, pairs_per_step=5, rank=1 - rank, world_size=2, **settings).mismatched(1))
+            share, other = (
+                source(store, pairs_per_step=5, rank=which, world_size=2, **settings).mismatched(1)
+                for which in (rank, 1 - rank)
+            )
+            assert len(share) == len(other)
             for batch in share:
                 for number, place in enumerate(batch.place_BT[0][batch.position_BT[0] == 0].tolist()):  # type: ignore[index]
                     mine = batch.sequence_BT[0] == number
                     if mine.any():
-                        weights_T = batch.weights_BT[0][mine]
-                        found[place] = batch.tokens_BT[0][mine].tolist(), batch.targets_BT[0][mine][weights_T > 0].tolist()
+                        counts = mine & (batch.weights_BT[0] > 0)
+                        found[place] = batch.tokens_BT[0][mine].tolist(), batch.targets_BT[0][counts].tolist()
         numbers = rows.comparisons(1)
         assert sorted(found) == [0, 1, 2, 3, 4]
         for place, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Where each shape of a product costs memory for good, few of them occur, whatever the lengths; and rows are the same."""
+"""Where each shape of a product costs memory for good, few of them occur whatever the lengths; rows stay the same."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def test_any_number_of_rows_that_go_on_meets_few_shapes() -> None:
     def write(number: int) -> None:
         pages = model.pages(model.reading_weights(), 20, 32, 32)
         tables = [[1 + row] for row in range(number)]
-        pages.read(torch.ones(number, 1, dtype=torch.int64), torch.ones(number, dtype=torch.int64), tables, [5] * number)
+        ones_B = torch.ones(number, dtype=torch.int64)
+        pages.read(ones_B[:, None], ones_B, tables, [5] * number)
 
     write(16)
     linear = 5    # queries with keys and values, output, gate with up, down, head
@@ -113,7 +114,9 @@ def test_any_number_of_rows_that_go_on_meets_few_shapes() -> None:
     assert shapes(write, range(9, 17)) <= linear + attention
 
 
-@pytest.mark.parametrize("batch", [rows([[37]]), rows([[11, 26]]), shared_prompt(17, [9, 12])], ids=["one", "two", "shared"])
+@pytest.mark.parametrize(
+    "batch", [rows([[37]]), rows([[11, 26]]), shared_prompt(17, [9, 12])], ids=["one", "two", "shared"]
+)
 def test_a_rounded_row_comes_to_what_the_row_comes_to(batch: Batch) -> None:
     found, loud = {}, decoder(compute=torch.bfloat16)
     for name, model in (("wide", decoder(compute=torch.float32)), ("rounded", loud)):

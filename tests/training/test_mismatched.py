@@ -57,7 +57,8 @@ def test_the_point_is_the_mean_of_log_ratios_of_the_answers_before_and_at_least_
         assert len(batches) > 1 if tokens_per_batch == 30 else len(batches) == 1
         for batch in batches:
             assert batch.signals[KL].shape == batch.signals[LIKED].shape
-            assert batch.signals[KL].tolist() == pytest.approx([by_hand] * batch.sequences, rel=1e-6, abs=FLOAT64_LOGITS)
+            told = [by_hand] * batch.sequences    # a signal in float32
+            assert batch.signals[KL].tolist() == pytest.approx(told, rel=1e-6, abs=FLOAT64_LOGITS)
         assert policy.training
         points.append(by_hand)
     assert min(points) == 0.0 < max(points)
