@@ -45,14 +45,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers to one prompt, the better before the worse; or one answer and whether it was liked."""
+    """Answers to one prompt, the better before the worse; or one answer and what somebody thought of it."""
 
     prompt: tuple[Message, ...]
     """The turns that every answer follows."""
     answers: tuple[tuple[Message, ...], ...]
-    """At least two, the best first; or, with `liked`, one. Empty where there are `ids`."""
+    """At least two, the best first; or, with `liked` or a grade, one. Empty where there are `ids`."""
     liked: bool | None = None
     """Whether the only answer was liked (KTO). None: answers are compared with each other."""
+    grade: tuple[int, int] | None = None
+    """The classes that the only answer may belong to, from the first to below the second."""
+    paired: bool = False
+    """Whether answers stand in pairs, the better before the worse, of which each is compared within itself alone."""
     margin: float | None = None
     """By how much the first is better, where the record says so."""
     scores: tuple[float, ...] = ()

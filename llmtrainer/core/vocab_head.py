@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core import balance, listed
 from llmtrainer.core.batch import KEPT, NEVER, TEMPERATURE, Batch, Outputs
+from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.core.products import turned_copy
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS, balance.WANT)
@@ -65,6 +67,13 @@ class Drawn(NamedTuple):
         of_tokens = [batch.signals.get(name) for name in (TEMPERATURE, KEPT)]
         temperature_N, kept_NW = (None if signal is None else gather(signal, chosen_N) for signal in of_tokens)
         return cls(temperature_N, batch.signals.get(NEVER), kept_NW)
+
+    def padded(self, more: int) -> Drawn:
+        """With so many positions behind, which were drawn from all ids."""
+        temperature_N = None if self.temperature_N is None else F.pad(self.temperature_N, (0, more), value=1.0)
+        return Drawn(temperature_N, self.never_K, None if self.kept_NW is None else F.pad(
+            self.kept_NW, (0, 0, 0, more), value=255
+        ))
 
     def narrowed(self, logits: Tensor, part: slice) -> Tensor:
         """Logits of the distribution that the targets were drawn from, in float32 or wider: divided by the
@@ -213,11 +222,15 @@ def log_probabilities(
         chunk = max(_SLICE_ROWS, _CHUNK_BYTES // row_bytes)
     assert chunk > 0
     rows = min(chunk, max(_SLICE_ROWS, _SLICE_BYTES // row_bytes))
-    keep = hidden_ND.shape[0] <= chunk
+    N, keep = hidden_ND.shape[0], hidden_ND.shape[0] <= chunk
     assert drawn is None or "mean_logp" not in wants, _NO_MEAN
-    logp_N, log_partition_N, entropy_N = _Head.apply(
-        hidden_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN, drawn
-    )
+    read_ND = hidden_ND
+    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and (more := rounded(N) - N):
+        # Positions that count nothing and get no gradient, so that few shapes occur.
+        read_ND, targets_N = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(targets_N, (0, more))
+        drawn = None if drawn is None else drawn.padded(more)
+    found = _Head.apply(read_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN, drawn)
+    logp_N, log_partition_N, entropy_N = (value if value is None or len(value) == N else value[:N] for value in found)
     values = {"logp": logp_N, "entropy": entropy_N, "log_partition": log_partition_N}
     if "mean_logp" in wants:
         values["mean_logp"] = _mean_logit(hidden_ND, weight_VD[:ids]) - log_partition_N

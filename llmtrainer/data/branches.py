@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW, Batch
+from llmtrainer.core.batch import GROUP, HIGH, LIKED, LOW, MARGIN, ROW, Batch
 
 Numbers = NDArray[np.int64]
 
@@ -31,6 +31,10 @@ class AnswerRows:
     """Place of the first row in its optimizer step; the others follow."""
     liked: bool | None = None
     margin: float | None = None
+    grade: tuple[int, int] | None = None
+    """The classes that the only answer may belong to, from the first to below the second."""
+    paired: bool = False
+    """Whether each two neighbouring answers are compared with each other, and with no other."""
 
     def branches(self, share: bool) -> bool:
         """Whether the prompt is read once: where there is more of it than the token that each answer repeats."""
@@ -46,13 +50,16 @@ def read_tokens(rows: Numbers, answers: Numbers, shared: Numbers, share: bool) -
     return rows - ((answers - 1) * np.maximum(shared - 1, 0) if share else 0)
 
 
-def collate_comparisons(comparisons: Sequence[AnswerRows], *, share: bool, liked: bool, margin: bool) -> Batch:
+def collate_comparisons(
+    comparisons: Sequence[AnswerRows], *, share: bool, liked: bool = False, margin: bool = False, graded: bool = False
+) -> Batch:
     """One row [1, T] of whole comparisons, without padding. Each sequence of the batch is an answer.
 
     Shared: a comparison is one document; first its prompt but for the last token, sequence -1; then, for each answer,
     that token again and the answer, of which each sees the prompt and itself, at the positions that it would have
-    alone. Every token is read, the last of an answer too: what a score is read behind. `liked` and `margin` say
-    whether the batch carries these signals; a comparison without a margin has 0.
+    alone. Every token is read, the last of an answer too: what a score is read behind. `liked`, `margin` and `graded`
+    say whether the batch carries these signals; a comparison without a margin has 0. Pairs of segments are
+    comparisons of their own, whatever else follows their prompt.
     """
     pieces: list[_Piece] = []
     document = 0
@@ -81,16 +88,16 @@ def collate_comparisons(comparisons: Sequence[AnswerRows], *, share: bool, liked
         sequence_BT=of_pieces(numbers, np.int32),
         place_B=torch.tensor([comparisons[0].place], dtype=torch.int64),
         place_BT=of_pieces([piece.place for piece in pieces], np.int64),
-        signals=_signals(comparisons, answers, liked=liked, margin=margin),
+        signals=_signals(comparisons, answers, liked=liked, margin=margin, graded=graded),
     )
 
 
-def no_comparison(place: int, *, liked: bool, margin: bool) -> Batch:
+def no_comparison(place: int, *, liked: bool = False, margin: bool = False, graded: bool = False) -> Batch:
     """A batch of one token of padding, for a rank that has run out of comparisons."""
     zeros, none = torch.zeros((1, 1), dtype=torch.int64), torch.full((1, 1), -1, dtype=torch.int32)
     return Batch(
         zeros, zeros.clone(), torch.zeros((1, 1)), none, torch.zeros((1, 1), dtype=torch.int32), none.clone(),
-        torch.tensor([place], dtype=torch.int64), signals=_signals((), (), liked=liked, margin=margin),
+        torch.tensor([place], dtype=torch.int64), signals=_signals((), (), liked=liked, margin=margin, graded=graded),
     )  # fmt: skip
 
 
@@ -135,10 +142,13 @@ def _answer(item: AnswerRows, answer: int, start: int, document: int) -> _Piece:
 
 
 def _signals(
-    comparisons: Sequence[AnswerRows], answers: Sequence[int], *, liked: bool, margin: bool
+    comparisons: Sequence[AnswerRows], answers: Sequence[int], *, liked: bool, margin: bool, graded: bool
 ) -> dict[str, torch.Tensor]:
+    rows = [len(item.rows) for item in comparisons]
+    pairs = [[2] * (number // 2) if item.paired else [number] for number, item in zip(rows, comparisons, strict=True)]
+    sizes = [size for group in pairs for size in group]
     found = {
-        GROUP: torch.from_numpy(np.repeat(np.arange(len(comparisons), dtype=np.int64), answers)),
+        GROUP: torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)),
         ROW: torch.tensor(
             [item.first + place for item in comparisons for place in range(len(item.rows))], dtype=torch.int64
         ),
@@ -147,4 +157,7 @@ def _signals(
         found[LIKED] = torch.from_numpy(np.repeat(np.array([bool(i.liked) for i in comparisons], np.float32), answers))
     if margin:
         found[MARGIN] = torch.from_numpy(np.repeat(np.array([i.margin or 0 for i in comparisons], np.float32), answers))
+    if graded:
+        grades = np.array([item.grade for item in comparisons], np.int64).reshape(-1, 2)
+        found[LOW], found[HIGH] = (torch.from_numpy(np.repeat(end, answers)) for end in grades.T)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrainer.core.example import Message
-from llmtrainer.data.format import optional_text, refused, text, turns
+from llmtrainer.data.format import are_turns, needed, optional_text, refused, text, turns
 
 Turns = tuple[Message, ...]
 
@@ -17,6 +17,49 @@ BETTER = ("chosen", "selected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 MARGINS = ("margin", *(name for names in SCORES for name in names))
 """Keys of a record that say by how much the better answer is better."""
+
+
+ONE_ANSWER = ("completion", "response", "answer")
+"""What the answer is called of a record that has one."""
+DIALOGUES = ("messages", "conversations")
+
+
+def has_one_answer(record: Mapping[str, Any]) -> bool:
+    """Whether a record has a prompt and one answer, or a conversation that ends with one."""
+    if any(are_turns(record.get(key)) for key in DIALOGUES):
+        return True
+    sides = (record.get("prompt"), record.get(first_key(record, ONE_ANSWER)))
+    return all(isinstance(side, str) or are_turns(side) for side in sides)
+
+
+def one_answer(
+    record: Mapping[str, Any], *, as_messages: bool, what: str
+) -> tuple[Turns, Turns, bool, tuple[str, ...]]:
+    """(prompt, answer, whether they are read as they stand, keys that say so) of a record with one answer, which has a
+    `what`: a label, a grade."""
+    dialogue = next((key for key in DIALOGUES if key in record), None)
+    if dialogue is None:
+        key = first_key(record, ONE_ANSWER)
+        answer = answer_of(needed(record, key), key)
+        prompt, plain = prompt_of(
+            needed(record, "prompt"), "prompt", system_of(record),
+            as_messages=as_messages or not isinstance(record[key], str),
+        )
+        return prompt, answer, plain, ("prompt", key)
+    *before, last = turns(record[dialogue], dialogue)
+    if last.role != "assistant":
+        refused(f"a conversation does not end with the answer that the {what} is of", dialogue)
+    if not before:
+        refused("a conversation has nothing that is answered", dialogue)
+    asked = tuple(before)
+    if (system := system_of(record)) and asked[0].role != "system":
+        asked = (Message("system", system), *asked)
+    return asked, (last,), False, (dialogue,)
+
+
+def first_key(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    """The first of these keys that a record has; the first of all where it has none."""
+    return next((key for key in keys if key in record), keys[0])
 
 
 def better_key(record: object, named: str | None) -> str:

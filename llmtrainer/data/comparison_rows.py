@@ -74,15 +74,19 @@ class ComparisonChoices:
                 rows, left = self._cut(rows, shared)
                 fate = "cut" if longest - shared + left > self.longest else "prompt cut"
                 shared = left
-        kept, scores = _different(rows, comparison.scores)
-        if len(kept) < 2 and comparison.liked is None:
+        if comparison.paired:
+            kept, scores = _differing_pairs(rows), []
+        else:
+            kept, scores = _different(rows, comparison.scores)
+        if len(kept) < 2 and comparison.liked is None and comparison.grade is None:
             return Outcome(EQUAL, None, said, [])
         if len(kept) < len(rows):
             fate, why = "kept in part", f"{len(kept)} of {len(rows)} answers differ"
         margin = comparison.margin
         if margin is None and len(scores) == 2:
             margin = scores[0] - scores[1]
-        compared = Compared(len(kept), shared, comparison.liked, margin)
+        low, high = comparison.grade or (None, None)
+        compared = Compared(len(kept), shared, comparison.liked, margin, low, high, comparison.paired)
         return Outcome(fate, None if fate == "kept" else why, said, kept, None, compared)
 
     def _cut(self, rows: Sequence[Piece], shared: int) -> tuple[list[Piece], int]:
@@ -157,3 +161,7 @@ def _different(rows: Sequence[Piece], scores: Sequence[float]) -> tuple[list[Pie
     return kept, found
 
 
+def _differing_pairs(rows: Sequence[Piece]) -> list[Piece]:
+    """The rows of every pair, the better before the worse, whose two are not the same."""
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return [row for pair in pairs if not np.array_equal(pair[0].tokens, pair[1].tokens) for row in pair]

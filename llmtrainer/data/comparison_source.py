@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, no_comparison, read_tokens
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.draws import Draws
-from llmtrainer.data.packed import COMPARISONS, LIKED, MARGINS, SHARED, Store
+from llmtrainer.data.packed import COMPARISONS, GRADES, LIKED, MARGINS, PAIRED, SHARED, Store
 from llmtrainer.data.plan import Part, is_held_out
 from llmtrainer.data.read_ahead import ReadAhead
 
@@ -36,6 +37,11 @@ class ComparisonTable:
         """Tokens that all its documents begin with: [C]."""
         self.liked: NDArray[np.uint8] | None = self._read(LIKED, "|u1") if store.holds(LIKED) else None
         self.margin: NDArray[np.float32] | None = self._read(MARGINS, "<f4") if store.holds(MARGINS) else None
+        self.grade_C2: NDArray[np.int32] | None = None
+        """From which class to below which each only answer may belong."""
+        if store.holds(GRADES):
+            self.grade_C2 = self._read(GRADES, "<i4").reshape(-1, 2)
+        self.paired: NDArray[np.uint8] | None = self._read(PAIRED, "|u1") if store.holds(PAIRED) else None
 
     def __len__(self) -> int:
         return len(self.shared)
@@ -59,6 +65,8 @@ class ComparisonTable:
             tuple(item for item in weights if item is not None), int(self.shared[number]), documents[0], place,
             None if self.liked is None else bool(self.liked[number]),
             None if self.margin is None else float(self.margin[number]),
+            None if self.grade_C2 is None else (int(self.grade_C2[number, 0]), int(self.grade_C2[number, 1])),
+            self.paired is not None and bool(self.paired[number]),
         )  # fmt: skip
 
     def _read(self, name: str, dtype: str) -> NDArray[Any]:
@@ -93,7 +101,10 @@ class ComparisonSource:
                 f"the data has no comparison to learn from (part `{part}`)", where=str(store.path),
                 why=f"the store has {len(numbers):,} comparisons", fix="more data, or another data.held_out",
             )
-        self._signals = {"liked": self.table.liked is not None, "margin": self.table.margin is not None}
+        self._signals = {
+            "liked": self.table.liked is not None, "margin": self.table.margin is not None,
+            "graded": self.table.grade_C2 is not None,
+        }  # fmt: skip
         self._lengths = read_tokens(self.table.tokens, self.table.answers, self.table.shared, share_prompt)
         self._require_fit()
         self.rows_per_epoch, self.rows_per_step = len(self._numbers), pairs_per_step
@@ -152,6 +163,30 @@ class ComparisonSource:
         fit = max(1, int(np.searchsorted(np.cumsum(lengths[order]), self.tokens_per_batch, side="right")))
         return self._collated(self._placed(self._numbers[order[:fit]].tolist()))
 
+    def mismatched(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step's prompts, each with the answer to the prompt at the place before it,
+        and the first with the last's: what is said of an answer by those who were asked something else. As many
+        micro-batches on every rank. A row that would be longer than every row of the store is cut at its end.
+
+        For comparisons of one answer. UserError where a step has one, whose answer would be its own.
+        """
+        numbers = self.comparisons(step)
+        if len(numbers) < 2:
+            raise UserError(
+                "a step of one answer has no other prompt to put it to", where="data.pairs_per_step",
+                why="the point of reference is estimated on answers to other prompts of the step",
+                fix="data.pairs_per_step=64",
+            )
+        rows = [self.table.read(number, place) for place, number in enumerate(numbers)]
+        made = [_put_to(rows[place], rows[place - 1], self.longest) for place in range(len(rows))]
+        lengths = np.array([len(item.rows[0]) for item in made])
+        budget = max(self.tokens_per_batch, int(lengths.max()))
+        return [
+            self._collated([made[place] for place in chosen.tolist()])
+            if len(chosen) else no_comparison(len(numbers) + self._rank, **self._signals)
+            for chosen in cut_step(lengths, budget, self._world_size, self._pair_cost)[self._rank]
+        ]  # fmt: skip
+
     def close(self) -> None:
         """End the thread that reads ahead."""
         self._ahead.close()
@@ -190,6 +225,16 @@ class ComparisonSource:
             why="the answers of a comparison are learned together",
             fix=f"data.tokens_per_batch={int(lengths[longest])}, or a smaller data.sequence_length",
         )
+
+
+def _put_to(asked: AnswerRows, answered: AnswerRows, longest: int) -> AnswerRows:
+    """The prompt of one comparison with the answer of another."""
+    assert len(asked.rows) == len(answered.rows) == 1, "comparisons of one answer"
+    parts = ((asked.rows[0], asked.weights[0]), slice(asked.shared)), ((answered.rows[0], answered.weights[0]), slice(
+        answered.shared, None
+    ))
+    tokens, weights = (np.concatenate([kept[which][part] for kept, part in parts])[:longest] for which in (0, 1))
+    return replace(asked, rows=(tokens,), weights=(weights,))
 
 
 def _as_targets(batch: Batch) -> list[float]:

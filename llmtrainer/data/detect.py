@@ -97,12 +97,20 @@ def _compared(comparison: Comparison) -> str:
     for place, answer in enumerate(comparison.answers):
         if comparison.liked is not None:
             title = "liked" if comparison.liked else "not liked"
+        elif comparison.grade is not None:
+            title = f"graded {_classes(*comparison.grade)}"
+        elif comparison.paired:
+            title = f"pair {place // 2 + 1}, the {'worse' if place % 2 else 'better'}"
         elif comparison.scores:
             title = f"answer {place + 1}, score {comparison.scores[place]:g}"
         else:
             title = f"answer {place + 1}, the {'best' if place == 0 else 'next'}"
         lines += [f"  -- {title}", *(_line(message) for message in answer)]
     return "\n".join(lines)
+
+
+def _classes(low: int, high: int) -> str:
+    return f"class {low}" if high == low + 1 else f"class {low} to {high - 1}"
 
 
 def _tools(example: Example | Comparison) -> list[str]:

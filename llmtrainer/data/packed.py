@@ -21,7 +21,8 @@ from llmtrainer.base.errors import UserError
 VERSION = 1
 MANIFEST, DOCUMENTS, FATES, GATES = "manifest.json", "documents.bin", "fates.jsonl", "gates.bin"
 COMPARISONS, SHARED, LIKED, MARGINS = "comparisons.bin", "shared.bin", "liked.bin", "margins.bin"
-OF_COMPARISONS = (COMPARISONS, SHARED, LIKED, MARGINS)
+GRADES, PAIRED = "grades.bin", "paired.bin"
+OF_COMPARISONS = (COMPARISONS, SHARED, LIKED, MARGINS, GRADES, PAIRED)
 _STRIDE = 4096
 OPEN_SHARDS = 256
 """Shards mapped at a time: each map holds a file descriptor, and a process may have only some thousand."""
@@ -51,6 +52,11 @@ class Compared(NamedTuple):
     """Whether the only answer was liked; None: answers are compared with each other."""
     margin: float | None = None
     """By how much the first is better than the other."""
+    low: int | None = None
+    high: int | None = None
+    """The classes that the only answer may belong to, from low to below high; None: nobody graded it."""
+    paired: bool = False
+    """Whether each two neighbouring answers are compared with each other, and with no other."""
 
 
 class Store:

@@ -21,10 +21,12 @@ from llmtrainer.data.packed import (
     DOCUMENTS,
     FATES,
     GATES,
+    GRADES,
     LIKED,
     MANIFEST,
     MARGINS,
     OF_COMPARISONS,
+    PAIRED,
     SHARED,
     VERSION,
     Compared,
@@ -223,7 +225,7 @@ class ShardWriter:
         return self._finish_file(GATES, np.array([places[gate] for gate in gates], dtype="<i4").tobytes())
 
     def _finish_compared(self, compared: Sequence[Compared]) -> dict[str, dict[str, Any]]:
-        """Where each comparison begins, what its answers share, and, where any says so, its label or margin."""
+        """Where each comparison begins, what its answers share, and, where any says so, its label, margin or grade."""
         if not compared:
             return {}
         ends = np.cumsum([0, *(item.documents for item in compared)])
@@ -234,6 +236,11 @@ class ShardWriter:
             held[LIKED] = np.array([item.liked for item in compared], dtype="|u1")
         if any(item.margin is not None for item in compared):
             held[MARGINS] = np.array([item.margin or 0.0 for item in compared], dtype="<f4")
+        if any(item.low is not None for item in compared):
+            assert all(item.low is not None for item in compared), "some are graded, and some are not"
+            held[GRADES] = np.array([(item.low, item.high) for item in compared], dtype="<i4")
+        if any(item.paired for item in compared):
+            held[PAIRED] = np.array([item.paired for item in compared], dtype="|u1")
         found: dict[str, dict[str, Any]] = {}
         for name, numbers in held.items():
             found |= self._finish_file(name, numbers.tobytes())

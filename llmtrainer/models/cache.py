@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.models.attention import attend_cached
 from llmtrainer.models.prepacked import Product
-from llmtrainer.models.visible import cached_blocks
+from llmtrainer.models.visible import GRAIN, cached_blocks
 
 if TYPE_CHECKING:
     from llmtrainer.models.attention import Attention
@@ -111,17 +112,18 @@ def read_into(store: Store, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
     assert int((store.lengths_B + lengths_B).max()) <= store.capacity, f"room for {store.capacity} tokens a row"
     assert int(lengths_B.min()) >= 0 and int(lengths_B.max()) <= tokens_BT.shape[1]
     step = _Step(store, tokens_BT, lengths_B)
-    # Real tokens only, row after row: products and norms never see padding.
+    # Real tokens only, row after row, and behind them some so that few shapes occur: products see no other padding.
     x_ND = F.embedding(step.tokens_N, weights.embedding_VD)
     for number, layer in enumerate(weights.layers):
         q_NHC, *new = layer.project(layer.norm_before(x_ND), step.cos, step.sin)
         for held, slot, new_NKC in zip(store.memory(number), step.slots, new, strict=True):
-            held.index_copy_(0, slot, new_NKC.flatten(0, 1))
-        x_ND = x_ND + layer.output(step.attend(q_NHC, *store.whole(number)).flatten(1))
+            held.index_copy_(0, slot, new_NKC[: step.tokens].flatten(0, 1))
+        attended_NHC = step.attend(q_NHC[: step.tokens], *store.whole(number))
+        x_ND = x_ND + layer.output(_and_more(attended_NHC.flatten(1), step.more))
         gate_NF, up_NF = layer.gate_up(layer.norm_after(x_ND)).chunk(2, dim=-1)
         x_ND = x_ND + layer.down(F.silu(gate_NF).mul_(up_NF))
     last_B = (lengths_B.cumsum(0) - 1).clamp(min=0)
-    logits_BV = weights.head(weights.norm(x_ND[last_B]))
+    logits_BV = weights.head(weights.norm(x_ND[_and_more(last_B, step.more_rows)]))[: len(last_B)]
     return logits_BV.to(torch.promote_types(weights.compute, torch.float32))
 
 
@@ -130,21 +132,28 @@ class _Step:
 
     def __init__(self, store: Store, tokens_BT: Tensor, lengths_B: Tensor) -> None:
         weights, before_B = store.weights, store.lengths_B
+        device = before_B.device
+        few = costs_by_shape(device, weights.compute)
+        T = tokens_BT.shape[1]
+        if few and T > 1:
+            tokens_BT = F.pad(tokens_BT, (0, rounded(T) - T))
         self.shape = tokens_BT.shape
         T = tokens_BT.shape[1]
-        device = before_B.device
         real_BT = torch.arange(T, device=device) < lengths_B[:, None]
         self.all_real = bool(real_BT.all())
         self.real = real_BT.flatten().nonzero()[:, 0]
         """[N]: places of the real tokens among all B * T."""
-        self.tokens_N = tokens_BT.flatten()[self.real]
+        self.tokens = len(self.real)
+        """N. Behind them `more` go through products and norms, and behind the rows `more_rows` through the head."""
+        self.more, self.more_rows = (_more(number) if few else 0 for number in (self.tokens, len(tokens_BT)))
+        self.tokens_N = _and_more(tokens_BT.flatten()[self.real], self.more)
         row_N = self.real // T
         place_N = before_B[row_N] + self.real % T
         self.slots = store.slots(row_N, place_N)
         """[N * K] each: where a token's keys and values go."""
-        cos, sin = weights.rotary(place_N[None], store.longest)
+        cos, sin = weights.rotary(_and_more(place_N, self.more)[None], store.longest)
         self.cos, self.sin = torch.cat([cos, cos], dim=-1)[0], torch.cat([-sin, sin], dim=-1)[0]
-        self.blocks = cached_blocks(before_B, T, weights.window, store.capacity)
+        self.blocks = cached_blocks(before_B, T, weights.window, store.capacity, GRAIN if few else 1)
         self.single = T == 1 and self.all_real
         self.attend_single = _fused if _fuses(device, weights.compute) else _by_products
         self.hidden_B11S: Tensor | None = None
@@ -166,6 +175,16 @@ class _Step:
             return attend_cached(q_NHC.unflatten(0, (B, T)), k_BKSC, v_BKSC, self.blocks).flatten(0, 1)
         padded = q_NHC.new_zeros(B * T, *q_NHC.shape[1:]).index_copy_(0, self.real, q_NHC)
         return attend_cached(padded.unflatten(0, (B, T)), k_BKSC, v_BKSC, self.blocks).flatten(0, 1)[self.real]
+
+
+def _more(rows: int) -> int:
+    """How many rows go through products beside so many. A single one is multiplied in a way of its own."""
+    return rounded(rows, 8) - rows if rows > 1 else 0
+
+
+def _and_more(x: Tensor, more: int) -> Tensor:
+    """So many zeros, or rows of zeros, behind x."""
+    return torch.cat([x, x.new_zeros(more, *x.shape[1:])]) if more else x
 
 
 def _fuses(device: torch.device, compute: torch.dtype) -> bool:

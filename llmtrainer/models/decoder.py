@@ -21,6 +21,7 @@ from llmtrainer.models import kernels, paths, proof, scalar
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.cache import Weights as ReadingWeights
+from llmtrainer.models.few_rows import with_few_shapes
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import Pages
@@ -193,6 +194,7 @@ class Decoder(nn.Module):
 
     def residual(self, batch: Batch) -> Tensor:
         """The residual stream after the last block: [B, T, D]."""
+        T, batch = batch.tokens_BT.shape[1], with_few_shapes(batch, self.compute)
         visible = Visible.of(batch, self._window)
         attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
         wide = torch.promote_types(self.compute, torch.float32)
@@ -218,7 +220,7 @@ class Decoder(nn.Module):
                 x_BTD = again(layer, x_BTD)
             else:
                 x_BTD = layer(x_BTD, after_attention=again)
-        return x_BTD
+        return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
 
     def _layer(
         self, block: Block, index: int, attend: Path, visible: Visible, rotary: RotaryTable, drop: Drop | None,
@@ -238,9 +240,7 @@ class Decoder(nn.Module):
         if self.adapter is None:
             return None
         gates_BTE = self.adapter.gates(batch)
-        dropping = self.training and any(
-            module.rate > 0.0 for module in self.modules() if isinstance(module, LowRank)
-        )
+        dropping = self.training and any(isinstance(part, LowRank) and part.rate > 0.0 for part in self.modules())
         if gates_BTE is None and not dropping:
             return None
         return Beside(batch.dropout_key if dropping else None, *batch.places, gates_BTE)

@@ -15,7 +15,7 @@ from llmtrainer.core.batch import Batch
 
 BLOCK = 128
 """Query rows of one block. Measured on CPU: smaller blocks skip more keys, larger ones multiply faster."""
-_GRAIN = 32
+GRAIN = 32
 """Blocks of a row of several documents, and their keys, begin at multiples of it, so that few shapes occur: on a CPU
 the first product of a shape costs as much as thirty others."""
 
@@ -98,7 +98,7 @@ class Visible:
         if len(self.document_BT) > 1 or not bool(changes.any()):
             return [*range(0, T, BLOCK), T]
         # Not below a document's begin: the block's first rows would need the keys of the document before.
-        ends = sorted({min(-(-place // _GRAIN) * _GRAIN, T) for place in [*(1 + changes.nonzero()[:, 0]).tolist(), T]})
+        ends = sorted({min(-(-place // GRAIN) * GRAIN, T) for place in [*(1 + changes.nonzero()[:, 0]).tolist(), T]})
         borders, whole = [0], 0
         for end in ends:
             if end - borders[-1] > BLOCK:
@@ -106,12 +106,12 @@ class Visible:
                     borders.append(whole)    # the documents before it fill a block of their own
                 while end - borders[-1] > BLOCK:
                     pieces = -(-(end - borders[-1]) // BLOCK)
-                    borders.append(borders[-1] + -(-(end - borders[-1]) // (pieces * _GRAIN)) * _GRAIN)
+                    borders.append(borders[-1] + -(-(end - borders[-1]) // (pieces * GRAIN)) * GRAIN)
             whole = end
         return [*borders, T]
 
     def _block(self, start: int, stop: int) -> Block:
-        earliest = int(self.first_BT[:, start].min()) // _GRAIN * _GRAIN
+        earliest = int(self.first_BT[:, start].min()) // GRAIN * GRAIN
         if self.branching:
             hidden = ~self._mask(slice(start, stop), slice(earliest, stop))
             return Block(start, stop, earliest, stop, hidden[:, None, None])
@@ -155,15 +155,18 @@ class Block:
         return self.made[dtype]
 
 
-def cached_blocks(read_B: Tensor, T: int, window: int | None, capacity: int) -> tuple[Block, ...]:
-    """T new tokens of each row, of which `read_B` were read before, against all keys up to them."""
+def cached_blocks(
+    read_B: Tensor, T: int, window: int | None, capacity: int, grain: int = 1
+) -> tuple[Block, ...]:
+    """T new tokens of each row, of which `read_B` were read before, against all keys up to them. The keys of a block
+    begin and, where there are so many, end at multiples of `grain`."""
     shortest, longest = int(read_B.min()), int(read_B.max())
     blocks = []
     for start in range(0, T, BLOCK):
         stop = min(start + BLOCK, T)
-        latest = min(longest + stop, capacity)
+        latest = min(-(-(longest + stop) // grain) * grain, capacity)
         # Padding past the capacity is taken to stand at its last place: every query must see some key.
-        earliest = 0 if window is None else max(0, min(shortest + start, capacity - 1) - window + 1)
+        earliest = 0 if window is None else max(0, min(shortest + start, capacity - 1) - window + 1) // grain * grain
         hidden = None
         if shortest != longest or window is not None or latest != longest + stop:
             key_k = torch.arange(earliest, latest, device=read_B.device)

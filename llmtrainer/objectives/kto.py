@@ -19,13 +19,18 @@ class KTO(Objective):
     """Bring liked answers above a point of reference and the others below it (arXiv:2402.01306, eq. 7).
 
     r(x, y) = beta * log(policy(y|x) / reference(y|x)); the point is beta * z0, where z0 is about how far the policy
-    has left the reference, in nats. z0 comes from the signal `kl_S`, which holds what the paper estimates, on
-    answers to other prompts, for the whole step. Without that signal it is the mean log-ratio of the step's own
-    answers, at least 0; a step must then be one micro-batch, since otherwise its result would depend on the cut.
+    has left the reference, in nats: a mean of log-ratios over the whole step, at least 0. Where a batch has the signal
+    `kl_S`, that is z0; where it has not, the mean log-ratio of its own answers.
     """
 
     loss: Literal["kto", "apo_zero"] = "kto"
     """apo_zero: the same with the point at 0, which needs no estimate (arXiv:2408.06266, eq. 7, unpaired)."""
+
+    point: Literal["mismatched", "own"] = "mismatched"
+    """Whose log-ratios z0 is the mean of. mismatched, as the paper has it: each prompt of the step with the answer that
+    was given to the prompt before it, which policy and reference read before the step; about twice the time. own: the
+    step's own answers, which costs nothing and is larger the more the policy has learned of them; a step must then be
+    one micro-batch of one process."""
 
     beta: float = Field(default=0.1, gt=0.0)
     """How dear it is to leave the reference: the policy stays nearer to it the larger beta is."""
@@ -39,11 +44,15 @@ class KTO(Objective):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (REFERENCE, LIKED)
+        return (REFERENCE, LIKED, KL) if self._estimates else (REFERENCE, LIKED)
+
+    @property
+    def _estimates(self) -> bool:
+        return self.loss == "kto" and self.point == "mismatched"
 
     @property
     def whole_steps(self) -> bool:
-        return self.loss == "kto"
+        return self.loss == "kto" and self.point == "own"
 
     @property
     def starts_at(self) -> Mapping[str, float]:
@@ -70,6 +79,6 @@ class KTO(Objective):
         """What rewards are compared with: one number, never differentiated."""
         if self.loss == "apo_zero":
             return torch.zeros_like(reward_S)
-        if KL in batch.signals:
+        if self.point == "mismatched" and KL in batch.signals:
             return self.beta * batch.signals[KL].to(reward_S.dtype)
         return relu(reward_S.detach().mean()).expand_as(reward_S)

@@ -115,6 +115,7 @@ def assemble(
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
         evaluate=evaluations_of(recipe, run, rows, policy, tokenizer, engine, most_documents, average, feed).run,
         saver=saver, annotators=feed.annotators, average=average, starts_at=feed.starts_at, told=feed.told,
+        before=feed.before(rows),
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_of(recipe, engine, precision), stop=stop,
@@ -257,7 +258,7 @@ def evaluations_of(
         policy, tokenizer, recipe.objective, engine, suites=settings.suites, read=read,
         measured=measured_of(recipe, rows, policy), sample=sample if settings.prompts else None,
         average=average if settings.ema else None, annotators=feed.annotators, draw=partial(write_spread, run),
-        examined=feed.examined,
+        examined=feed.examined, point=feed.point,
     )  # fmt: skip
 
 

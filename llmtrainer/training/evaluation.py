@@ -16,9 +16,11 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective, count
 from llmtrainer.core.protocols import Annotator, Engine, Tokenizer, annotated
 from llmtrainer.core.suite import Read, Suite
+from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.models.stored import Policy
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Rows
+from llmtrainer.training.mismatched import PointOfReference
 from llmtrainer.training.spread import Numbers, Spread, statistics
 
 Draw = Callable[[str, str, Progress, Numbers], object]
@@ -33,7 +35,7 @@ class Evaluations:
         suites: tuple[Suite, ...], read: Read, measured: Mapping[str, Rows],
         sample: Callable[[Progress], None] | None, average: MovingAverage | None = None,
         annotators: Sequence[Annotator] = (), draw: Draw | None = None,
-        examined: Mapping[str, Callable[[], Mapping[str, float]]] | None = None,
+        examined: Mapping[str, Callable[[], Mapping[str, float]]] | None = None, point: PointOfReference | None = None,
     ) -> None:  # fmt: skip
         self._policy = policy
         self._tokenizer = tokenizer
@@ -49,6 +51,7 @@ class Evaluations:
         self._draw = draw
         self._examined = dict(examined or {})
         """What answers to some prompts earn, by the name of the set."""
+        self._point = point
 
     def run(self, progress: Progress) -> dict[str, float]:
         with at_rest(self._policy), nullcontext() if self._average is None else self._average.in_place():
@@ -58,7 +61,10 @@ class Evaluations:
         figures: dict[str, float] = {}
         for title, rows in self._measured.items():
             spread = Spread()
-            numbers = measure(self._engine, self._objective, rows.batches(0), self._annotators, spread)
+            batches = rows.batches(0)
+            if self._point is not None and isinstance(rows, ComparisonSource):
+                batches = self._point(rows, 0, batches)
+            numbers = measure(self._engine, self._objective, batches, self._annotators, spread)
             figures.update({f"{title}/{name}": value for name, value in numbers.items()})
             for name, values in spread.taken(self._engine).items():
                 figures.update({f"{title}/{name}/{which}": value for which, value in statistics(values).items()})

@@ -28,6 +28,7 @@ from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
+from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.generation.loop import text_stream
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
@@ -38,6 +39,8 @@ from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.conversations import Talking, encoder
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.following import following
+from llmtrainer.training.mismatched import PointOfReference, point_of_reference
+from llmtrainer.training.parts import Before
 from llmtrainer.training.ready_rewards import ready
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.reference import Frozen
@@ -65,6 +68,16 @@ class Feed:
     """What Terms must be at the first step."""
     examined: Mapping[str, Callable[[], Mapping[str, float]]] = field(default_factory=dict)
     """What answers to prompts that are never learned from earn now, by the name of their set."""
+    point: PointOfReference | None = None
+    """Who estimates the point that an objective compares with, before each step and each evaluation."""
+
+
+    def before(self, rows: Opened) -> Before | None:
+        """What is worked out before each step of training; None: nothing is."""
+        if self.point is None:
+            return None
+        assert isinstance(rows.train, ComparisonSource), "only such rows know the signal"
+        return partial(self.point, rows.train)
 
 
 def feed_of(
@@ -80,7 +93,8 @@ def feed_of(
     starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy, compute) else {}
     every = with_beside(recipe, rows, source)
     if not isinstance(source, RolloutSource):
-        return Feed(every, annotators, facts, {}, dict, starts_at)
+        point = point_of_reference(recipe, policy, annotators, engine)
+        return Feed(every, annotators, facts, {}, dict, starts_at, point=point)
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.

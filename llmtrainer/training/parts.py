@@ -12,12 +12,16 @@ from torch import nn
 from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.units import Duration, Every, Progress
+from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.saving import Saver
 from llmtrainer.training.spread import Keep
+
+Before = Callable[[int, list[Batch]], list[Batch]]
+"""(step, micro-batches of this rank) -> the same with what is known of the whole step."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Parts:
     """Shows an event to whoever watches."""
     annotators: tuple[Annotator, ...] = ()
     """Each adds what it knows to a micro-batch just before its forward pass."""
+    before: Before | None = None
+    """Adds to the micro-batches of a step, before the first of them is read, what is known of all together."""
     starts_at: Mapping[str, float] = field(default_factory=dict)
     """What Terms must be at the first step of a run, because the policy still is its reference."""
     told: Callable[[], Mapping[str, float]] = dict

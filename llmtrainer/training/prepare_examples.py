@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 COMPARISONS = "comparisons"
 """The format of `prepare` that stands for those of comparisons."""
+ONE_ANSWER = {"liked": "whether one was liked", "graded": "how good one is"}
+"""Formats of records with one answer, and what they say of it."""
 VERSION = 1
 """Raised when the same files and settings would give other bytes: every older key then misses."""
 
@@ -93,11 +95,12 @@ def look(wish: Wish) -> Found:
         warn(f"{len(empty):,} of {len(files) + len(empty):,} files hold no records, such as {empty[0]}")
     if not files:
         raise UserError("there are no records to learn from", where=wish.name, fix="name a file of records")
-    if "liked" in told and len(told) > 1 and compares(wish.format):
-        other = next(kind for kind in told if kind != "liked")
+    alone = next((kind for kind in ONE_ANSWER if kind in told), None)
+    if alone is not None and len(told) > 1 and compares(wish.format):
+        other = next(kind for kind in told if kind != alone)
         raise UserError(
-            "some files compare answers, and some say whether one was liked", where=wish.name,
-            why=f"formats liked and {other}: no objective learns from both at once",
+            f"some files compare answers, and some say {ONE_ANSWER[alone]}", where=wish.name,
+            why=f"formats {alone} and {other}: no objective learns from both at once",
             fix="name files of one sort",
         )
     how = [f"{first}" + (f"\n  and {len(more):,} more files like it" if more else "") for first, *more in told.values()]

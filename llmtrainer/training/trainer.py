@@ -74,6 +74,8 @@ class Trainer:
         self._require_targets(counts)  # of the whole step, before its first forward
         if parts.objective.whole_steps and len(batches) > 1:
             require_one_batch(batches)
+        if parts.before is not None:
+            batches = parts.before(self.progress.step, batches)
         clock.lap("data")
         sums: dict[str, Tensor] = {}
         coefs: dict[str, float] = {}

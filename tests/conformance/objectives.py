@@ -62,7 +62,7 @@ VARIANTS: dict[str, list[Settings]] = {
         {"main": {"kind": "ppo"}}, {"beside": {"kind": "kto"}},
     ],
     "orpo": [{"beta": 0.3}],
-    "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}],
+    "kto": [{"beta": 0.3, "liked_weight": 1.5, "disliked_weight": 0.5}, {"loss": "apo_zero"}, {"point": "own"}],
     "ordinal": [],
     "reward": [{"beta": 0.7, "gamma": 0.2, "margin": True, "centre": 0.01}],
     "segments": [{"beta": 0.5, "gamma": 0.1, "mean": True, "reference": False}],

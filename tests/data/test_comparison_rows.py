@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import GROUP
 from llmtrainer.core.example import Example, TokenRow
+from llmtrainer.core.objective import count
 from llmtrainer.data.comparison_rows import EQUAL, ComparisonChoices
-from llmtrainer.data.comparison_source import ComparisonTable
+from llmtrainer.data.comparison_source import ComparisonSource, ComparisonTable
+from llmtrainer.data.comparisons.graded import Graded
 from llmtrainer.data.comparisons.ids import Ids
 from llmtrainer.data.comparisons.liked import Liked
 from llmtrainer.data.comparisons.ranked import Ranked
+from llmtrainer.data.comparisons.segments import Segments
 from llmtrainer.data.comparisons.texts import Texts
 from llmtrainer.data.document import SourceFile
 from llmtrainer.data.examples import ExampleFile, fates_of, write_examples
 from llmtrainer.data.format import ComparisonFormat
-from llmtrainer.data.packed import Store
+from llmtrainer.data.packed import GRADES, Store
 from tests.data.worlds import END, ByteTokenizer
 
 
@@ -198,3 +202,27 @@ def test_the_fingerprint_knows_what_belongs_together_and_by_how_much(tmp_path: P
         of("d", [pair("q", "a", "b", margin=2), pair("q", "c", "d")]),
     }  # fmt: skip
     assert len(found) == 4
+
+
+def test_grades_are_kept_beside_the_one_answer_that_has_them(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "completion": "b", "grade": 3}, {"text": "cd", "grade": [0, 2]}]
+    store = store_of(tmp_path, lines, Graded())
+    table = ComparisonTable(store)
+    assert texts(store) == ["ab$", "cd$"] and store.holds(GRADES) and table.liked is None
+    assert [table.read(number, 0).grade for number in range(2)] == [(3, 4), (0, 3)]
+    assert table.shared.tolist() == [1, 0]
+
+
+def test_pairs_of_segments_keep_their_order_and_only_those_that_differ(tmp_path: Path) -> None:
+    def record(*pairs: str) -> dict[str, Any]:
+        return {"prompt": "p", "segments": [{"chosen": two[0], "rejected": two[1]} for two in pairs]}
+
+    # Segments of different pairs may be alike: each pair is compared within itself.
+    store = store_of(tmp_path, [record("ab", "ac", "dd"), record("ee"), record("fg")], Segments())
+    table, fates = ComparisonTable(store), fates_of(store)
+    assert texts(store) == ["pa$", "pb$", "pa$", "pc$", "pf$", "pg$"]
+    assert table.answers.tolist() == [4, 2] and table.read(0, 0).paired
+    assert fates.by_fate == {"kept in part": 1, EQUAL: 1, "kept": 1}
+    (batch,) = ComparisonSource(store, pairs_per_step=2, tokens_per_batch=99, seed=0, shuffle=False).batches(0)
+    assert batch.signals[GROUP].tolist() == [0, 0, 1, 1, 2, 2] and count([batch])["pairs"] == 3
+    assert batch.document_BT.unique().tolist() == [0, 1, 2, 3, 4, 5]

@@ -143,3 +143,36 @@ def test_a_store_of_documents_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", counting([3, 4]))
     with pytest.raises(UserError, match="holds no comparisons"):
         source(store)
+
+
+def test_each_prompt_of_a_step_is_put_the_answer_of_the_place_before_it_whatever_the_cut(tmp_path: Path) -> None:
+    made = random_comparisons([(*size[:1], size[1]) for size in SIZES[:9]])
+    store = compared_store(tmp_path / "liked", made, liked=[True, False, True] * 3)
+    longest = max(len(prompt) + len(answers[0]) for prompt, answers in made)
+    for settings in ({}, {"tokens_per_batch": 30}, {"share_prompt": False}):
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        rows = source(store, pairs_per_step=5, **settings)
+        for rank in range(2):
+            share, other = (
+                source(store, pairs_per_step=5, rank=which, world_size=2, **settings).mismatched(1)
+                for which in (rank, 1 - rank)
+            )
+            assert len(share) == len(other)
+            for batch in share:
+                for number, place in enumerate(batch.place_BT[0][batch.position_BT[0] == 0].tolist()):  # type: ignore[index]
+                    mine = batch.sequence_BT[0] == number
+                    if mine.any():
+                        counts = mine & (batch.weights_BT[0] > 0)
+                        found[place] = batch.tokens_BT[0][mine].tolist(), batch.targets_BT[0][counts].tolist()
+        numbers = rows.comparisons(1)
+        assert sorted(found) == [0, 1, 2, 3, 4]
+        for place, number in enumerate(numbers):
+            prompt, answer = made[number][0], made[numbers[place - 1]][1][0]
+            tokens = [*prompt, *answer][:longest]
+            assert found[place] == (tokens, tokens[len(prompt) :])
+
+
+def test_one_answer_cannot_be_put_to_another_prompt(tmp_path: Path) -> None:
+    store = compared_store(tmp_path / "liked", random_comparisons([(3, 4), (5, 6)]), liked=[True, False])
+    with pytest.raises(UserError, match="no other prompt"):
+        source(store, pairs_per_step=1).mismatched(0)

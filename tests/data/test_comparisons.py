@@ -12,11 +12,13 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Comparison, Message
 from llmtrainer.data.comparisons.auto import Auto
 from llmtrainer.data.comparisons.conversations import Conversations
+from llmtrainer.data.comparisons.graded import Graded
 from llmtrainer.data.comparisons.human_assistant import HumanAssistant
 from llmtrainer.data.comparisons.ids import Ids
 from llmtrainer.data.comparisons.liked import Liked
 from llmtrainer.data.comparisons.messages import Messages
 from llmtrainer.data.comparisons.ranked import Ranked
+from llmtrainer.data.comparisons.segments import Segments
 from llmtrainer.data.comparisons.texts import Texts
 from llmtrainer.data.detect import detect
 from llmtrainer.data.document import Reading, SourceFile
@@ -127,6 +129,24 @@ WRONG = said("assistant", "6")
             Liked(), {"prompt": [ASKED], "completion": [ANSWERED], "label": True},
             Comparison((ASK,), (FIVE,), liked=True),
         ),
+        (
+            Graded(lowest=1), {"messages": [ASKED, ANSWERED], "stars": "5"}, Comparison((ASK,), (FIVE,), grade=(4, 5)),
+        ),
+        (
+            Graded(grade="quality"), {"prompt": "2 + 3?", "response": "5", "quality": [2, 4.0]},
+            Comparison((ASK,), (FIVE,), grade=(2, 5), plain=True),
+        ),
+        (
+            Graded(), {"text": "5", "rating": 0}, Comparison((Message("user", ""),), (FIVE,), grade=(0, 1), plain=True),
+        ),
+        (
+            Segments(), {"prompt": [ASKED], "pairs": [{"selected": [ANSWERED], "rejected": WRONG}]},
+            Comparison((ASK,), (FIVE, SIX), paired=True),
+        ),
+        (
+            Segments(as_messages=True), {"prompt": "2 + 3?", "segments": [{"chosen": "5", "rejected": "6"}] * 2},
+            Comparison((ASK,), (FIVE, SIX, FIVE, SIX), paired=True),
+        ),
     ],
 )  # fmt: skip
 def test_a_comparison_is_read_under_all_the_keys_that_a_form_has(
@@ -161,6 +181,12 @@ def test_a_comparison_is_read_under_all_the_keys_that_a_form_has(
         (Ranked(), {"answers": [ANSWERED, WRONG]}, "prompt"),
         (Liked(), {"prompt": "a", "completion": "b", "label": 2}, "label"),
         (Liked(), {"messages": [ASKED], "label": True}, "messages"),
+        (Graded(), {"text": "a", "grade": 1.5}, "grade"), (Graded(), {"text": "a", "grade": True}, "grade"),
+        (Graded(), {"text": "a", "grade": [3, 2]}, "grade"), (Graded(lowest=1), {"text": "a", "grade": 0}, "grade"),
+        (Graded(), {"text": " ", "grade": 1}, "text"), (Graded(), {"prompt": "a", "grade": 1}, "completion"),
+        (Segments(), {"prompt": "a", "segments": []}, "segments"),
+        (Segments(), {"prompt": "a", "segments": [{"chosen": "b"}]}, "segments.0.rejected"),
+        (Segments(), {"segments": [{"chosen": "b", "rejected": "c"}]}, "prompt"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_record_is_named_by_its_key(format: ComparisonFormat, record: Any, key: str) -> None:
@@ -187,6 +213,9 @@ def test_what_a_file_is_found_to_be_is_said_with_its_first_comparison(tmp_path: 
     ]  # fmt: skip
     told = found_in(tmp_path, {"prompt": "a", "answers": [{"text": "b", "score": 1}, {"text": "c", "score": 2.5}]})
     assert "-- answer 1, score 2.5\n  assistant: c" in told
+    assert "-- graded class 2 to 3\n" in found_in(tmp_path, {"prompt": "a", "completion": "b", "grade": [2, 3]})
+    told = found_in(tmp_path, {"prompt": "a", "segments": [{"chosen": "b", "rejected": "c"}] * 2})
+    assert "-- pair 1, the better\n  assistant: b" in told and "-- pair 2, the worse\n  assistant: c" in told
     assert "-- not liked" in found_in(tmp_path, {"messages": [ASKED, ANSWERED], "label": False})
     assert "2 tokens of the prompt" in found_in(tmp_path, {"chosen": [1, 2, 3], "rejected": [1, 2, 4]})
 

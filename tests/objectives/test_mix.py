@@ -72,4 +72,4 @@ def test_a_mix_says_what_both_sides_want_and_read_and_asks_the_main_one_for_cred
     mix = Mix.model_validate({"main": {"kind": "ppo", "kl": 0.0}, "beside": {"kind": "causal_lm", "z_loss": 0.1}})
     assert mix.wants == ("logp", "value", "log_partition")
     assert mix.reads == ("old_logp_BT", "advantage_BT", "old_value_BT", "return_BT", "beside_S")
-    assert Mix.model_validate({"beside": {"kind": "kto"}}).whole_steps and not mix.whole_steps
+    assert Mix.model_validate({"beside": {"kind": "kto", "point": "own"}}).whole_steps and not mix.whole_steps

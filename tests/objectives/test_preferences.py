@@ -68,7 +68,9 @@ def test_kto_brings_liked_answers_above_the_point_and_the_others_below() -> None
 def test_without_an_estimate_the_point_is_the_steps_own_mean_and_no_gradient_goes_through_it() -> None:
     out, batch = liked([1.0, 0.0, 0.0])
     objective = KTO(beta=0.5)
-    assert objective.whole_steps and not KTO(loss="apo_zero").whole_steps
+    assert KTO(point="own").whole_steps and not objective.whole_steps and KL in objective.reads
+    for without in (KTO(loss="apo_zero"), KTO(loss="apo_zero", point="own")):
+        assert not without.whole_steps and KL not in without.reads
     point = 0.4
     by_hand = (1 - s(0.5 * (0.5 - point)) + 1 - s(0.5 * (point + 0.3)) + 1 - s(0.5 * (point - 1.0))) / 3
     found = per_unit(objective, (out, batch))["loss/preference"]

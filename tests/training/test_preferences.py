@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from llmtrainer.apps.inspect import Inspection, inspect
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
+from llmtrainer.core.batch import GROUP, HIGH, KL, LIKED, LOW, MARGIN, ROW
 from llmtrainer.data.packed import Store
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.dataset import Opened
@@ -152,7 +152,7 @@ def test_labels_and_margins_are_signals_and_files_of_two_sorts_are_refused(make:
     liked = [{"prompt": "a", "completion": "b" * number, "label": number % 2 == 0} for number in range(1, 6)]
     path = written(tmp_path / "l.jsonl", liked)
     rows = opened(make(f"data.train={path}"))
-    assert rows.signals == (GROUP, ROW, LIKED) and rows.train is not None
+    assert rows.signals == (GROUP, ROW, LIKED, KL) and rows.train is not None
     (batch,) = rows.train.batches(0)
     assert batch.sequences == 6 and set(batch.signals[LIKED].tolist()) == {0.0, 1.0}
     rows.train.close()
@@ -263,3 +263,51 @@ def test_inspect_shows_a_bare_file_of_comparisons_an_answer_a_row(make: Make, wo
     for row, answer in zip(shown, (first["chosen"], first["rejected"]), strict=True):
         learned = "".join(piece for piece, weight in zip(row["pieces"], row["weights"], strict=True) if weight)
         assert "".join(row["pieces"]).startswith(first["prompt"]) and learned.startswith(answer)
+
+
+def test_grades_from_a_file_are_learned_as_classes(make: Make, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"prompt": f"film {number}: ", "completion": "abc"[number % 3] * 4, "stars": number % 3 + 1}
+        for number in range(30)
+    ]
+    records[7]["stars"] = [1, 2]    # somebody was not sure
+    path = written(tmp_path / "grades.jsonl", records)
+    asked = (
+        "model.head={kind: ordinal, classes: 3}", f"data.train={path}", f"data.evaluate={{dev: {path}}}",
+        "data.format={kind: graded, lowest: 1}", "objective.kind=ordinal", "evaluate.every=never",
+        "save.every=never", "optim.schedule.peak=1e-2", "data.pairs_per_step=15",
+        "optim.groups=[{match: 'score.*', rate: 5}]",
+    )  # fmt: skip
+    rows = opened(make(*asked))
+    assert rows.signals == (GROUP, ROW, LOW, HIGH) and rows.train is not None
+    low_S, high_S = (torch.cat([batch.signals[name] for batch in rows.train.batches(0)]) for name in (LOW, HIGH))
+    assert bool((low_S < high_S).all()) and int(high_S.max()) == 3
+    rows.train.close()
+    done = train(make(*asked, "duration=30 steps"))
+    assert done.figures["dev/ordinal/accuracy"] > 0.8, done.figures
+    with pytest.raises(UserError, match="a text is graded with the classes"):
+        train(make(*asked, f"run={tmp_path}/few", "model.head={kind: ordinal, classes: 2}"))
+
+
+def test_pairs_of_segments_from_a_file_are_learned_each_within_itself(make: Make, tmp_path: Path) -> None:
+    made = pairs(40)
+    records = [
+        {
+            "prompt": one["prompt"],
+            "segments": [{key: item[key] for key in ("chosen", "rejected")} for item in (one, two)],
+        }
+        for one, two in zip(made[::2], made[1::2], strict=True)
+    ]
+    path = written(tmp_path / "segments.jsonl", records)
+    asked = (
+        f"data.train={path}", f"data.evaluate={{dev: {path}}}", "objective={kind: segments, reference: false}",
+        "evaluate.every=never", "save.every=never", "optim.schedule.peak=1e-2", "duration=30 steps",
+    )  # fmt: skip
+    done = train(make(*asked))
+    assert done.figures["dev/preference/accuracy"] > 0.95, done.figures
+
+
+def test_grades_and_comparisons_are_not_learned_together(make: Make, tmp_path: Path) -> None:
+    path = written(tmp_path / "g.jsonl", [{"prompt": "a", "completion": "b", "grade": 1}])
+    with pytest.raises(UserError, match="some say how good one is"):
+        opened(make(f"data.train={path},{tmp_path}/pairs.jsonl"))

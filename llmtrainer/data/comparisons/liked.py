@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import NAMES, Turns, answer_of, is_label, label, prompt_of, system_of
-from llmtrainer.data.format import (
-    ComparisonFormat,
-    are_turns,
-    identity,
-    mapping,
-    needed,
-    others,
-    refused,
-    tools,
-    turns,
-)  # fmt: skip
+from llmtrainer.data.compared import NAMES, first_key, has_one_answer, is_label, label, one_answer
+from llmtrainer.data.format import ComparisonFormat, identity, mapping, needed, others, tools
 
-ANSWERS = ("completion", "response", "answer")
 LABELS = ("label", "liked", "kto_tag")
-DIALOGUES = ("messages", "conversations")
 
 
 class Liked(ComparisonFormat):
@@ -38,43 +25,16 @@ class Liked(ComparisonFormat):
     )
 
     def matches(self, record: object) -> bool:
-        if not isinstance(record, dict) or not is_label(record.get(_first(record, LABELS))):
+        if not isinstance(record, dict) or not is_label(record.get(first_key(record, LABELS))):
             return False
-        if any(are_turns(record.get(key)) for key in DIALOGUES):
-            return True
-        sides = (record.get("prompt"), record.get(_first(record, ANSWERS)))
-        return all(isinstance(side, str) or are_turns(side) for side in sides)
+        return has_one_answer(record)
 
     def example(self, record: object) -> Comparison:
         whole = mapping(record)
-        tag = _first(whole, LABELS)
+        tag = first_key(whole, LABELS)
         liked = label(needed(whole, tag), tag)
-        dialogue = next((key for key in DIALOGUES if key in whole), None)
-        prompt: Turns
-        if dialogue is not None:
-            *before, last = turns(whole[dialogue], dialogue)
-            if last.role != "assistant":
-                refused("a conversation does not end with the answer that the label is of", dialogue)
-            if not before:
-                refused("a conversation has nothing that is answered", dialogue)
-            prompt, plain = tuple(before), False
-            if (system := system_of(whole)) and prompt[0].role != "system":
-                prompt = (Message("system", system), *prompt)
-            answer: Turns = (last,)
-            used: tuple[str, ...] = (dialogue,)
-        else:
-            key = _first(whole, ANSWERS)
-            answer = answer_of(needed(whole, key), key)
-            prompt, plain = prompt_of(
-                needed(whole, "prompt"), "prompt", system_of(whole),
-                as_messages=self.as_messages or not isinstance(whole[key], str),
-            )
-            used = ("prompt", key)
+        prompt, answer, plain, used = one_answer(whole, as_messages=self.as_messages, what="label")
         return Comparison(
             prompt, (answer,), liked=liked, tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
             facts=others(whole, *used, tag, "system", "tools", *NAMES),
         )
-
-
-def _first(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if key in record), keys[0])

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.batch import GROUP, LIKED, MARGIN, ROW
+from llmtrainer.core.batch import GROUP, HIGH, KL, LIKED, LOW, MARGIN, ROW
 from llmtrainer.data.comparison_rows import ComparisonChoices, PromptCut
 from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.data.comparisons.auto import Auto
 from llmtrainer.data.format import ComparisonFormat, RecordFormat
 from llmtrainer.data.outcome import RowChoices
+from llmtrainer.data.packed import GRADES, MARGINS, Store
 from llmtrainer.data.packed import LIKED as LABELS
-from llmtrainer.data.packed import MARGINS, Store
 from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Opened, Setting
 from llmtrainer.training.record_files import PreparedFiles
 
@@ -34,7 +34,8 @@ class Preferences(PreparedFiles):
     format: ComparisonFormat = Auto()
     """How the files write a comparison: auto tells it of each file by its first records, and the run says what it
     found. Or a kind by name: texts (prompt, chosen, rejected), messages, conversations, instruction, human_assistant,
-    ranked (several answers, or answers with scores), liked (one answer and a label), ids."""
+    ranked (several answers, or answers with scores), liked (one answer and a label), graded (one answer, or one text,
+    and its grade), segments (several pairs of answers to one prompt), ids."""
 
     too_long: Literal["cut", "drop", "keep"] = "cut"
     """What becomes of a comparison whose prompt with its longest answer has more than `sequence_length` tokens: cut the
@@ -88,8 +89,9 @@ class Preferences(PreparedFiles):
             **self._cut(setting),
         )  # fmt: skip
         signals = [GROUP, ROW]
-        signals += [LIKED] if store.holds(LABELS) else []
+        signals += [LIKED, KL] if store.holds(LABELS) else []
         signals += [MARGIN] if store.holds(MARGINS) else []
+        signals += [LOW, HIGH] if store.holds(GRADES) else []
         return Opened(
             train, lambda: self.measured(store, sets, setting), {"template_fingerprint": chat.fingerprint}, chat,
             self.max_dropped_share, train.largest, tuple(signals),
