@@ -31,7 +31,8 @@ def prepare(folder: Path, wait: float, steps: int) -> Path:
     """A tiny vocabulary, questions and a recipe."""
     import llmtrainer as lt
 
-    (folder / "text.txt").write_text("\n".join(f"{number} and {number * 7} are a {number * 8}" for number in range(400)))
+    lines = [f"{number} and {number * 7} are a {number * 8}" for number in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
     with (folder / "prompts.jsonl").open("w") as file:
         for number in range(512):
             file.write(json.dumps({"prompt": f"{number} and {number * 7}", "seconds": wait}) + "\n")
@@ -81,7 +82,8 @@ def main() -> None:
         recipe = prepare(Path(scratch), wish.wait, steps)
         for turn in range(turns.rounds(wish)):
             for name, ways in WAYS.items():
-                whole, rest = seconds(recipe, Path(scratch) / f"{name}-{turn}", [*ways, f"engine.threads={wish.threads}"])
+                asked = [*ways, f"engine.threads={wish.threads}"]
+                whole, rest = seconds(recipe, Path(scratch) / f"{name}-{turn}", asked)
                 runs.setdefault(name, []).append(steps / whole)
                 after.setdefault(name, []).append(rest)
                 turns.say(f"turn {turn + 1}, {name}: {whole:.1f} s, {rest:.1f} s of them after the first step")
@@ -89,8 +91,8 @@ def main() -> None:
     ratio = rates["ours"] / rates["synchronous"]
     spent = {name: statistics.median(found) for name, found in after.items()}
     turns.tell({
-        "work": f"GRPO of a tiny model, {steps} steps of {PROMPTS} prompts x {GROUP} answers x {LENGTH} tokens, rewards "
-        f"that wait {wish.wait:g} s for each rollout, max_staleness {STALENESS}",
+        "work": f"GRPO of a tiny model, {steps} steps of {PROMPTS} prompts x {GROUP} answers x {LENGTH} tokens, a "
+        f"reward that waits {wish.wait:g} s for each rollout, max_staleness {STALENESS}",
         "unit": "steps/s", "ours": rates["ours"], "peers": {"synchronous": rates["synchronous"]},
         "ratios": {"synchronous": ratio}, "ratio": ratio, "runs": runs, "threads": wish.threads,
         "ratio_after_the_first_step": spent["synchronous"] / spent["ours"],

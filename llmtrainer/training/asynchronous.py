@@ -13,6 +13,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -202,9 +203,10 @@ class Ahead:
         """End the process: at once where it is still at work."""
         if self._process is None:
             return
-        if not self._begun and self._process.is_alive():
-            self._pipe.close()      # which it waits for
-            self._process.join(_SECONDS_TO_END)
+        if not self._begun:
+            with suppress(OSError):     # it may have gone
+                self._pipe.send(None)
+                self._process.join(_SECONDS_TO_END)
         self._kill()
         atexit.unregister(self._kill)
         self._pipe.close()

@@ -28,7 +28,7 @@ from llmtrainer.training.policies import policy_of
 
 
 def work(pipe: connection.Connection, job: Job) -> None:
-    """The whole life of the process: until the trainer closes the pipe, or ends, or something fails here."""
+    """The whole life of the process: until the trainer says so, or ends, or something fails here."""
     _settle()
     outbox = Outbox(pipe)
     try:
@@ -46,7 +46,7 @@ def work(pipe: connection.Connection, job: Job) -> None:
 
 def _settle() -> None:
     for number in QUIET:
-        signal.signal(number, lambda *_: None)      # the trainer decides, and closes the pipe
+        signal.signal(number, lambda *_: None)      # the trainer decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)
     os.dup2(2, 1)       # what rewards print must not end up in the result of a command
     threading.Thread(target=_end_with_trainer, daemon=True).start()
@@ -85,11 +85,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(job.recipe.rollout.reward_workers, thread_name_prefix="rewards")
 
     def run(self, pipe: connection.Connection) -> None:
-        while True:
-            try:
-                message = pipe.recv()
-            except EOFError:
-                return
+        while (message := pipe.recv()) is not None:
             match message:
                 case Take():
                     self.take()

@@ -42,12 +42,13 @@ class Nursery:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def live(self, file: Path, *overrides: str, change: str = "") -> Iterator[tuple[Life, Line]]:
-        """A trainer's life, line by line while it goes on. change: the name of a function below, called before."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"file": str(file), "overrides": overrides, "change": change}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+    def live(
+        self, file: Path, *overrides: str, change: str = "", paced: bool = False
+    ) -> Iterator[tuple[Life, Line]]:
+        """A trainer's life, line by line while it goes on. change: the name of a function below, called before. paced:
+        it begins no step before its last line was read."""
+        assert self._process.stdout is not None
+        self._say({"file": str(file), "overrides": overrides, "change": change, "paced": paced})
         life = Life()
         for text in self._process.stdout:
             line = json.loads(text)
@@ -58,8 +59,15 @@ class Nursery:
                 yield life, line
                 return
             life.lines.append(line)
+            if paced and "step" in line:
+                self._say("go on")
             yield life, line
         raise AssertionError("the nursery has ended")
+
+    def _say(self, what: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
 
     def whole(self, file: Path, *overrides: str, change: str = "") -> Life:
         """A trainer's life when it is over."""
@@ -84,16 +92,26 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     asynchronous.METHOD = "fork"
-    for text in sys.stdin:
+    # Unbuffered: what is said to a trainer is read by it from the same pipe, or by nobody.
+    while text := _line():
+        if (request := json.loads(text)) == "go on":
+            continue    # to a trainer that was killed
         pid = os.fork()
         if pid == 0:
             try:
-                _live(json.loads(text))
+                _live(request)
             except BaseException as error:
                 tell(error=type(error).__name__, text=str(error), cause=str(error.__cause__ or ""))
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         tell(status=status)
+
+
+def _line() -> bytes:
+    found = b""
+    while not found.endswith(b"\n") and (byte := os.read(0, 1)):
+        found += byte
+    return found
 
 
 def tell(**line: Any) -> None:
@@ -124,6 +142,8 @@ def _live(request: Line) -> None:
         source.batches = batches
         for info in trainer.steps():
             tell(step=info.progress.step, prompts=list(rows), loss=info.loss)
+            if request["paced"]:
+                _line()
     tell(done=True)
 
 

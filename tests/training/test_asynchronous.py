@@ -111,7 +111,8 @@ def done(life: Life) -> Life:
 @pytest.mark.parametrize(
     "overrides",
     [
-        (*SEVERAL, "objective.kl=0.1", "rollout.sampling.top_k=30", "rollout.redraw=2", "rollout.weights=copied"),
+        (*SEVERAL, "objective.kl=0.1", "rollout.sampling.top_k=30", "rollout.redraw=2", "rollout.weights=copied",
+         "data.held_out=0.01", "evaluate.every=3 steps"),
         ("rollout.environment={kind: callback, function: 'tests.training.test_rollout_turns:Game', max_turns: 3}",
          "rollout.rewards=[]"),
         ("objective={kind: ppo, kl: 0.02, rewards: running}", "model.head={kind: value}", *SEVERAL),
@@ -125,6 +126,9 @@ def test_with_staleness_0_a_run_is_to_the_bit_the_one_without_that_process(
     done(forks.whole(file, *overrides, "rollout.max_staleness=0"))
     assert hashes(tmp_path / "run", 6) == hashes(tmp_path / "alone", 6)
     assert untimed(rollouts(tmp_path / "run")) == untimed(rollouts(tmp_path / "alone"))
+    both = [untimed([e for e in read_events(tmp_path / run / "events.jsonl") if e["kind"] == "evaluate"])
+            for run in ("run", "alone")]    # fmt: skip
+    assert both[0] == both[1] and len(both[0]) == (2 if "evaluate.every=3 steps" in overrides else 0)
 
 
 def test_every_rollout_is_written_by_the_weights_of_so_many_steps_before_it_is_learned(
@@ -191,7 +195,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_learned_twice(
     trained: dict[int, list[list[int]]] = {}
     for kill in range(kills + 1):
         steps, spin, both = draw.randint(1, 3), draw.randrange(200_000), draw.random() < 0.5
-        for life, line in forks.live(file, *wanted, "save.every=1 steps"):
+        for life, line in forks.live(file, *wanted, "save.every=1 steps", paced=True):
             trained |= {line["step"]: line["prompts"]} if "step" in line else {}
             if kill < kills and len(life.steps) == steps and "step" in line:
                 for _ in range(spin):   # a moment anywhere within what follows
