@@ -22,6 +22,7 @@ from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.optim.groups import group
 from llmtrainer.training.assemble import engine_of, rows_of, tokenizer_of
 from llmtrainer.training.asynchronous import QUIET, Failed, Job, Ready, Take, Taken, Unread, Write
+from llmtrainer.training.console import voice
 from llmtrainer.training.feed import gathering_of
 from llmtrainer.training.gathering import Gathering, Unscored
 from llmtrainer.training.policies import policy_of
@@ -32,7 +33,8 @@ def work(pipe: connection.Connection, job: Job) -> None:
     _settle()
     outbox = Outbox(pipe)
     try:
-        policy, gathering = opened(job)
+        with voice(quiet=True):     # the trainer has said it
+            policy, gathering = opened(job)
         outbox.put(Ready(gathering.prompts.fingerprint))
         Writer(job, policy, gathering, outbox).run(pipe)
     except BaseException as error:

@@ -34,7 +34,7 @@ class Life:
 
     @property
     def last(self) -> Line:
-        """How it ended: {"done": True}, {"error", "text", "cause"}, or only {"status"} where it was killed."""
+        """How it ended: {"done"}, {"error", "text", "cause"}, {"code"}, or only {"status"} where it was killed."""
         return self.lines[-1]
 
 
@@ -43,35 +43,34 @@ class Nursery:
         self._process = process
 
     def live(
-        self, file: Path, *overrides: str, change: str = "", paced: bool = False
+        self, file: Path, *overrides: str, change: str = "", paced: bool = False, command: bool = False
     ) -> Iterator[tuple[Life, Line]]:
         """A trainer's life, line by line while it goes on. change: the name of a function below, called before. paced:
-        it begins no step before its last line was read."""
-        assert self._process.stdout is not None
-        self._say({"file": str(file), "overrides": overrides, "change": change, "paced": paced})
+        it begins no step before its last line was read. command: as the command line runs it, with --json."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"file": str(file), "overrides": overrides, "change": change, "paced": paced,
+                   "command": command}    # fmt: skip
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
         life = Life()
         for text in self._process.stdout:
             line = json.loads(text)
             life.pid, life.sampler = line.get("pid", life.pid), line.get("sampler", life.sampler)
             if "status" in line:
-                if not life.lines or not {"done", "error"} & life.lines[-1].keys():
+                if not life.lines or not {"done", "error", "code"} & life.lines[-1].keys():
                     life.lines.append(line)
                 yield life, line
                 return
             life.lines.append(line)
             if paced and "step" in line:
-                self._say("go on")
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
             yield life, line
         raise AssertionError("the nursery has ended")
 
-    def _say(self, what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-
-    def whole(self, file: Path, *overrides: str, change: str = "") -> Life:
+    def whole(self, file: Path, *overrides: str, change: str = "", command: bool = False) -> Life:
         """A trainer's life when it is over."""
-        *_, (life, _) = self.live(file, *overrides, change=change)
+        *_, (life, _) = self.live(file, *overrides, change=change, command=command)
         return life
 
 
@@ -94,12 +93,12 @@ def serve() -> None:
     asynchronous.METHOD = "fork"
     # Unbuffered: what is said to a trainer is read by it from the same pipe, or by nobody.
     while text := _line():
-        if (request := json.loads(text)) == "go on":
-            continue    # to a trainer that was killed
+        if text == b"\n":
+            continue    # said to a trainer that was killed
         pid = os.fork()
         if pid == 0:
             try:
-                _live(request)
+                _live(json.loads(text))
             except BaseException as error:
                 tell(error=type(error).__name__, text=str(error), cause=str(error.__cause__ or ""))
             os._exit(0)
@@ -119,12 +118,17 @@ def tell(**line: Any) -> None:
 
 
 def _live(request: Line) -> None:
+    from llmtrainer.apps.cli import main
     from llmtrainer.base.config import load
     from llmtrainer.core.weights_version import weights_version
     from llmtrainer.training.recipe import Recipe
     from llmtrainer.training.run import open_trainer
 
     tell(pid=os.getpid())
+    if request["command"]:
+        code = main(["train", request["file"], *request["overrides"], "--json"])
+        tell(code=code)
+        return
     if request["change"]:
         globals()[request["change"]]()
     with open_trainer(load(Recipe, request["file"], overrides=request["overrides"])) as trainer:
@@ -143,7 +147,7 @@ def _live(request: Line) -> None:
         for info in trainer.steps():
             tell(step=info.progress.step, prompts=list(rows), loss=info.loss)
             if request["paced"]:
-                _line()
+                os.read(0, 1)
     tell(done=True)
 
 

@@ -50,14 +50,20 @@ def forks(gate: Path) -> Iterator[Nursery]:
 
 
 @pytest.fixture
-def file(world: Path, tmp_path: Path) -> Path:
-    """A recipe that learns from the answers to many different prompts, two answers to each of four in a rollout."""
+def kills(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--kills")) // 2
+
+
+@pytest.fixture
+def file(world: Path, tmp_path: Path, kills: int) -> Path:
+    """A recipe that learns from the answers to different prompts, more than a test can draw, two answers to each of
+    four in a rollout."""
     policy = Llama(hidden_size=16, layers=1, heads=2, kv_heads=1, intermediate_size=32, context_length=64).build(320)
     policy.initialise(9)
     save_weights(policy, tmp_path / "base")
     load_tokenizer(world / "tokenizer").save(tmp_path / "base")
     with (tmp_path / "prompts.jsonl").open("w") as out:
-        for number in range(1024):
+        for number in range(64 + 4 * 4 * kills):
             word = "".join("abcdefgh"[number >> shift & 7] for shift in (9, 6, 3, 0))
             out.write(json.dumps({"prompt": word, "number": number}) + "\n")
     (tmp_path / "rl.yaml").write_text(f"""\
@@ -113,11 +119,11 @@ def done(life: Life) -> Life:
     [
         (*SEVERAL, "objective.kl=0.1", "rollout.sampling.top_k=30", "rollout.redraw=2", "rollout.weights=copied",
          "data.held_out=0.01", "evaluate.every=3 steps"),
-        ("rollout.environment={kind: callback, function: 'tests.training.test_rollout_turns:Game', max_turns: 3}",
+        ("objective={kind: ppo, kl: 0.02, rewards: running}", "model.head={kind: value}", *SEVERAL,
+         "rollout.environment={kind: callback, function: 'tests.training.test_rollout_turns:Game', max_turns: 3}",
          "rollout.rewards=[]"),
-        ("objective={kind: ppo, kl: 0.02, rewards: running}", "model.head={kind: value}", *SEVERAL),
     ],
-    ids=["several", "environment", "ppo"],
+    ids=["grpo", "ppo"],
 )  # fmt: skip
 def test_with_staleness_0_a_run_is_to_the_bit_the_one_without_that_process(
     forks: Nursery, recipe: Callable[..., Recipe], file: Path, tmp_path: Path, overrides: tuple[str, ...]
@@ -134,20 +140,13 @@ def test_with_staleness_0_a_run_is_to_the_bit_the_one_without_that_process(
 def test_every_rollout_is_written_by_the_weights_of_so_many_steps_before_it_is_learned(
     forks: Nursery, file: Path, tmp_path: Path
 ) -> None:
-    for staleness, steps in ((3, 1), (6, 4)):
-        run = tmp_path / f"{staleness}-{steps}"
-        several = SEVERAL if steps == 4 else ()
-        life = done(forks.whole(
-            file, BYPASS, *several, f"rollout.max_staleness={staleness}", "duration=13 steps", f"run={run}"
-        ))  # fmt: skip
-        versions = [line["version"] for line in life.lines if "version" in line]
-        assert len(set(versions)) == 13    # every step changes the weights
-        found = rollouts(run)
-        assert len(found) == -(-13 // steps)
-        for number, event in enumerate(found):
-            step = max(number * steps - staleness, 0)
-            assert event["version"] == versions[step]
-            assert event["rollout/staleness"] == number * steps - step
+    life = done(forks.whole(file, BYPASS, *SEVERAL, "rollout.max_staleness=6", "duration=13 steps"))
+    versions = [line["version"] for line in life.lines if "version" in line]
+    assert len(set(versions)) == 13    # every step changes the weights
+    found = rollouts(tmp_path / "run")
+    # Four steps to a rollout: number n is learned from step 4 n on.
+    assert [event["version"] for event in found] == [versions[step] for step in (0, 0, 2, 6)]
+    assert [event["rollout/staleness"] for event in found] == [0, 4, 6, 6]
 
 
 def test_a_run_with_stale_rollouts_continues_to_the_bit_wherever_it_was_stopped(
@@ -156,7 +155,7 @@ def test_a_run_with_stale_rollouts_continues_to_the_bit_wherever_it_was_stopped(
     wanted = (BYPASS, *SEVERAL, "rollout.max_staleness=6", "rollout.redraw=1")
     done(forks.whole(file, *wanted, "duration=11 steps", f"run={tmp_path}/whole"))
     # Saving waits for what is being written: that must not change it either.
-    for duration in (1, 6, 11):
+    for duration in (6, 11):
         done(forks.whole(file, *wanted, f"duration={duration} steps", "save.every=1 steps"))
     assert hashes(tmp_path / "run", 11) == hashes(tmp_path / "whole", 11)
     assert untimed(rollouts(tmp_path / "run")) == untimed(rollouts(tmp_path / "whole"))
@@ -186,10 +185,10 @@ def test_prompts_that_are_not_learned_have_a_recorded_reason(forks: Nursery, fil
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_learned_twice(
-    forks: Nursery, file: Path, tmp_path: Path, request: pytest.FixtureRequest
+    forks: Nursery, file: Path, tmp_path: Path, kills: int
 ) -> None:
     """kill -9 of the trainer or of the sampler, while rollouts are written, scored, learned and saved."""
-    kills, draw = int(request.config.getoption("--kills")) // 2, random.Random(9)
+    draw = random.Random(9)
     wanted = (BYPASS, "rollout.max_staleness=3", "rollout.reward_workers=2", f"duration={4 * kills} steps")
     done(forks.whole(file, *wanted, f"run={tmp_path}/whole"))
     trained: dict[int, list[list[int]]] = {}
@@ -257,15 +256,12 @@ def test_a_function_that_no_other_process_can_import_is_refused(recipe: Callable
         train(given)
 
 
-def command(file: Path, *overrides: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "llmtrainer", "train", str(file), BYPASS, "rollout.max_staleness=2", *overrides]
-    return subprocess.Popen(
-        [*words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
 def test_ctrl_c_ends_both_with_a_full_checkpoint(file: Path, tmp_path: Path) -> None:
-    with command(file, "duration=100000 steps") as child:
+    words = [sys.executable, "-m", "llmtrainer", "train", str(file), BYPASS, "rollout.max_staleness=2", "--json",
+             "duration=100000 steps"]    # fmt: skip
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
         assert child.stderr is not None
         assert any("step 1 " in line for line in child.stderr)
         others = psutil.Process(child.pid).children(recursive=True)
@@ -279,12 +275,10 @@ def test_ctrl_c_ends_both_with_a_full_checkpoint(file: Path, tmp_path: Path) -> 
     assert len(others) >= 1 and not alive
 
 
-def test_what_a_user_can_mend_in_a_reward_is_told_as_such(file: Path) -> None:
+def test_what_a_user_can_mend_in_a_reward_is_told_as_such(forks: Nursery, file: Path) -> None:
     reward = f"rollout.rewards=[{{kind: function, function: '{REWARDS}:refuses'}}]"
-    with command(file, reward) as child:
-        out, err = child.communicate(timeout=120)
-    assert child.returncode == 2, err
-    assert json.loads(out)["error"] == {
+    *_, error, code = forks.whole(file, reward, "rollout.max_staleness=0", command=True).lines
+    assert error == {"error": {
         "what": "the judge is not at home", "where": "a test", "why": "it is late", "fix": "come back tomorrow",
-    }  # fmt: skip
-    assert "Traceback" not in err
+    }}  # fmt: skip
+    assert code == {"code": 2}
