@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
@@ -186,6 +186,16 @@ def count_as_read(*configs: Config) -> None:
     for config in configs:
         for name in type(config).model_fields:
             getattr(config, name)
+
+
+def count_elsewhere_read(config: Config, missed: Collection[str], prefix: str = "") -> None:
+    """Let every field count as read that another process has read of its copy: all but those that `unread` named
+    there."""
+    for name, value in config.__dict__.items():
+        for key, part in _parts(value):
+            count_elsewhere_read(part, missed, f"{prefix}{name}{key}.")
+        if prefix + name not in missed:
+            _private(config)["_reads"].add(name)
 
 
 def forget_reads(config: Config) -> None:

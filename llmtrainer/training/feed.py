@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,14 +36,16 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.stored import Policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.annotate import models_beside, with_caches
+from llmtrainer.training.asynchronous import Ahead
 from llmtrainer.training.beside import BesideSource
 from llmtrainer.training.conversations import Talking, encoder
 from llmtrainer.training.dataset import Opened
 from llmtrainer.training.following import following
+from llmtrainer.training.gathering import Gathering
 from llmtrainer.training.mismatched import PointOfReference, point_of_reference
 from llmtrainer.training.parts import Before
 from llmtrainer.training.ready_rewards import ready
-from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.recipe import Recipe, Rollouts
 from llmtrainer.training.reference import Frozen
 from llmtrainer.training.resume import Resumption
 from llmtrainer.training.rollout import RolloutSource
@@ -87,7 +90,8 @@ def feed_of(
     """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
     found = models_beside(recipe, rows, policy, tokenizer, engine, compute, resumption)
     require_known(recipe.objective.reads, rows, found.annotators)
-    source = source_of(recipe, rows, policy, tokenizer, engine, found.frozen, tell)
+    continued = None if resumption is None else resumption.folder
+    source = source_of(recipe, rows, policy, tokenizer, engine, found.frozen, tell, continued)
     found = with_caches(recipe, rows, found, policy, engine, compute)
     annotators, facts = found.annotators, found.facts
     starts_at = recipe.objective.starts_at if begins_at_its_reference(recipe, policy, compute) else {}
@@ -99,7 +103,9 @@ def feed_of(
         source.load_state(resumption.state(ROLLOUTS))
         # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
         environment = () if recipe.rollout.environment is None else (recipe.rollout.environment,)
-        rollout = (recipe.rollout, recipe.rollout.sampling, *recipe.rollout.rewards, *environment)
+        rollout = (
+            recipe.rollout, recipe.rollout.sampling, recipe.rollout.sampler, *recipe.rollout.rewards, *environment
+        )
         count_as_read(*rollout, recipe.objective)
     examined = {name: partial(source.examined, prompts) for name, prompts in rows.asked.items()}
     return Feed(every, annotators, facts, {ROLLOUTS: source.state}, source.told, starts_at, examined)
@@ -124,7 +130,7 @@ def with_beside(recipe: Recipe, rows: Opened, source: Source) -> Source:
 
 def source_of(
     recipe: Recipe, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine, frozen: Frozen | None,
-    tell: Callable[[Mapping[str, Any]], None],
+    tell: Callable[[Mapping[str, Any]], None], continued: Path | None,
 ) -> Source:
     """The rows on disk, or those that the policy writes itself. UserError where objective and data do not belong
     together."""
@@ -144,8 +150,6 @@ def source_of(
     settings = recipe.rollout
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)
-    sampling = with_ends(settings.sampling, rows)
-    ready(settings.rewards)
 
     read = engine.reader(policy)
 
@@ -153,17 +157,55 @@ def source_of(
         with at_rest(policy):
             return read(batch, wants)
 
-    # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
-    sampler = settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast")
+    def version() -> str:
+        return weights_version(policy.module)
+
+    gathering, ahead = None, None
+    if settings.max_staleness is None:
+        gathering = gathering_of(recipe, settings, rows, policy, tokenizer, engine)
+    else:
+        require_corrected(recipe.objective, settings.max_staleness)
+        ahead = partial(
+            Ahead, recipe, policy.module, version, rows.prompts.fingerprint, settings.max_staleness, continued
+        )  # fmt: skip
+        if rows.asked:      # written here: with rewards of its own, so that no model goes to the other process
+            own = {"rewards": tuple(reward.model_copy(deep=True) for reward in settings.rewards)}
+            gathering = gathering_of(recipe, settings.model_copy(update=own), rows, policy, tokenizer, engine)
     return RolloutSource(
-        rows.prompts, sampler, recipe.objective, settings.model_copy(update={"sampling": sampling}),
-        text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer),
+        rows.prompts, gathering, recipe.objective, settings,
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
-        version=lambda: weights_version(policy.module), tell=tell,
-        following=following(None if frozen is None else frozen.model, policy, settings.mix_reference),
-        talking=talking_of(settings.environment, rows, policy),
+        version=version, tell=tell,
+        following=following(None if frozen is None else frozen.model, policy, settings.mix_reference), ahead=ahead,
     )
+
+
+def gathering_of(
+    recipe: Recipe, settings: Rollouts, rows: Opened, policy: Policy, tokenizer: FileTokenizer, engine: Engine
+) -> Gathering:
+    """Who writes answers in this process, ready to begin."""
+    assert rows.prompts is not None
+    sampling = with_ends(settings.sampling, rows)
+    ready(settings.rewards)
+    # What the policy says of answers is asked in the micro-batches in which they are learned, so not one by one.
+    sampler = settings.sampler.open(policy, tokenizer, engine.forward, settings.weights, "fast")
+    return Gathering(
+        rows.prompts, sampler, settings.model_copy(update={"sampling": sampling}),
+        text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer), seed=recipe.seed,
+        earns=ADVANTAGE in recipe.objective.reads, talking=talking_of(settings.environment, rows, policy),
+    )
+
+
+def require_corrected(objective: Objective, max_staleness: int) -> None:
+    """UserError where answers of older weights would be learned as if those of today had written them."""
+    if max_staleness and ADVANTAGE in objective.reads and ROLLOUT not in objective.reads:
+        raise UserError(
+            "older weights may write the answers, and nothing corrects for it",
+            where="rollout.max_staleness, objective.correction",
+            why="the policy's ratio would be taken to itself, which is 1 however far it has moved since",
+            fix="objective.correction.bypass=true takes it to the weights that wrote; or objective.correction.weights="
+            "token; or rollout.max_staleness=0",
+        )
 
 
 def talking_of(environment: Environment | None, rows: Opened, policy: Policy) -> Talking | None:

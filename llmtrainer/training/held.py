@@ -1,4 +1,4 @@
-"""A rollout that is being learned, and its tensors in a checkpoint."""
+"""A rollout that is being learned, those that wait, and their tensors in a checkpoint."""
 
 from __future__ import annotations
 
@@ -50,8 +50,26 @@ class Held:
         return {name: arrays[answer][learned] for name, arrays in known.items() if arrays is not None}
 
 
-SECONDS = "rollout/seconds"
-"""The figure that says how long a rollout took to write."""
+@dataclass(frozen=True)
+class Gathered:
+    """A rollout as it was written and scored, before the trainer has worked out anything of it."""
+
+    held: Held
+    drawn: range
+    """The draws of prompts that went into it: all since the rollout before."""
+    draws: tuple[int, ...]
+    """Which of them each group answers."""
+    left_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """The others, by the reason why they are not learned."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """Some answers for people."""
+    step: int = 0
+    """The weights after so many steps wrote it."""
+
+
+SECONDS, WAITED = "rollout/seconds", "rollout/waited"
+"""Figures that say how long a rollout took to write, and how long the trainer waited for it."""
+_AHEAD = "ahead."
 _FLAT = ("prompts", "answers", "weights", "old_logp", "trainer_logp", "reference_logp", "values")
 """Fields of a rollout that are an array for each answer."""
 
@@ -59,10 +77,45 @@ _FLAT = ("prompts", "answers", "weights", "old_logp", "trainer_logp", "reference
 def packed(held: Held | None, cursor: int, state: State) -> dict[str, Tensor]:
     """A source of rollouts as named tensors. cursor: prompts drawn so far."""
     found = {"cursor": torch.tensor(cursor), "state": _text(asdict(state))}
-    if held is None:
-        return found
+    return found if held is None else found | _packed(held)
+
+
+def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
+    """What `packed` was given."""
+    known = _json(state["state"])
+    kept = State(Moments(**known["rewards"]), known["kl"])
+    return _unpacked(state) if "number" in state else None, int(state["cursor"]), kept
+
+
+def packed_ahead(waiting: Sequence[Gathered]) -> dict[str, Tensor]:
+    """Rollouts that nobody has begun to learn, as named tensors."""
+    found: dict[str, Tensor] = {}
+    for place, one in enumerate(waiting):
+        told = {
+            "drawn": [one.drawn.start, one.drawn.stop], "draws": one.draws, "left_out": one.left_out,
+            "samples": one.samples, "step": one.step,
+        }  # fmt: skip
+        tensors = {**_packed(one.held), "gathered": _text(told)}
+        found |= {f"{_AHEAD}{place}.{name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+def unpacked_ahead(state: Mapping[str, Tensor]) -> list[Gathered]:
+    """What `packed_ahead` was given."""
+    found: list[Gathered] = []
+    while f"{(prefix := f'{_AHEAD}{len(found)}.')}gathered" in state:
+        mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        told = _json(mine["gathered"])
+        found.append(Gathered(
+            _unpacked(mine), range(*told["drawn"]), tuple(told["draws"]), told["left_out"], told["samples"],
+            told["step"],
+        ))  # fmt: skip
+    return found
+
+
+def _packed(held: Held) -> dict[str, Tensor]:
     rollout = held.rollout
-    found |= {
+    found = {
         "number": torch.tensor(held.number), "group_R": torch.from_numpy(rollout.group_R),
         "reward_R": torch.from_numpy(rollout.reward_R), "ended_R": torch.from_numpy(rollout.ended_R),
         "told": _text({"version": rollout.version, "figures": _untimed(held.figures)}),
@@ -77,13 +130,7 @@ def packed(held: Held | None, cursor: int, state: State) -> dict[str, Tensor]:
     return found
 
 
-def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
-    """What `packed` was given."""
-    known = _json(state["state"])
-    kept = State(Moments(**known["rewards"]), known["kl"])
-    cursor = int(state["cursor"])
-    if "number" not in state:
-        return None, cursor, kept
+def _unpacked(state: Mapping[str, Tensor]) -> Held:
     told = _json(state["told"])
     rollout = Rollout(
         **{name: _arrays(state, name) for name in _FLAT if f"{name}.lengths" in state},  # type: ignore[arg-type]
@@ -94,13 +141,12 @@ def unpacked(state: Mapping[str, Tensor]) -> tuple[Held | None, int, State]:
         _arrays(state, name) if f"{name}.lengths" in state else None for name in ("advantages", "returns")
     )
     written = _read_written(state, rollout)
-    held = Held(int(state["number"]), rollout, written, advantages, returns, told["figures"])
-    return held, cursor, kept
+    return Held(int(state["number"]), rollout, written, advantages, returns, told["figures"])
 
 
 def _untimed(figures: Mapping[str, float]) -> dict[str, float]:
     """Without what differs from one time to the next: equal runs have equal checkpoints."""
-    return {name: value for name, value in figures.items() if name != SECONDS}
+    return {name: value for name, value in figures.items() if name not in (SECONDS, WAITED)}
 
 
 def _written(written: Sequence[Sampled]) -> dict[str, Tensor]:

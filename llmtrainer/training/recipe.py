@@ -168,6 +168,15 @@ class Rollouts(Config):
     """Whose weights the sampler reads: those that are trained, or a copy that is renewed before every rollout. Both
     write the same answers; every answer carries the hash of its weights, and others than the trained are refused."""
 
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Let a process of its own write and score answers while this one trains, for rewards that take long: every rollout
+    is written by the weights as they were so many steps before it is learned. 0: by those that learn it, to the bit as
+    without that process. Left out: no other process."""
+
+    reward_workers: int = Field(default=1, ge=1)
+    """Rollouts that are scored at the same time, in threads, where `max_staleness` lets several be written ahead: for
+    rewards that wait for somebody else and may be asked from several threads at once."""
+
     share_prompt: bool = True
     """Learn the prompt of a group once for all its answers, which do not see each other: the same numbers in less
     time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,20 +15,21 @@ from llmtrainer.core.batch import ADVANTAGE, REFERENCE, ROLLOUT, Batch, Outputs
 from llmtrainer.core.credit import FRESH
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.randomness import derive
-from llmtrainer.core.rollout import Answer, Prompt, Rollout
+from llmtrainer.core.rollout import Rollout
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
 from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
-from llmtrainer.generation.sampler import Sampled, Sampler, drawn_signals, require_version
-from llmtrainer.generation.sampling import Sampling
-from llmtrainer.training.answers import Group, examined_figures, figures_of, joined, samples_of, scored
-from llmtrainer.training.conversations import REWARD, Talking, answer_of, sampled_of, with_own_reward
+from llmtrainer.generation.sampler import drawn_signals, require_version
+from llmtrainer.training.asynchronous import Ahead
+from llmtrainer.training.conversations import REWARD
 from llmtrainer.training.following import Following
-from llmtrainer.training.held import SECONDS, Held, packed, unpacked
+from llmtrainer.training.gathering import Gathering
+from llmtrainer.training.held import Gathered, Held, packed, packed_ahead, unpacked, unpacked_ahead
 from llmtrainer.training.recipe import Rollouts
 from llmtrainer.training.row_signals import places_of, read_back, with_row_signals
-from llmtrainer.training.turns import Conversation, Turn
 
+UNREWARDED, REJECTED = "unrewarded", "rejected"
+"""Why nothing of a prompt is learned: no answer has a reward, or the objective takes none of them."""
 Look = Callable[[Batch, tuple[str, ...]], Outputs]
 """What a model says of a batch, without dropout and without a gradient."""
 
@@ -44,20 +44,21 @@ class RolloutSource:
     """
 
     def __init__(
-        self, prompts: Prompts, sampler: Sampler, objective: Objective, settings: Rollouts, *,
-        text: Callable[[Sequence[int], Turn], str], tokens_per_batch: int, seed: int, vocabulary: int,
+        self, prompts: Prompts, gathering: Gathering | None, objective: Objective, settings: Rollouts, *,
+        tokens_per_batch: int, seed: int, vocabulary: int,
         look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
-        following: Following | None = None, talking: Talking | None = None,
+        following: Following | None = None, ahead: Callable[[int], Ahead] | None = None,
     ) -> None:  # fmt: skip
-        """text: an answer as rewards read it, from the ids of its prompt. look, reference: what the policy and the
-        reference say now. version: hash of the policy's weights. tell: shows what a rollout came to. talking: with
-        whom the policy talks for several turns; None: it answers once."""
+        """gathering: writes answers here; None: nobody does. look, reference: what the policy and the reference say
+        now. version: hash of the policy's weights. tell: shows what a rollout came to. ahead: makes, of the
+        number of steps of a rollout, the process that writes what is learned; None: it is written here."""
+        assert gathering is not None or ahead is not None
         self._earns = ADVANTAGE in objective.reads
         (require_rewards if self._earns else require_no_rewards)(settings)
-        self._prompts, self._sampler, self._objective, self._settings = prompts, sampler, objective, settings
-        self._text, self._seed, self._vocabulary = text, seed, vocabulary
+        self._prompts, self._gathering, self._objective, self._settings = prompts, gathering, objective, settings
+        self._seed, self._vocabulary = seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
-        self._tokens_per_batch, self._following, self._talking = tokens_per_batch, following, talking
+        self._tokens_per_batch, self._following = tokens_per_batch, following
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
@@ -71,6 +72,7 @@ class RolloutSource:
             )
         self._parts = self._answers // self.rows_per_step
         self.steps_per_rollout = settings.epochs * self._parts
+        self._ahead = None if ahead is None else ahead(self.steps_per_rollout)
         self.fingerprint = prompts.fingerprint
         self._held: Held | None = None
         self._cursor, self._state = 0, FRESH
@@ -83,9 +85,12 @@ class RolloutSource:
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step; a rollout is gathered when its first step is asked for."""
         number, place = divmod(step, self.steps_per_rollout)
+        if self._ahead is not None:
+            begun = 0 if self._held is None else self._held.number + 1
+            self._ahead.publish(step, begun, self._cursor)
         if self._held is None or self._held.number != number:
             assert place == 0, "a rollout is gathered at its first step, and kept in every checkpoint after it"
-            self._held = self._gathered(number)
+            self._held = self._credited(self._gathered(number))
         return self._cut(self._held, place % self._parts)
 
     def told(self) -> Mapping[str, float]:
@@ -93,98 +98,64 @@ class RolloutSource:
         return {} if self._held is None else self._held.figures
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: the prompts drawn so far, running statistics, and the rollout that is learned."""
+        """What a checkpoint keeps: the prompts drawn so far, running statistics, the rollout that is learned, and those
+        that are written ahead. Waits for what is being written: its weights are older than those of the checkpoint."""
         more = {} if self._following is None else self._following.state()
-        return {**packed(self._held, self._cursor, self._state), **more}
+        waiting = () if self._ahead is None else self._ahead.settled()
+        return {**packed(self._held, self._cursor, self._state), **packed_ahead(waiting), **more}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, in the middle of a rollout too."""
         self._held, self._cursor, self._state = unpacked(state)
+        if self._ahead is not None:
+            self._ahead.load(unpacked_ahead(state))
         if self._following is not None:
             self._following.load_state(state)
 
     def examined(self, prompts: Prompts) -> dict[str, float]:
         """What greedy answers to some prompts earn now, one to each. Nothing of it is learned or remembered."""
-        greedy = self._settings.sampling.model_copy(update={"temperature": 0.0})
-        self._sampler.sync()
-        asked = [prompts.prompt(draw) for draw in prompts.draws(0)]
-        groups = self._written(asked, 1, greedy, derive(self._seed, "examined"))
-        return examined_figures(figures_of(groups))
+        assert self._gathering is not None
+        return self._gathering.examined(prompts)
 
     def close(self) -> None:
-        self._sampler.close()
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._gathering is not None:
+            self._gathering.close()
 
-    def _gathered(self, number: int) -> Held:
-        started = time.perf_counter()
-        if number and self._following is not None:
+    def _gathered(self, number: int) -> Gathered:
+        if self._ahead is not None:
+            found = self._ahead.take(number)
+        else:
+            assert self._gathering is not None
+            self._gathering.sampler.sync()
+            found = self._gathering.gathered(number, self._cursor)
+            # Before anything is learned from them: other weights than the trained must not have written answers.
+            require_version(found.held.written, self._version())
+        self._cursor = found.drawn.stop
+        return found
+
+    def _credited(self, gathered: Gathered) -> Held:
+        """The rollout with what its answers are worth to the policy as it is now."""
+        held = gathered.held
+        if held.number and self._following is not None:
             self._following.step()
-        self._sampler.sync()
-        groups = list(self._groups())
-        written = tuple(one for group in groups for one in group.written)
-        # Before anything is learned from them: other weights than the trained ones must not have written answers.
-        require_version(written, self._version())
-        seconds = time.perf_counter() - started
-        held = Held(number, joined(groups), written)
         if self._asks:
             held = self._looked(held)
         rollout, objective = held.rollout, self._objective
         self._state = objective.advance(self._state, rollout)
         returns = objective.returns(rollout, self._state)
-        figures = {
-            **figures_of(groups), SECONDS: seconds,
-            "rollout/trained": float(objective.trains(rollout).mean()),
-        }
-        self._tell({"rollout": number, **figures, "samples": samples_of(groups)})
+        trained_R = objective.trains(rollout)
+        figures = {**held.figures, "rollout/trained": float(trained_R.mean())}
+        self._tell({
+            "rollout": held.number, **figures, "version": rollout.version,
+            "drawn": [gathered.drawn.start, gathered.drawn.stop], "left_out": _left_out(gathered, trained_R),
+            "samples": list(gathered.samples),
+        })  # fmt: skip
         return replace(
             held, figures=figures, advantages=tuple(objective.credit(rollout, self._state)) if self._earns else None,
             returns=None if returns is None else tuple(returns),
         )
-
-    def _groups(self) -> Iterator[Group]:
-        """As many groups as a rollout has, of the next prompts."""
-        wanted = self._prompts.prompts_per_step
-        for attempt in range(1 + self._settings.redraw):
-            last = attempt == self._settings.redraw
-            first = self._cursor
-            self._cursor += wanted
-            asked = [self._prompts.prompt(draw) for draw in range(first, self._cursor)]
-            seed = derive(self._seed, "rollout", first)
-            for group in self._written(asked, self._settings.group_size, self._settings.sampling, seed):
-                if last or group.teaches:
-                    wanted -= 1
-                    yield group
-            if not wanted:
-                return
-
-    def _written(self, prompts: Sequence[Prompt], G: int, sampling: Sampling, seed: int) -> list[Group]:
-        """G answers to each prompt, and what they earn."""
-        if self._talking is not None:
-            talks = self._talking.talks(self._sampler, prompts, G, sampling, seed, self._text)
-            return self._grouped(prompts, [sampled_of(talk) for talk in talks], list(map(answer_of, talks)), talks)
-        written = self._sampler.sample([prompt.tokens for prompt in prompts], G, sampling, seed)
-        asked = [prompt for prompt in prompts for _ in range(G)]
-        answers = [
-            Answer(prompt.messages, self._text(prompt.tokens, one), one.tokens, one.finish, prompt.facts)
-            for prompt, one in zip(asked, written, strict=True)
-        ]
-        return self._grouped(prompts, written, answers)
-
-    def _grouped(
-        self, prompts: Sequence[Prompt], written: Sequence[Sampled], answers: Sequence[Answer],
-        talks: Sequence[Conversation] = (),
-    ) -> list[Group]:  # fmt: skip
-        G, rewards = len(answers) // len(prompts), self._settings.rewards
-        scores = scored(rewards, answers)
-        if talks:
-            scores = with_own_reward(scores, talks, needed=self._earns and not rewards)
-        slices = [slice(at, at + G) for at in range(0, len(answers), G)]
-        return [
-            Group(
-                prompt, tuple(written[part]), tuple(answers[part]), scores.total_R[part], scores.of(part),
-                tuple(talks[part]),
-            )
-            for prompt, part in zip(prompts, slices, strict=True)
-        ]
 
     @property
     def _asks(self) -> tuple[str, ...]:
@@ -251,6 +222,17 @@ class RolloutSource:
             placed = [(targets, held.written[row]) for targets, row in zip(places_of(batch), rows, strict=True)]
             drawn = drawn_signals(placed, (1, batch.tokens_BT.shape[1]), self._vocabulary)
             yield replace(batch, signals=drawn), rows
+
+
+def _left_out(gathered: Gathered, trained_R: NDArray[np.bool_]) -> dict[str, list[int]]:
+    """The prompts that were drawn and of which no answer is learned, by the reason."""
+    found = {reason: list(draws) for reason, draws in gathered.left_out.items()}
+    rollout = gathered.held.rollout
+    for group, draw in enumerate(gathered.draws):
+        mine_R = rollout.group_R == group
+        if not trained_R[mine_R].any():
+            found.setdefault(REJECTED if rollout.valid_R[mine_R].any() else UNREWARDED, []).append(draw)
+    return found
 
 
 def _rows_of(rollout: Rollout, rows: Sequence[int]) -> AnswerRows:

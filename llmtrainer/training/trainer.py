@@ -105,8 +105,10 @@ class Trainer:
 
     def close(self) -> None:
         """Wait for the last checkpoint and let go of threads and devices."""
-        self.parts.saver.wait()
-        self.parts.source.close()
+        try:
+            self.parts.saver.wait()
+        finally:
+            self.parts.source.close()
         self.parts.engine.close()
 
     def evaluate(self) -> dict[str, float]:

@@ -135,7 +135,7 @@ def test_a_copy_of_the_weights_writes_the_same_answers(rl: Make) -> None:
 
 def test_a_copy_that_was_not_renewed_is_refused(rl: Make) -> None:
     with open_trainer(rl("rollout.weights=copied", "duration=3 steps")) as trainer:
-        trainer.parts.source._sampler.sync = lambda: None
+        trainer.parts.source._gathering.sampler.sync = lambda: None
         with pytest.raises(UserError, match="does not hold the trainer's weights"):
             for _ in trainer.steps():
                 pass

@@ -220,7 +220,7 @@ def test_a_run_that_is_resumed_inside_of_a_rollout_has_the_same_bits(rl: Make, m
 
 def test_weights_that_were_not_renewed_are_refused(rl: Make) -> None:
     with open_trainer(rl("rollout.weights=copied", "duration=3 steps")) as trainer:
-        trainer.parts.source._sampler.sync = lambda: None
+        trainer.parts.source._gathering.sampler.sync = lambda: None
         with pytest.raises(UserError, match="does not hold the trainer's weights"):
             for _ in trainer.steps():
                 pass
@@ -228,7 +228,7 @@ def test_weights_that_were_not_renewed_are_refused(rl: Make) -> None:
 
 def test_weights_that_change_in_the_middle_of_a_conversation_are_refused(rl: Make) -> None:
     with open_trainer(rl()) as trainer:
-        sampler, weight = trainer.parts.source._sampler, next(trainer.parts.policy.parameters())
+        sampler, weight = trainer.parts.source._gathering.sampler, next(trainer.parts.policy.parameters())
         original, before, calls = sampler.sample, weight.detach().clone(), []
 
         def sample(*given: Any) -> Any:
