@@ -48,6 +48,7 @@ _NAMES = {
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",
     "SchemaRequest": "llmtrainer.apps.schema",
+    "Launching": "llmtrainer.apps.launch",
     "Examination": "llmtrainer.apps.doctor",
 }
 
