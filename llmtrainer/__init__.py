@@ -49,6 +49,8 @@ _NAMES = {
     "Explanation": "llmtrainer.apps.explain",
     "SchemaRequest": "llmtrainer.apps.schema",
     "Launching": "llmtrainer.apps.launch",
+    "Supervision": "llmtrainer.apps.supervise",
+    "Stopping": "llmtrainer.apps.stop",
     "Examination": "llmtrainer.apps.doctor",
 }
 

@@ -46,18 +46,18 @@ def main(arguments: Sequence[str]) -> int:
             return _act(before, rest, as_json, quiet, out)
     except UserError as error:
         parts = {"what": error.what, "where": error.where, "why": error.why, "fix": error.fix}
-        return _report(MENDABLE, name, str(error), as_json, **parts)
+        return _report(MENDABLE, name, error, str(error), as_json, **parts)
     except RunStopped as error:
-        return _report(STOPPED, name, str(error), as_json, what=str(error))
-    except KeyboardInterrupt:
-        return _report(INTERRUPTED, name, "interrupted", as_json, what="interrupted")
+        return _report(STOPPED, name, error, str(error), as_json, what=str(error))
+    except KeyboardInterrupt as error:
+        return _report(INTERRUPTED, name, error, "interrupted", as_json, what="interrupted")
     except BrokenPipeError:
         # Whoever read us has enough (`| head`). Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:      # the last line of defence: a defect must not look like a user's mistake
         what = f"a defect of ours: {type(error).__name__}: {error}"
-        return _report(DEFECT, name, what, as_json, traceback.format_exc(), what=what)
+        return _report(DEFECT, name, error, what, as_json, what=what)
 
 
 def _act(before: list[str], rest: list[str], as_json: bool, quiet: bool, out: TextIO) -> int:
@@ -124,17 +124,19 @@ def _stdout_for_the_result(as_json: bool) -> Iterator[TextIO]:
         yield out
 
 
-def _report(code: int, name: str, text: str, as_json: bool, trace: str = "", **error: str | None) -> int:
+def _report(
+    code: int, name: str, raised: BaseException, text: str, as_json: bool, **error: str | None
+) -> int:
     """An error for people on stderr and, with --json, as the one object on stdout. Of a job that was launched, the
     launcher says it, once."""
-    outcome.end(code, text, error={**error, "traceback": trace} if trace else error)
+    outcome.end(code, text, error={**error, **outcome.described(raised)})
     if launched():
         return code
     print(f"llmtrainer {name}: {text}" if name else f"llmtrainer: {text}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": error}, ensure_ascii=False), flush=True)
-    if trace:
-        print(trace, file=sys.stderr, end="")
+    if code == DEFECT:
+        traceback.print_exception(raised)
     return code
 
 

@@ -21,7 +21,7 @@ from llmtrainer.base.clusters import Cluster, kubernetes_job, slurm_script
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import DEFECT, MENDABLE, UserError
 from llmtrainer.base.outcome import Outcome, read_outcomes
-from llmtrainer.base.process import LAUNCHED, OUTCOMES, threads_for, variables
+from llmtrainer.base.process import LAUNCHED, OUTCOMES, outcome_folder, threads_for, variables
 from llmtrainer.base.result import Result
 from llmtrainer.base.verbs import verb_named
 from llmtrainer.training.console import is_quiet, warn
@@ -111,12 +111,25 @@ def launch(launching: Launching) -> Launched:
     if launching.show:
         shown = shlex.join([*(f"{name}={value}" for name, value in threads.items()), *line.words()])
         return Launched(0, shown, {"line": shown})
-    # Every one of its files is read below; a folder that is left behind is the system's to clear.
-    with tempfile.TemporaryDirectory(prefix="llmtrainer-launch-") as folder:
-        with variables({OUTCOMES: folder, LAUNCHED: "1", **threads}):
-            failures = _run(line, Path(folder), launching)
-        outcomes = read_outcomes(Path(folder))
+    with _folder() as folder:
+        with variables({OUTCOMES: str(folder), LAUNCHED: "1", **threads}):
+            failures = _run(line, folder, launching)
+        outcomes = read_outcomes(folder)
     return _told(outcomes, failures, words[0], line.nproc * launching.nnodes)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where the ranks say how they ended. A supervisor reads it too, and finds it beside this process's own."""
+    if (above := outcome_folder()) is not None:
+        folder = above / "ranks"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("rank-*.json"):
+            old.unlink()
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="llmtrainer-launch-") as temporary:
+        yield Path(temporary)
 
 
 @dataclass(frozen=True)
@@ -197,8 +210,8 @@ def _run(line: Line, folder: Path, launching: Launching) -> Mapping[int, Any]:
     """What torchrun says of the ranks that failed: rank -> its ProcessFailure; empty if none did."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import config_from_args, parse_args
     from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
 
     # Its own report of a failure would stand between the reader and the rank's own error.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -242,10 +255,14 @@ def _passing_on(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _nobody_came(launching: Launching, error: Exception) -> UserError:
+class MachinesMissing(UserError):
+    """Not every machine came to the rendezvous. A supervisor tries again: one of them may be starting anew."""
+
+
+def _nobody_came(launching: Launching, error: Exception) -> MachinesMissing:
     host, port = _meeting(launching)
     if launching.node_rank == 0:
-        return UserError(
+        return MachinesMissing(
             f"not all of the {launching.nnodes} machines came to {host}:{port} within {launching.wait:g} seconds",
             where=str(error).splitlines()[0],
             why="every machine has to run the same command with its own node_rank, and to reach this one",
@@ -253,7 +270,7 @@ def _nobody_came(launching: Launching, error: Exception) -> UserError:
             f"rendezvous={host}:{port} ...; `nc -z {host} {port}` there says whether it is reached; "
             f"wait={2 * launching.wait:g} gives them longer",
         )
-    return UserError(
+    return MachinesMissing(
         f"machine 0 was not found at {host}:{port} within {launching.wait:g} seconds",
         where=str(error).splitlines()[0],
         why="it has not been launched yet, or a firewall or a wrong address stands between",
@@ -272,7 +289,8 @@ def _told(outcomes: Mapping[int, Outcome], failures: Mapping[int, Any], verb: st
     place = f"rank {failed} of {ranks}"
     if outcome is not None and outcome.exit_code == MENDABLE:
         said = outcome.error or {}
-        where = ", ".join(filter(None, (place if ranks > 1 else None, said.get("where"))))
+        alike = all(item.text == outcome.text for item in outcomes.values())
+        where = ", ".join(filter(None, (None if alike else place, said.get("where")))) or None
         raise UserError(said.get("what") or outcome.text, where=where, why=said.get("why"), fix=said.get("fix"))
     if outcome is not None and outcome.failed:
         what = f"{place}: {outcome.text}\n{(outcome.error or {}).get('traceback') or ''}".rstrip()

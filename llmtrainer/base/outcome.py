@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from llmtrainer.base.errors import DONE, STOPPED
 from llmtrainer.base.process import end_with_parent, launched, outcome_folder, rank, take_requests
+from llmtrainer.base.stack import place_raised
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Outcome:
     result: dict[str, Any] | None = None
     """The verb's figures, as `--json` prints them."""
     error: dict[str, str | None] | None = None
-    """what, where, why, fix; of a defect also type and traceback."""
+    """what, where, why, fix, and what `described` adds."""
 
     @property
     def failed(self) -> bool:
@@ -52,6 +54,13 @@ def end(
 ) -> None:  # fmt: skip
     """Say how this process ends. Does nothing where nobody asked."""
     _write(exit_code, text, result, error)
+
+
+def described(error: BaseException) -> dict[str, str | None]:
+    """What an outcome says of an error beside its text: its type, where it was raised and by which calls."""
+    place = place_raised(error)
+    trace = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "line": None if place is None else str(place), "traceback": trace}
 
 
 def read_outcomes(folder: Path) -> dict[int, Outcome]:

@@ -109,6 +109,46 @@ def threads_for(processes: int) -> dict[str, str]:
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(cores() // processes, 1))}
 
 
+def process_state(pid: int) -> str | None:
+    """How the system has a process: `R` running, `S` waiting, `D` waiting for a device, `T` stopped; None if there is
+    no such process any more."""
+    try:
+        return _stat(pid)[0]
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "S"
+
+
+def process_started(pid: int) -> str | None:
+    """When a process began, in the system's own count: tells it from a later one with the same number. None if there
+    is no such process, empty where the system does not say."""
+    state = process_state(pid)
+    if state is None or state == "Z":
+        return None
+    try:
+        return _stat(pid)[19]
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int, started: str) -> bool:
+    """Whether this very process still runs."""
+    return process_started(pid) == started
+
+
+def _stat(pid: int) -> list[str]:
+    # The name of the program stands in brackets and may hold blanks and brackets itself.
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
 @contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
     """Let processes that are started within the block inherit these variables."""

@@ -1,0 +1,305 @@
+"""Why a run stands still or fell: which rank, what for, and at which line, from what the ranks left in their files."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrainer.base.heartbeat import Beat, Collective, Stall, read_beats, read_stack, read_stall
+from llmtrainer.base.outcome import Outcome
+from llmtrainer.base.process import process_started, process_state
+from llmtrainer.base.stack import Place, is_own, own_place
+
+DEAD, STOPPED, DISK = "dead rank", "stopped rank", "slow disk"
+SKIPPED, SHAPE, NETWORK = "skipped collective", "shape mismatch", "network"
+LOADER, DEADLOCK, STUCK = "slow loader", "deadlock", "stuck"
+FULL, MEMORY, RAISED = "full disk", "out of memory", "error"
+
+_WAITING_FILES = (
+    "threading.py", "queue.py", "_base.py", "connection.py", "synchronize.py", "selectors.py", "queues.py",
+)  # fmt: skip
+_WAITING_CODE = re.compile(r"\.(acquire|join|wait|get|put|result|recv|communicate|poll)\(|\bwith\b.*(lock|mutex|guard)")
+_NO_SPACE = ("no space left on device", "errno 28", "disk quota exceeded", "errno 122")
+_NO_MEMORY = ("memoryerror", "can't allocate memory", "out of memory", "outofmemory", "cannot allocate memory",
+              "not enough memory")  # fmt: skip
+_OUR_OWN = ("heartbeat", "checkpoint", "pt_")
+"""Threads that are no workers of a loader."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, as far as the files tell."""
+
+    rank: int | None
+    """Who is at fault; None if that cannot be told."""
+    cause: str
+    """One of the words above."""
+    line: str | None
+    """`file:line in function`."""
+    detail: str
+
+    def __str__(self) -> str:
+        who = "no rank can be named" if self.rank is None else f"rank {self.rank}"
+        at = f"\n  at    {self.line}" + _code(self.line) if self.line else ""
+        return f"{self.cause}: {who}\n  why   {self.detail}{at}"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """All that is known of one rank."""
+
+    beat: Beat
+    stall: Stall | None
+    state: str | None
+    """Of its process, as the system has it: None is gone, "?" is on another machine."""
+    dumped: tuple[Place, ...] = ()
+    """Its stack as faulthandler wrote it."""
+
+    @property
+    def pending(self) -> Collective | None:
+        """The oldest collective that it waits in."""
+        found = self.stall.collectives if self.stall is not None else ()
+        return next((item for item in found if item.pending), None)
+
+    @property
+    def done(self) -> list[Collective]:
+        """The collectives behind it, oldest first."""
+        return [item for item in self.stall.collectives if not item.pending] if self.stall is not None else []
+
+    @property
+    def stack(self) -> tuple[Place, ...]:
+        return self.stall.stack if self.stall is not None and self.stall.stack else self.dumped
+
+    @property
+    def line(self) -> str | None:
+        """The innermost line that is neither Python's nor a library's."""
+        place = own_place(self.stack)
+        return None if place is None else str(place)
+
+
+def ranks_of(folder: Path, *, started: Callable[[int], str | None] = process_started) -> dict[int, Rank]:
+    """Every rank that has a heartbeat in this folder."""
+    found = {}
+    for rank, beat in read_beats(folder).items():
+        stall = read_stall(folder, rank)
+        here = beat.host == socket.gethostname()
+        state: str | None = "?"
+        if here:
+            state = process_state(beat.pid) if started(beat.pid) == beat.started else None
+        current = stall if stall is not None and (stall.count == beat.count or state is None) else None
+        found[rank] = Rank(beat, current, state, read_stack(folder, rank))
+    return found
+
+
+def why_still(ranks: Mapping[int, Rank]) -> Finding:
+    """Why none of these goes on."""
+    everyone = list(ranks.values())
+    for state, cause, what in (
+        (None, DEAD, "its process is gone"), ("T", STOPPED, "its process was stopped by a signal; kill -CONT goes on"),
+        ("t", STOPPED, "its process is stopped by a debugger"), ("D", DISK, "its process waits for a disk or device"),
+    ):  # fmt: skip
+        found = [item for item in everyone if item.state == state]
+        if found:
+            return Finding(found[0].beat.rank, cause, found[0].line, f"{what}, in {_phase(found[0])}")
+    expected = everyone[0].beat.ranks if everyone else 0
+    missing = sorted(set(range(expected)) - set(ranks))
+    if missing:
+        return Finding(missing[0], DEAD, None, "it has not begun: no sign of life of it was ever written")
+    busy = [item for item in everyone if item.pending is None]
+    if not busy:
+        return _in_collectives(everyone)
+    slowest = min(busy, key=lambda item: (len(item.done) and item.done[-1].number, item.beat.since))
+    waiting = [item for item in everyone if item.pending is not None]
+    passed = [item for item in busy if any(_number(item) >= _pending_number(other) for other in waiting)]
+    if passed:
+        other = waiting[0]
+        return Finding(
+            passed[0].beat.rank, SKIPPED, passed[0].line,
+            f"it is past collective {_pending_number(other)}, and rank {other.beat.rank} waits in it: {other.pending}",
+        )  # fmt: skip
+    return _busy(slowest, waiting)
+
+
+def why_ended(
+    ranks: Mapping[int, Rank], outcomes: Mapping[int, Outcome], failed: int | None, signalled: int | None,
+    *, memory_kills: int = 0,
+) -> Finding:  # fmt: skip
+    """Why a run fell. `failed` is the rank that ended it and `signalled` the signal that killed it, if one did;
+    `memory_kills` are processes that the kernel killed here for memory meanwhile."""
+    failed = failed if failed is not None else next((rank for rank, item in outcomes.items() if item.failed), None)
+    outcome = outcomes.get(failed) if failed is not None else None
+    rank = ranks.get(failed) if failed is not None else None
+    if outcome is not None and outcome.failed:
+        said = outcome.text
+        error = outcome.error or {}
+        for signs, cause in ((_NO_SPACE, FULL), (_NO_MEMORY, MEMORY)):
+            if any(sign in f"{said} {error.get('type') or ''}".lower() for sign in signs):
+                return Finding(failed, cause, error.get("line"), said.splitlines()[0])
+        if (found := _mismatch(list(ranks.values()))) is not None:
+            return found
+        return Finding(failed, RAISED, error.get("line"), said.splitlines()[0])
+    where = f" in {_phase(rank)}" if rank is not None else ""
+    line = rank.line if rank is not None else None
+    if signalled == 9 and memory_kills:
+        return Finding(failed, MEMORY, line, f"the kernel killed it for memory{where}")
+    if signalled in (6, 11, 7) and rank is not None:
+        return _given_up(rank, ranks, signalled)
+    how = f"killed by signal {signalled}" if signalled else "gone without a word"
+    return Finding(failed, DEAD, line, f"it was {how}{where}")
+
+
+def memory_kills(path: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
+    """How many processes of this control group the kernel has killed for memory; 0 where it does not say."""
+    try:
+        words = dict(line.split() for line in path.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(words.get("oom_kill", 0))
+
+
+def _in_collectives(everyone: Sequence[Rank]) -> Finding:
+    """All of them wait in a collective: in different ones, or the network has lost it."""
+    found = _mismatch(everyone)
+    if found is not None:
+        return found
+    first = everyone[0]
+    return Finding(
+        None, NETWORK, first.line,
+        f"every rank waits in collective {_pending_number(first)}, {first.pending.what if first.pending else ''}, and "
+        "it does not end: a connection was lost, or a machine is gone",
+    )  # fmt: skip
+
+
+def _mismatch(everyone: Sequence[Rank]) -> Finding | None:
+    """The ranks' collectives, if they differ: who left the order that all had before, and how."""
+    waiting = [item for item in everyone if item.pending is not None]
+    kinds = {(item.pending.number, item.pending.what) for item in waiting if item.pending is not None}
+    if len(kinds) < 2:
+        return None
+    culprit = _odd_one(waiting)
+    others = [item for item in waiting if item is not culprit and _what(item) != _what(culprit)]
+    other = others[0] if others else next(item for item in waiting if item is not culprit)
+    # In the same place of the program with another shape, or in another place: the one of before was left out.
+    same = _site(culprit) == _site(other)
+    told = f"in collective {_pending_number(culprit)} it is in {_what(culprit)}, and rank {other.beat.rank} in "
+    return Finding(
+        culprit.beat.rank, SHAPE if same else SKIPPED, culprit.line, f"{told}{_what(other)} ({other.line})"
+    )  # fmt: skip
+
+
+def _odd_one(waiting: Sequence[Rank]) -> Rank:
+    """Whose collective is not the one that was due: judged by the order of the steps before, else by the majority."""
+    strangers = [item for item in waiting if (due := _due(item.done)) is not None and _what(item) != due]
+    if strangers and len(strangers) < len(waiting):
+        return strangers[0]
+    votes = Counter((_pending_number(item), _what(item)) for item in waiting)
+    if len(set(votes.values())) > 1 or len(waiting) > 2:
+        rarest = min(votes, key=lambda key: votes[key])
+        return next(item for item in waiting if (_pending_number(item), _what(item)) == rarest)
+    # Of two, what was never seen before is the stranger.
+    known = {item.what for rank in waiting for item in rank.done}
+    return next((item for item in waiting if _what(item) not in known), waiting[-1])
+
+
+def _due(done: Sequence[Collective]) -> str | None:
+    """What comes next if the last ones repeat: steps follow one order. None if no order shows."""
+    names = [item.what for item in done]
+    for period in range(1, len(names) // 2 + 1):
+        if names[-period:] == names[-2 * period : -period]:
+            return names[-period]
+    return None
+
+
+def _busy(rank: Rank, waiting: Sequence[Rank]) -> Finding:
+    """A rank that is in no collective, and does not go on."""
+    others = f"; {_ranks(waiting)} for it" if waiting else ""
+    age = max(time.time() - rank.beat.since, 0.0)
+    told = f"{age:.0f} s in {_phase(rank)}{_usually(rank)}{others}"
+    if not rank.stack:
+        return Finding(rank.beat.rank, STUCK, None, f"{told}; it does not even answer")
+    if not _waits(rank.stack):
+        return Finding(rank.beat.rank, LOADER if rank.beat.phase == "data" else STUCK, rank.line, told)
+    threads = rank.stall.threads if rank.stall is not None else {}
+    for name, stack in threads.items():
+        working = stack and not _waits(stack) and any(map(is_own, stack)) and not name.startswith(_OUR_OWN)
+        if working:
+            line = str(own_place(stack))
+            cause = LOADER if rank.beat.phase == "data" else STUCK
+            return Finding(rank.beat.rank, cause, line, f"{told}, waiting for its thread `{name}`")
+    return Finding(rank.beat.rank, DEADLOCK, rank.line, f"{told}, waiting for what nobody gives")
+
+
+def _given_up(rank: Rank, ranks: Mapping[int, Rank], signalled: int) -> Finding:
+    """A library ended the process. Within a collective that is how gloo says that the sizes differ."""
+    exchanged = any("distributed" in place.file for place in rank.dumped[:4]) or any(
+        "graph.py" in place.file for place in rank.dumped[:2]
+    )
+    waiting = [item for item in ranks.values() if item is not rank and item.pending is not None]
+    if signalled == 6 and exchanged and waiting:
+        other = waiting[0]
+        # Where the other's collective was due, this rank brought the wrong one.
+        due = _due(other.done)
+        odd = other if due is not None and _what(other) != due else rank
+        line = own_place(rank.dumped)
+        same = line is not None and own_place(other.stack) is not None and str(line) == str(own_place(other.stack))
+        return Finding(
+            odd.beat.rank, SHAPE if same else SKIPPED, str(line) if odd is rank else odd.line,
+            f"rank {rank.beat.rank} gave up in a collective, and rank {other.beat.rank} is in {_what(other)} "
+            f"({other.line})",
+        )  # fmt: skip
+    line = own_place(rank.dumped)
+    return Finding(
+        rank.beat.rank, DEAD, None if line is None else str(line),
+        f"a library ended it with signal {signalled} in {_phase(rank)}",
+    )  # fmt: skip
+
+
+def _waits(stack: Sequence[Place]) -> bool:
+    """Whether a thread waits for another thread or process, and not for a disk, a clock or its own work."""
+    top = stack[0]
+    if Path(top.file).name in _WAITING_FILES:
+        return True
+    return _WAITING_CODE.search(linecache.getline(top.file, top.line)) is not None
+
+
+def _site(rank: Rank) -> tuple[str, ...]:
+    return tuple(str(place) for place in rank.stack if is_own(place))
+
+
+def _what(rank: Rank) -> str:
+    return rank.pending.what if rank.pending is not None else "none"
+
+
+def _pending_number(rank: Rank) -> int:
+    return rank.pending.number if rank.pending is not None else 0
+
+
+def _number(rank: Rank) -> int:
+    return rank.done[-1].number if rank.done else 0
+
+
+def _phase(rank: Rank) -> str:
+    return f"phase {rank.beat.phase} of step {rank.beat.step}"
+
+
+def _usually(rank: Rank) -> str:
+    longest = rank.stall.longest if rank.stall is not None else None
+    return "" if longest is None else f" (at most {longest:.2g} s so far)"
+
+
+def _ranks(waiting: Sequence[Rank]) -> str:
+    names = ", ".join(str(item.beat.rank) for item in waiting)
+    return f"ranks {names} wait" if len(waiting) > 1 else f"rank {names} waits"
+
+
+def _code(line: str) -> str:
+    file, _, rest = line.partition(":")
+    number = rest.partition(" ")[0]
+    text = linecache.getline(file, int(number)).strip() if number.isdecimal() else ""
+    return f": {text}" if text else ""
