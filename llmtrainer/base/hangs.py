@@ -63,14 +63,24 @@ class Rank:
 
     @property
     def pending(self) -> Collective | None:
-        """The oldest collective that it waits in."""
+        """The oldest collective that it waits in, or that it was in when its neighbour fell."""
+        if self._failed is not None:
+            return self._failed
         found = self.stall.collectives if self.stall is not None else ()
         return next((item for item in found if item.pending), None)
 
     @property
     def done(self) -> list[Collective]:
         """The collectives behind it, oldest first."""
-        return [item for item in self.stall.collectives if not item.pending] if self.stall is not None else []
+        found = self.stall.collectives if self.stall is not None else ()
+        return [item for item in found if not item.pending and item is not self._failed]
+
+    @property
+    def _failed(self) -> Collective | None:
+        """The collective that ended with an error: torch counts it as done."""
+        if self.stall is None or not self.stall.raised or not exchanges(self.stall.stack):
+            return None
+        return self.stall.collectives[-1] if self.stall.collectives else None
 
     @property
     def stack(self) -> tuple[Place, ...]:
@@ -154,6 +164,11 @@ def why_ended(
     return Finding(failed, DEAD, line, f"it was {how}{where}")
 
 
+def exchanges(stack: Sequence[Place]) -> bool:
+    """Whether a thread is in a collective, or in a backward pass, which may hold one."""
+    return any("torch/distributed" in place.file or place.function == "_engine_run_backward" for place in stack[:6])
+
+
 def memory_kills(path: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
     """How many processes of this control group the kernel has killed for memory; 0 where it does not say."""
     try:
@@ -186,7 +201,7 @@ def _mismatch(everyone: Sequence[Rank]) -> Finding | None:
     others = [item for item in waiting if item is not culprit and _what(item) != _what(culprit)]
     other = others[0] if others else next(item for item in waiting if item is not culprit)
     # In the same place of the program with another shape, or in another place: the one of before was left out.
-    same = _site(culprit) == _site(other)
+    same = _same_place(culprit.stack, other.stack)
     told = f"in collective {_pending_number(culprit)} it is in {_what(culprit)}, and rank {other.beat.rank} in "
     return Finding(
         culprit.beat.rank, SHAPE if same else SKIPPED, culprit.line, f"{told}{_what(other)} ({other.line})"
@@ -237,26 +252,21 @@ def _busy(rank: Rank, waiting: Sequence[Rank]) -> Finding:
 
 def _given_up(rank: Rank, ranks: Mapping[int, Rank], signalled: int) -> Finding:
     """A library ended the process. Within a collective that is how gloo says that the sizes differ."""
-    exchanged = any("distributed" in place.file for place in rank.dumped[:4]) or any(
-        "graph.py" in place.file for place in rank.dumped[:2]
-    )
-    waiting = [item for item in ranks.values() if item is not rank and item.pending is not None]
-    if signalled == 6 and exchanged and waiting:
-        other = waiting[0]
-        # Where the other's collective was due, this rank brought the wrong one.
-        due = _due(other.done)
-        odd = other if due is not None and _what(other) != due else rank
-        line = own_place(rank.dumped)
-        same = line is not None and own_place(other.stack) is not None and str(line) == str(own_place(other.stack))
-        return Finding(
-            odd.beat.rank, SHAPE if same else SKIPPED, str(line) if odd is rank else odd.line,
-            f"rank {rank.beat.rank} gave up in a collective, and rank {other.beat.rank} is in {_what(other)} "
-            f"({other.line})",
-        )  # fmt: skip
+    others = [item for item in ranks.values() if item is not rank and item.pending is not None]
     line = own_place(rank.dumped)
+    if signalled != 6 or not others or not exchanges(rank.dumped):
+        return Finding(
+            rank.beat.rank, DEAD, None if line is None else str(line),
+            f"a library ended it with signal {signalled} in {_phase(rank)}",
+        )  # fmt: skip
+    # What this rank brought is lost with it. Where another brought what was not due, that one is at fault.
+    strangers = [item for item in others if (due := _due(item.done)) is not None and _what(item) != due]
+    odd, right = (strangers[0], rank) if strangers else (rank, others[0])
+    same = _same_place(odd.stack or odd.dumped, right.stack or right.dumped)
     return Finding(
-        rank.beat.rank, DEAD, None if line is None else str(line),
-        f"a library ended it with signal {signalled} in {_phase(rank)}",
+        odd.beat.rank, SHAPE if same else SKIPPED, odd.line,
+        f"rank {rank.beat.rank} gave up in collective {_pending_number(others[0])} at {line}, where rank "
+        f"{others[0].beat.rank} is in {_what(others[0])} at {others[0].line}",
     )  # fmt: skip
 
 
@@ -268,8 +278,11 @@ def _waits(stack: Sequence[Place]) -> bool:
     return _WAITING_CODE.search(linecache.getline(top.file, top.line)) is not None
 
 
-def _site(rank: Rank) -> tuple[str, ...]:
-    return tuple(str(place) for place in rank.stack if is_own(place))
+def _same_place(one: Sequence[Place], other: Sequence[Place]) -> bool:
+    """Whether two ranks stand at the same place of the program, called by the same lines. One of the stacks may end
+    sooner: it was told by an error."""
+    chains = [[str(place) for place in stack if is_own(place)] for stack in (one, other)]
+    return all(first == second for first, second in zip(*chains, strict=False))
 
 
 def _what(rank: Rank) -> str:

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmtrainer.base.process import process_started
-from llmtrainer.base.stack import Place, places_of
+from llmtrainer.base.stack import Place, places_of, places_raised
 
 STILL_SECONDS = 1.5
 """A phase that lasts longer is described, in case it never ends."""
@@ -91,6 +91,8 @@ class Stall:
     """The other threads by name."""
     resident: int
     """Bytes of memory."""
+    raised: bool = False
+    """Told by a process that ends with an error: the stack is where it was raised."""
 
 
 class Heartbeat:
@@ -147,7 +149,7 @@ class Heartbeat:
         self._thread.join()
         if kind is not None:
             with suppress(OSError):
-                self._tell()    # what it was doing when it failed
+                self._tell(error)
         if hasattr(faulthandler, "register"):
             faulthandler.unregister(DUMP_SIGNAL)
         if self._reports_crashes:
@@ -193,7 +195,8 @@ class Heartbeat:
                 self._path("stall").unlink(missing_ok=True)
                 told = -1
 
-    def _tell(self) -> None:
+    def _tell(self, error: BaseException | None = None) -> None:
+        """Where every thread stands; after an error, where that was raised."""
         count, phase = self._count, self._phase
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
@@ -203,10 +206,11 @@ class Heartbeat:
         }  # fmt: skip
         longest = self._longest[phase] if self._seen.get(phase, 0) > 1 else None
         stack = places_of(frames[self._trains]) if self._trains in frames else ()
+        stack = places_raised(error) if error is not None else stack
         found = tuple(self._collectives())
         if self._count != count:
             return
-        stall = Stall(count, time.time(), longest, found, stack, threads, _resident())
+        stall = Stall(count, time.time(), longest, found, stack, threads, _resident(), error is not None)
         aside = self._path("partial")
         aside.write_text(json.dumps(asdict(stall)), encoding="utf-8")
         os.replace(aside, self._path("stall"))
@@ -243,6 +247,7 @@ def read_stall(folder: Path, rank: int) -> Stall | None:
     return Stall(
         data["count"], data["time"], data["longest"], collectives, _read_places(data["stack"]),
         {name: _read_places(stack) for name, stack in data["threads"].items()}, data["resident"],
+        data["raised"],
     )
 
 
@@ -253,8 +258,8 @@ def read_stack(folder: Path, rank: int) -> tuple[Place, ...]:
     except OSError:
         return ()
     found: list[Place] = []
-    # The thread at fault is `Current thread`; a dump that was asked for has the main thread last.
-    threads = text.strip().split("\n\n")
+    # A thread at fault comes first, but may run no Python: a library's own. The main thread comes last.
+    threads = [part for part in text.strip().split("\n\n") if '  File "' in part] or [""]
     chosen = next((part for part in threads if part.lstrip().startswith("Current thread")), threads[-1])
     for line in chosen.splitlines():
         words = line.strip()

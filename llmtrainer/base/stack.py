@@ -30,8 +30,13 @@ def places_of(frame: FrameType) -> tuple[Place, ...]:
 
 def place_raised(error: BaseException) -> Place | None:
     """Where an error was raised: the innermost own line."""
+    return own_place(places_raised(error))
+
+
+def places_raised(error: BaseException) -> tuple[Place, ...]:
+    """The calls that led to an error, innermost first."""
     frames = traceback.extract_tb(error.__traceback__)
-    return own_place(Place(item.filename, item.lineno or 0, item.name) for item in reversed(frames))
+    return tuple(Place(item.filename, item.lineno or 0, item.name) for item in reversed(frames))
 
 
 def own_place(stack: Iterable[Place]) -> Place | None:
