@@ -62,18 +62,21 @@ class Rank:
     """Its stack as faulthandler wrote it."""
 
     @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The last ones, oldest first."""
+        return self.stall.collectives if self.stall is not None else ()
+
+    @property
     def pending(self) -> Collective | None:
         """The oldest collective that it waits in, or that it was in when its neighbour fell."""
         if self._failed is not None:
             return self._failed
-        found = self.stall.collectives if self.stall is not None else ()
-        return next((item for item in found if item.pending), None)
+        return next((item for item in self.collectives if item.pending), None)
 
     @property
     def done(self) -> list[Collective]:
         """The collectives behind it, oldest first."""
-        found = self.stall.collectives if self.stall is not None else ()
-        return [item for item in found if not item.pending and item is not self._failed]
+        return [item for item in self.collectives if not item.pending and item is not self._failed]
 
     @property
     def _failed(self) -> Collective | None:
@@ -124,14 +127,15 @@ def why_still(ranks: Mapping[int, Rank]) -> Finding:
     busy = [item for item in everyone if item.pending is None]
     if not busy:
         return _in_collectives(everyone)
-    slowest = min(busy, key=lambda item: (len(item.done) and item.done[-1].number, item.beat.since))
+    slowest = min(busy, key=lambda item: item.beat.since)
     waiting = [item for item in everyone if item.pending is not None]
-    passed = [item for item in busy if any(_number(item) >= _pending_number(other) for other in waiting)]
+    passed = [(item, other) for item in busy for other in waiting if _is_past(item, other.pending)]
     if passed:
-        other = waiting[0]
+        rank, other = passed[0]
         return Finding(
-            passed[0].beat.rank, SKIPPED, passed[0].line,
-            f"it is past collective {_pending_number(other)}, and rank {other.beat.rank} waits in it: {other.pending}",
+            rank.beat.rank, SKIPPED, rank.line,
+            f"in {_phase(rank)}, past collective {_pending_number(other)}; rank {other.beat.rank} waits in it: "
+            f"{_what(other)} at {other.line}",
         )  # fmt: skip
     return _busy(slowest, waiting)
 
@@ -192,43 +196,81 @@ def _in_collectives(everyone: Sequence[Rank]) -> Finding:
 
 
 def _mismatch(everyone: Sequence[Rank]) -> Finding | None:
-    """The ranks' collectives, if they differ: who left the order that all had before, and how."""
-    waiting = [item for item in everyone if item.pending is not None]
-    kinds = {(item.pending.number, item.pending.what) for item in waiting if item.pending is not None}
-    if len(kinds) < 2:
+    """Where the ranks' collectives part, if they do: who left the order that all had before, and how."""
+    parted = _parting(everyone)
+    if parted is None:
         return None
-    culprit = _odd_one(waiting)
-    others = [item for item in waiting if item is not culprit and _what(item) != _what(culprit)]
-    other = others[0] if others else next(item for item in waiting if item is not culprit)
-    # In the same place of the program with another shape, or in another place: the one of before was left out.
-    same = _same_place(culprit.stack, other.stack)
-    told = f"in collective {_pending_number(culprit)} it is in {_what(culprit)}, and rank {other.beat.rank} in "
+    (group, number), there = parted
+    culprit = _odd_one(there)
+    other = next(item for item, found in there if found.what != _at(culprit, group, number))
+    what, right = _at(culprit, group, number), _at(other, group, number)
     return Finding(
-        culprit.beat.rank, SHAPE if same else SKIPPED, culprit.line, f"{told}{_what(other)} ({other.line})"
+        culprit.beat.rank, _how(culprit, other, group, number), culprit.line,
+        f"its collective {number} is {what}, that of rank {other.beat.rank} is {right} ({other.line})",
     )  # fmt: skip
 
 
-def _odd_one(waiting: Sequence[Rank]) -> Rank:
-    """Whose collective is not the one that was due: judged by the order of the steps before, else by the majority."""
-    strangers = [item for item in waiting if (due := _due(item.done)) is not None and _what(item) != due]
-    if strangers and len(strangers) < len(waiting):
+def _parting(everyone: Sequence[Rank]) -> tuple[tuple[str, int], list[tuple[Rank, Collective]]] | None:
+    """The first collective that is not the same on all ranks that have come to it: its group and number, and what it
+    is on each."""
+    found: dict[tuple[str, int], list[tuple[Rank, Collective]]] = {}
+    for rank in everyone:
+        for item in rank.collectives:
+            found.setdefault((item.group, item.number), []).append((rank, item))
+    parted = [(key, there) for key, there in found.items() if len({item.what for _, item in there}) > 1]
+    return min(parted, key=lambda item: item[0][1], default=None)
+
+
+def _odd_one(there: Sequence[tuple[Rank, Collective]]) -> Rank:
+    """Whose collective is not the one that was due: by the order of the steps before, else by the majority."""
+    strangers = [rank for rank, item in there if (due := _due(_before(rank, item))) is not None and item.what != due]
+    if strangers and len(strangers) < len(there):
         return strangers[0]
-    votes = Counter((_pending_number(item), _what(item)) for item in waiting)
-    if len(set(votes.values())) > 1 or len(waiting) > 2:
-        rarest = min(votes, key=lambda key: votes[key])
-        return next(item for item in waiting if (_pending_number(item), _what(item)) == rarest)
+    votes = Counter(item.what for _, item in there)
+    rarest = min(votes, key=lambda what: votes[what])
+    if votes[rarest] < max(votes.values()):
+        return next(rank for rank, item in there if item.what == rarest)
     # Of two, what was never seen before is the stranger.
-    known = {item.what for rank in waiting for item in rank.done}
-    return next((item for item in waiting if _what(item) not in known), waiting[-1])
+    known = {before.what for rank, item in there for before in _before(rank, item)}
+    return next((rank for rank, item in there if item.what not in known), there[-1][0])
+
+
+def _how(culprit: Rank, other: Rank, group: str, number: int) -> str:
+    """Whether a rank brought another shape to a collective, or is in one that was not due."""
+    mine, yours = culprit.pending, other.pending
+    if mine is not None and yours is not None and mine.number == yours.number == number:
+        return SHAPE if _same_place(culprit.stack, other.stack) else SKIPPED
+    due, brought = _at(other, group, number), _at(culprit, group, number)
+    known = {item.what for item in culprit.collectives if (item.group, item.number) < (group, number)}
+    # It goes on with what the others are in: it has only put one in between.
+    return SKIPPED if brought in known or _at(culprit, group, number + 1) == due else SHAPE
+
+
+def _at(rank: Rank, group: str, number: int) -> str | None:
+    found = (item.what for item in rank.collectives if (item.group, item.number) == (group, number))
+    return next(found, None)
+
+
+def _before(rank: Rank, collective: Collective) -> list[Collective]:
+    place = rank.collectives.index(collective)
+    return list(rank.collectives[:place])
 
 
 def _due(done: Sequence[Collective]) -> str | None:
-    """What comes next if the last ones repeat: steps follow one order. None if no order shows."""
+    """What comes next if the last ones repeat, since steps follow one order: what followed where the same stood before
+    it, the longest such place counting. None if there is none."""
     names = [item.what for item in done]
-    for period in range(1, len(names) // 2 + 1):
-        if names[-period:] == names[-2 * period : -period]:
-            return names[-period]
-    return None
+    places = range(len(names) - 1)
+    best = max(places, key=lambda place: (_alike(names, place), place), default=None)
+    return None if best is None or not _alike(names, best) else names[best + 1]
+
+
+def _alike(names: Sequence[str], place: int) -> int:
+    """How many names up to this place are the same as at the end."""
+    length = 0
+    while length <= place and names[place - length] == names[-1 - length]:
+        length += 1
+    return length
 
 
 def _busy(rank: Rank, waiting: Sequence[Rank]) -> Finding:
@@ -264,18 +306,10 @@ def _given_up(rank: Rank, ranks: Mapping[int, Rank], signalled: int) -> Finding:
     odd, right = (strangers[0], rank) if strangers else (rank, others[0])
     same = _same_place(odd.stack or odd.dumped, right.stack or right.dumped)
     return Finding(
-        odd.beat.rank, SHAPE if same else SKIPPED, odd.line,
+        odd.beat.rank, SHAPE if same else SKIPPED, str(line) if odd is rank else odd.line,
         f"rank {rank.beat.rank} gave up in collective {_pending_number(others[0])} at {line}, where rank "
         f"{others[0].beat.rank} is in {_what(others[0])} at {others[0].line}",
     )  # fmt: skip
-
-
-def _waits(stack: Sequence[Place]) -> bool:
-    """Whether a thread waits for another thread or process, and not for a disk, a clock or its own work."""
-    top = stack[0]
-    if Path(top.file).name in _WAITING_FILES:
-        return True
-    return _WAITING_CODE.search(linecache.getline(top.file, top.line)) is not None
 
 
 def _same_place(one: Sequence[Place], other: Sequence[Place]) -> bool:
@@ -293,8 +327,11 @@ def _pending_number(rank: Rank) -> int:
     return rank.pending.number if rank.pending is not None else 0
 
 
-def _number(rank: Rank) -> int:
-    return rank.done[-1].number if rank.done else 0
+def _is_past(rank: Rank, collective: Collective | None) -> bool:
+    """Whether a rank has done this collective, or another one of the same number."""
+    if collective is None:
+        return False
+    return any(item.group == collective.group and item.number >= collective.number for item in rank.done)
 
 
 def _phase(rank: Rank) -> str:

@@ -39,8 +39,10 @@ _LINE = 160
 class Collective:
     """One exchange between ranks, as torch recorded it."""
 
+    group: str
+    """Of the ranks that take part, by torch's name."""
     number: int
-    """Counted by each rank for itself, from 1: equal numbers belong together."""
+    """Counted by each rank for itself within the group, from 1: equal numbers belong together."""
     name: str
     """`all_reduce`, `all_gather`, ..."""
     shapes: tuple[tuple[int, ...], ...]
@@ -240,8 +242,10 @@ def read_stall(folder: Path, rank: int) -> Stall | None:
     except (OSError, ValueError):
         return None
     collectives = tuple(
-        Collective(item["number"], item["name"], tuple(map(tuple, item["shapes"])), tuple(item["dtypes"]),
-                   item["pending"])
+        Collective(
+            item["group"], item["number"], item["name"], tuple(map(tuple, item["shapes"])), tuple(item["dtypes"]),
+            item["pending"],
+        )
         for item in data["collectives"]
     )  # fmt: skip
     return Stall(

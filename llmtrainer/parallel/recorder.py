@@ -23,5 +23,6 @@ def last_collectives(most: int = 64) -> list[Collective]:
         name = str(entry["profiling_name"]).rpartition(":")[2]
         shapes = tuple(tuple(shape) for shape in entry["input_sizes"])
         pending = not entry["retired"] and entry.get("state") != "completed"
-        found.append(Collective(int(entry["collective_seq_id"]), name, shapes, tuple(entry["input_dtypes"]), pending))
+        group, number = str(entry["process_group"][0]), int(entry["collective_seq_id"])
+        found.append(Collective(group, number, name, shapes, tuple(entry["input_dtypes"]), pending))
     return found

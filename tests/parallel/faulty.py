@@ -47,7 +47,10 @@ class Job:
 
     def due(self, *kinds: str) -> bool:
         """Whether one of these faults is to happen here and now."""
-        return self.fault.kind in kinds and self.rank == self.fault.rank and self.step == self.fault.step
+        if self.fault.kind in kinds and self.rank == self.fault.rank and self.step == self.fault.step:
+            (self.folder / "happened").touch()
+            return True
+        return False
 
     def sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
