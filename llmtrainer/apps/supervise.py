@@ -284,8 +284,7 @@ class _Supervisor:
         settled = bool(known) and all(item.beat.step > 1 for item in ranks.values())
         stall = max(SHORTEST_STALL, STALL_TIMES * max(known)) if settled else self.settings.patience
         hang = max(SHORTEST_HANG, HANG_TIMES * max(known)) if settled else self.settings.patience
-        loading = not ranks or any(item.beat.step < 1 for item in ranks.values())
-        if not loading or not ranks:
+        if ranks and all(item.beat.step > 0 for item in ranks.values()):
             stall, hang = self.settings.stall or stall, self.settings.hang or hang
         return age, min(stall, hang), hang
 

@@ -312,6 +312,14 @@ def _given_up(rank: Rank, ranks: Mapping[int, Rank], signalled: int) -> Finding:
     )  # fmt: skip
 
 
+def _waits(stack: Sequence[Place]) -> bool:
+    """Whether a thread waits for another thread or process, and not for a disk, a clock or its own work."""
+    top = stack[0]
+    if Path(top.file).name in _WAITING_FILES:
+        return True
+    return _WAITING_CODE.search(linecache.getline(top.file, top.line)) is not None
+
+
 def _same_place(one: Sequence[Place], other: Sequence[Place]) -> bool:
     """Whether two ranks stand at the same place of the program, called by the same lines. One of the stacks may end
     sooner: it was told by an error."""
