@@ -322,21 +322,12 @@ def _first_failed(outcomes: Mapping[int, Outcome], failures: Mapping[int, Any]) 
     raised = [item for item in outcomes.values() if item.failed]
     if ended and not raised:
         return min(ended, key=lambda rank: (ended[rank].exitcode == -signal.SIGKILL and len(ended) > 1, rank))
-    if ended and all(_lost_a_neighbour(item) for item in raised):
+    if ended and all(item.lost_a_neighbour for item in raised):
         return min(ended)
     if raised:
-        alone = [item for item in raised if not _lost_a_neighbour(item)] or raised
+        alone = [item for item in raised if not item.lost_a_neighbour] or raised
         return min(alone, key=lambda item: item.time).rank
     return min(failures, default=None)
-
-
-def _lost_a_neighbour(outcome: Outcome) -> bool:
-    """Whether what a rank raised only says that another one is gone."""
-    said = outcome.text
-    return any(sign in said for sign in (
-        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-        "Socket closed", "remote process exited", "DistBackendError", "DistNetworkError",
-    ))  # fmt: skip
 
 
 def _why_killed(number: int) -> str:

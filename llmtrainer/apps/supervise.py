@@ -33,6 +33,8 @@ SHORTEST_STALL, SHORTEST_HANG = 5.0, 60.0
 """Seconds below which nothing is called a stall or a hang by itself."""
 STALL_TIMES, HANG_TIMES = 5.0, 50.0
 """So many times the longest that a phase took is a stall, or a hang."""
+SECONDS_TO_END = 60.0
+"""What a job has to end in once the first of its ranks has."""
 GONE_SECONDS = 2.0
 """A rank that is gone takes the job with it within a moment; after that it has to be told."""
 
@@ -254,8 +256,11 @@ class _Supervisor:
         """What the run hangs in, once it has for long enough. Before that, it is told."""
         ranks = ranks_of(self._run.control / "heartbeats")
         age, stall, hang = self._quiet(ranks)
-        gone = [item for item in ranks.values() if item.state in (None, "Z", "T", "t")]
-        if gone and age > GONE_SECONDS:
+        ending = any(item.exit_code is not None for item in self._inner().values())
+        if ending:
+            # One rank has said how it ends; the others are given their time to, and are killed by the launcher.
+            stall = hang = max(hang, SECONDS_TO_END)
+        elif any(item.state in (None, "Z", "T", "t") for item in ranks.values()):
             stall = min(stall, GONE_SECONDS)
         if age < stall:
             return None
@@ -327,7 +332,7 @@ class _Supervisor:
     def _why(self, outcome: Outcome | None, code: int | None) -> Finding:
         folder = self._run.control
         ranks = ranks_of(folder / "heartbeats")
-        inner = read_outcomes(folder / "outcomes" / "ranks")
+        inner = self._inner()
         failed: int | None = None
         signalled = -code if code is not None and code < 0 else None
         if outcome is not None and not inner:
@@ -336,6 +341,10 @@ class _Supervisor:
             told = outcome.result["error"]
             failed, signalled = told.get("rank"), told.get("signal")
         return why_ended(ranks, inner, failed, signalled, memory_kills=memory_kills() - self._kills)
+
+    def _inner(self) -> dict[int, Outcome]:
+        """How the ranks of a launched job ended, as far as they have."""
+        return read_outcomes(self._run.control / "outcomes" / "ranks")
 
     def _backed_off(self, stop: StopRequests) -> bool:
         """Wait before a restart; False if a stop was asked for meanwhile."""

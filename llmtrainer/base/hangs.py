@@ -157,6 +157,13 @@ def why_ended(
                 return Finding(failed, cause, error.get("line"), said.splitlines()[0])
         if (found := _mismatch(list(ranks.values()))) is not None:
             return found
+        left = [item for item in outcomes.values() if item.exit_code is not None and not item.failed]
+        if outcome.lost_a_neighbour and left:
+            return Finding(
+                left[0].rank, SKIPPED, error.get("line"),
+                f"it ended in order, with exit code {left[0].exit_code}, while rank {failed} still exchanged numbers "
+                "with it: it had left the order of collectives before, and read numbers that were meant for another",
+            )  # fmt: skip
         return Finding(failed, RAISED, error.get("line"), said.splitlines()[0])
     where = f" in {_phase(rank)}" if rank is not None else ""
     line = rank.line if rank is not None else None

@@ -16,6 +16,12 @@ from llmtrainer.base.errors import DONE, STOPPED
 from llmtrainer.base.process import end_with_parent, launched, outcome_folder, rank, take_requests
 from llmtrainer.base.stack import place_raised
 
+_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket closed",
+    "remote process exited", "DistBackendError", "DistNetworkError",
+)  # fmt: skip
+"""What gloo, NCCL and torch's store say when the other side is not there any more."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,6 +44,11 @@ class Outcome:
     @property
     def failed(self) -> bool:
         return self.exit_code is not None and self.exit_code not in (DONE, STOPPED)
+
+    @property
+    def lost_a_neighbour(self) -> bool:
+        """Whether what it raised only says that another rank is gone."""
+        return self.failed and any(sign in self.text for sign in _GONE)
 
 
 def begin() -> None:

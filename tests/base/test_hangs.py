@@ -111,6 +111,13 @@ def test_what_a_rank_raised_is_sorted_by_who_can_mend_it(text: str, cause: str) 
     assert (found.rank, found.cause, found.line) == (1, cause, "a.py:3 in f")
 
 
+def test_a_rank_that_ended_in_order_while_others_waited_for_it_is_at_fault() -> None:
+    lost = Outcome(0, 1, "here", 2.0, 1, "RuntimeError: Connection closed by peer [127.0.0.1]:1", None, {})
+    outcomes = {0: lost, 1: Outcome(1, 2, "here", 1.0, 3, "stopped")}
+    found = why_ended({0: rank(0, STEP)}, outcomes, 0, None)
+    assert (found.rank, found.cause) == (1, "skipped collective")
+
+
 def test_a_kill_is_for_memory_only_where_the_kernel_counted_one(tmp_path: Path) -> None:
     assert ended("", signalled=9).cause == "dead rank"
     assert ended("", signalled=9, kills=1).cause == "out of memory"
