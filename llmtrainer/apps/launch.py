@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,7 +248,10 @@ def _passing_on(folder: Path) -> Iterator[None]:
                 except ProcessLookupError:
                     continue
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    # Elsewhere than on the main thread Python delivers no signals, and lets nobody ask for them.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    heard = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, UserError
 from llmtrainer.base.hangs import Finding, Rank, memory_kills, ranks_of, why_ended, why_still
 from llmtrainer.base.heartbeat import DUMP_SIGNAL
 from llmtrainer.base.outcome import Outcome, read_outcomes
-from llmtrainer.base.process import StopRequests
+from llmtrainer.base.process import StopRequests, processor_seconds
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.supervision import Child, Machine, State, write_state
@@ -167,6 +167,8 @@ class _Supervisor:
     _told_at: tuple[int, ...] = ()
     _sign: tuple[object, ...] = ()
     _sign_at: float = field(default_factory=time.monotonic)
+    _work: tuple[int, ...] = ()
+    _work_at: float = field(default_factory=time.monotonic)
 
     @property
     def _run(self) -> RunDir:
@@ -200,6 +202,14 @@ class _Supervisor:
         if not before.pid or before.ended is not None:
             self.state = State(command=self.job.local, first=self._newest(), newest=self._newest())
             return None
+        if before.host != os.uname().nodename:
+            if supervision.is_running(self._run):
+                raise UserError(
+                    "this run is still running on another machine", where=before.host,
+                    why="its supervisor died there", fix=f"llmtrainer stop {self._run.path}, or supervise it there",
+                )
+            self.state = before
+            return None
         child = Child(before.pid, before.started)
         if before.command != self.job.local:
             if child.alive:
@@ -222,9 +232,11 @@ class _Supervisor:
             command.append("resume=auto")
         self._log_read = self._log.stat().st_size if self._log.exists() else 0
         self._kills, self._told_at, self._sign_at = memory_kills(), (), time.monotonic()
+        self._work_at = self._sign_at
         child = supervision.start(self._run, command, self._log)
         self.state = write_state(self._run.control, replace(
-            self.state, pid=child.pid, started=child.started, newest=self._newest(), ended=None,
+            self.state, pid=child.pid, started=child.started, host=os.uname().nodename, newest=self._newest(),
+            ended=None,
         ))  # fmt: skip
         for machine, line in self._machines():
             child.others[machine.host] = machine.start([*supervision.program(), *line, *command[len(self.job.local):]],
@@ -255,7 +267,7 @@ class _Supervisor:
     def _standing_still(self) -> Finding | None:
         """What the run hangs in, once it has for long enough. Before that, it is told."""
         ranks = ranks_of(self._run.control / "heartbeats")
-        age, stall, hang = self._quiet(ranks)
+        age, idle, stall, hang = self._quiet(ranks)
         ending = any(item.exit_code is not None for item in self._inner().values())
         if ending:
             # One rank has said how it ends; the others are given their time to, and are killed by the launcher.
@@ -269,29 +281,34 @@ class _Supervisor:
             ranks = self._asked(ranks)
             self._told_at = mark
             self._tell(f"stands still for {age:.0f} s: {why_still(ranks)}")
-        if age < hang:
+        if idle < hang:
             return None
         if not ranks:
             return Finding(None, "hang", None, f"no sign of life for {age:.0f} s")
         return why_still(ranks)
 
-    def _quiet(self, ranks: dict[int, Rank]) -> tuple[float, float, float]:
-        """Seconds since the last sign of life of any rank, and how many are a stall and a hang."""
-        events = self._run.events
+    def _quiet(self, ranks: dict[int, Rank]) -> tuple[float, float, float, float]:
+        """Seconds since the last sign of life of any rank, and since any last worked; how many are a stall and a
+        hang. A phase that is seen for the first time may take hours: while it computes, it is no hang."""
+        events, now = self._run.events, time.monotonic()
         sign = (
             tuple(item.beat.count for item in ranks.values()), events.stat().st_size if events.exists() else 0,
             None if ranks or not self._log.exists() else self._log.stat().st_size,
         )  # fmt: skip
         if sign != self._sign:
-            self._sign, self._sign_at = sign, time.monotonic()
-        age = time.monotonic() - self._sign_at
+            self._sign, self._sign_at, self._work_at = sign, now, now
         known = [item.stall.longest for item in ranks.values() if item.stall is not None and item.stall.longest]
         settled = bool(known) and all(item.beat.step > 1 for item in ranks.values())
+        work = tuple(int(processor_seconds(item.beat.pid)) for item in ranks.values() if item.state not in (None, "?"))
+        if not settled and work != self._work:
+            self._work, self._work_at = work, now
         stall = max(SHORTEST_STALL, STALL_TIMES * max(known)) if settled else self.settings.patience
         hang = max(SHORTEST_HANG, HANG_TIMES * max(known)) if settled else self.settings.patience
+        age, idle = now - self._sign_at, now - self._work_at
         if ranks and all(item.beat.step > 0 for item in ranks.values()):
             stall, hang = self.settings.stall or stall, self.settings.hang or hang
-        return age, min(stall, hang), hang
+            idle = age if self.settings.hang is not None else idle
+        return age, idle, min(stall, hang), hang
 
     def _asked(self, ranks: dict[int, Rank]) -> dict[int, Rank]:
         """Have the ranks that say nothing of themselves dump their stacks: no Python code runs in them."""

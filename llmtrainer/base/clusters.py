@@ -63,7 +63,7 @@ def slurm_script(cluster: Cluster, nnodes: int, nproc: int, command: Sequence[st
     words = shlex.join(command)
     return "\n".join([
         "#!/bin/bash", *(f"#SBATCH {option}" for option in asked), "set -euo pipefail", "",
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         "port=$((20000 + SLURM_JOB_ID % 20000))    # two jobs on one machine do not meet",
         "",
         "# Exit code 3: stopped on request or at the end of its time, with a full checkpoint; submit it again, and",

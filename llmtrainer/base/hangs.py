@@ -120,10 +120,6 @@ def why_still(ranks: Mapping[int, Rank]) -> Finding:
         found = [item for item in everyone if item.state == state]
         if found:
             return Finding(found[0].beat.rank, cause, found[0].line, f"{what}, in {_phase(found[0])}")
-    expected = everyone[0].beat.ranks if everyone else 0
-    missing = sorted(set(range(expected)) - set(ranks))
-    if missing:
-        return Finding(missing[0], DEAD, None, "it has not begun: no sign of life of it was ever written")
     busy = [item for item in everyone if item.pending is None]
     if not busy:
         return _in_collectives(everyone)
@@ -195,6 +191,13 @@ def _in_collectives(everyone: Sequence[Rank]) -> Finding:
     if found is not None:
         return found
     first = everyone[0]
+    missing = sorted(set(range(first.beat.ranks)) - {item.beat.rank for item in everyone})
+    if missing:
+        return Finding(
+            missing[0], DEAD, None,
+            "all others wait, and no sign of life of it was ever written: it has not begun, or writes into another "
+            "folder than this",
+        )  # fmt: skip
     return Finding(
         None, NETWORK, first.line,
         f"every rank waits in collective {_pending_number(first)}, {first.pending.what if first.pending else ''}, and "

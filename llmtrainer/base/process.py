@@ -139,6 +139,15 @@ def process_started(pid: int) -> str | None:
         return ""
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has computed so far; 0 where the system does not say."""
+    try:
+        told = _stat(pid)
+        return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+
+
 def is_alive(pid: int, started: str) -> bool:
     """Whether this very process still runs."""
     return process_started(pid) == started

@@ -33,6 +33,8 @@ class State:
     pid: int = 0
     started: str = ""
     """Tells the process from a later one of the same number."""
+    host: str = ""
+    """Where it runs."""
     restarts: int = 0
     """Of this run, all together."""
     in_a_row: int = 0
@@ -151,8 +153,10 @@ def program() -> list[str]:
 
 def end(run: RunDir, child: Child) -> None:
     """Kill what is left of an attempt: its process and its group, and every rank that left a heartbeat here."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
+    # Only where it is surely ours: after a restart of the machine the number may be anybody's.
+    if child.process is not None or child.alive:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
     for beat in read_beats(run.control / "heartbeats").values():
         if beat.host == os.uname().nodename and is_alive(beat.pid, beat.started):
             with suppress(ProcessLookupError, PermissionError):
