@@ -48,6 +48,9 @@ _NAMES = {
     "Demo": "llmtrainer.apps.demo",
     "Explanation": "llmtrainer.apps.explain",
     "SchemaRequest": "llmtrainer.apps.schema",
+    "Launching": "llmtrainer.apps.launch",
+    "Supervision": "llmtrainer.apps.supervise",
+    "Stopping": "llmtrainer.apps.stop",
     "Examination": "llmtrainer.apps.doctor",
 }
 

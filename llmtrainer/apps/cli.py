@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from llmtrainer.base import outcome
 from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, RunStopped, UserError
-from llmtrainer.base.process import rank, wait_passively
+from llmtrainer.base.process import launched, rank, record_collectives, wait_passively
 from llmtrainer.base.verbs import VERBS, Verb, verb_named
 from llmtrainer.base.version import VERSION
 
@@ -25,7 +26,11 @@ USAGE = "llmtrainer VERB [FILE.yaml] [WORDS] [key=value | --key value ...] [--js
 def run() -> None:
     """The console script."""
     wait_passively()
-    sys.exit(main(sys.argv[1:]))
+    record_collectives()
+    outcome.begin()
+    code = main(sys.argv[1:])
+    # To torchrun any other code is a failure, for which it ends the other ranks, one that still saves among them.
+    sys.exit(DONE if code == STOPPED and launched() else code)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,23 +45,19 @@ def main(arguments: Sequence[str]) -> int:
         with _stdout_for_the_result(as_json) as out:
             return _act(before, rest, as_json, quiet, out)
     except UserError as error:
-        _report(name, str(error), as_json, what=error.what, where=error.where, why=error.why, fix=error.fix)
-        return MENDABLE
+        parts = {"what": error.what, "where": error.where, "why": error.why, "fix": error.fix}
+        return _report(MENDABLE, name, error, str(error), as_json, **parts)
     except RunStopped as error:
-        _report(name, str(error), as_json, what=str(error))
-        return STOPPED
-    except KeyboardInterrupt:
-        _report(name, "interrupted", as_json, what="interrupted")
-        return INTERRUPTED
+        return _report(STOPPED, name, error, str(error), as_json, what=str(error))
+    except KeyboardInterrupt as error:
+        return _report(INTERRUPTED, name, error, "interrupted", as_json, what="interrupted")
     except BrokenPipeError:
         # Whoever read us has enough (`| head`). Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:      # the last line of defence: a defect must not look like a user's mistake
         what = f"a defect of ours: {type(error).__name__}: {error}"
-        _report(name, what, as_json, what=what)
-        traceback.print_exc()
-        return DEFECT
+        return _report(DEFECT, name, error, what, as_json, what=what)
 
 
 def _act(before: list[str], rest: list[str], as_json: bool, quiet: bool, out: TextIO) -> int:
@@ -80,8 +81,10 @@ def _act(before: list[str], rest: list[str], as_json: bool, quiet: bool, out: Te
     file, overrides, bare = sorted_words(config_type, [*words, *rest])
     with voice(quiet=quiet, json=as_json):
         result = function(load(config_type, file, overrides, bare))
-    text = json.dumps(result.json(), ensure_ascii=False, allow_nan=False) if as_json else result.text()
-    if text and rank() == 0:
+    figures, told = result.json(), result.text()
+    outcome.end(result.exit_code, told, result=figures)
+    text = json.dumps(figures, ensure_ascii=False, allow_nan=False) if as_json else told
+    if text and rank() == 0 and not launched():
         print(text, file=out, flush=True)
     return result.exit_code
 
@@ -121,11 +124,20 @@ def _stdout_for_the_result(as_json: bool) -> Iterator[TextIO]:
         yield out
 
 
-def _report(name: str, text: str, as_json: bool, **error: str | None) -> None:
-    """An error for people on stderr and, with --json, as the one object on stdout."""
+def _report(
+    code: int, name: str, raised: BaseException, text: str, as_json: bool, **error: str | None
+) -> int:
+    """An error for people on stderr and, with --json, as the one object on stdout. Of a job that was launched, the
+    launcher says it, once."""
+    outcome.end(code, text, error={**error, **outcome.described(raised)})
+    if launched():
+        return code
     print(f"llmtrainer {name}: {text}" if name else f"llmtrainer: {text}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": error}, ensure_ascii=False), flush=True)
+    if code == DEFECT:
+        traceback.print_exception(raised)
+    return code
 
 
 def _until_dashes(words: list[str]) -> tuple[list[str], list[str]]:

@@ -79,18 +79,20 @@ def sorted_words(
     A first word that ends in .yaml or .yml is the file, unless it is an override, or holds data where the verb reads
     some. A word is an override only if what stands before its first `=` is a key; `--key value` and `--key=value`
     always are. What follows `--` is bare. A word that is nearly an override is refused, lest a misspelled key become
-    a prompt.
+    a prompt. Where a config ends in a command, its first bare word and all after it are left as they are.
     """
     rest, file, overrides, words = list(arguments), None, list[str](), list[str]()
     bare: list[str] = []
-    if "--" in rest:
+    if "--" in rest and not config_type.ends_in_command:
         rest, bare = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     if rest and rest[0].endswith((".yaml", ".yml")) and not _is_no_file(config_type, rest[0]):
         file = Path(rest.pop(0))
-    data = _as_far_as_known(config_type, file, rest)
+    data = _as_far_as_known(config_type, file, [] if config_type.ends_in_command else rest)
     while rest:
         word = rest.pop(0)
         key, equals, _ = word.partition("=")
+        if word == "--" and config_type.ends_in_command:
+            return file, overrides, rest
         if word.startswith("--"):
             overrides.append(word[2:] if equals else f"{word[2:]}={_value_of(config_type, word, rest, data)}")
         elif equals and _is_key(config_type, key, data):
@@ -100,6 +102,8 @@ def sorted_words(
                 f"unknown key `{key}`", where=COMMAND_LINE, why=f"as a word, `{word}` would be taken as it stands",
                 fix=f"did you mean `{near}`? If it is no key: `-- '{word}'`",
             )
+        elif config_type.ends_in_command:
+            return file, overrides, [word, *rest]
         else:
             words.append(word)
     return file, overrides, words + bare

@@ -45,6 +45,9 @@ class Config(BaseModel):
     file_is_word: ClassVar[bool] = False
     """Whether a first word `x.yaml` is the first of `words` and not this config's own file, as it is for a verb
     about a recipe."""
+    ends_in_command: ClassVar[bool] = False
+    """Whether the first bare word begins the command line of another verb: all that follows belongs to it, its keys
+    included."""
 
     _reads: set[str] = PrivateAttr(default_factory=set)
 

@@ -58,6 +58,20 @@ VERBS = {
         "llmtrainer.training.run:train", "run a recipe, or continue it where it stopped",
         ("train recipes/tiny/pretrain.yaml", "train recipes/tiny/pretrain.yaml seed=1 run=runs/seed-1"),
     ),
+    "launch": Verb(
+        "llmtrainer.apps.launch:launch", "a command as several processes, on one machine or many",
+        ("launch --nproc 2 train recipe.yaml engine.kind=ddp",
+         "launch --nproc 8 --nnodes 2 --node-rank 0 --rendezvous first:29400 train recipe.yaml engine.kind=fsdp2",
+         "launch --nproc 8 --nnodes 4 --slurm train recipe.yaml engine.kind=fsdp2 > job.sh"),
+    ),
+    "supervise": Verb(
+        "llmtrainer.apps.supervise:supervise", "a run started again when it crashes or hangs, and told why",
+        ("supervise train recipe.yaml", "supervise restarts=5 launch --nproc 8 train recipe.yaml engine.kind=ddp"),
+    ),
+    "stop": Verb(
+        "llmtrainer.apps.stop:stop", "end a run after its step, with a checkpoint, wherever it was started",
+        ("stop runs/demo", "stop runs/demo reason='the disk is needed'"),
+    ),
     "check": Verb(
         "llmtrainer.training.check:check", "dry run of a recipe: data, plan, one step, save, evaluate, resume",
         ("check recipes/tiny/pretrain.yaml",),

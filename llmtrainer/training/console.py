@@ -74,6 +74,11 @@ def voice(
         _voice = before
 
 
+def is_quiet() -> bool:
+    """Whether progress was asked to be left out."""
+    return _voice.quiet
+
+
 def stdout_is_for_people() -> bool:
     """Whether text may be streamed to stdout as it comes: within a command, to a terminal, without `--json`."""
     return _voice.stdout and sys.stdout.isatty()

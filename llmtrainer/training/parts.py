@@ -100,6 +100,8 @@ class Parts:
     """What the source says of the rows it gave last, beside the Terms of a step."""
     keep: Keep | None = None
     """Writes down what the objective says of each pair or sequence of a step; None: nobody asks."""
+    beat: Callable[[str, int], None] = lambda phase, step: None
+    """Told which phase of which step begins, for whoever watches the run."""
     average: MovingAverage | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None
@@ -107,16 +109,20 @@ class Parts:
 
 
 class Clock:
-    """Splits a step's time into named laps, in seconds."""
+    """Splits a step's time into named laps, in seconds. Whoever watches the run is told which one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[str, int], None], step: int) -> None:
         self.laps: dict[str, float] = {}
+        self._beat, self._step = beat, step
         self._started = self._last = time.perf_counter()
+        beat("data", step)
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str, then: str = "between") -> None:
+        """What `name` took ends here, and `then` begins."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+        self._beat(then, self._step)
 
     @property
     def total(self) -> float:

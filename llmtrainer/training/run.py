@@ -12,9 +12,11 @@ from llmtrainer.base.config import dump
 from llmtrainer.base.errors import DONE, STOPPED
 from llmtrainer.base.events import EventLog
 from llmtrainer.base.events import steps as logged_steps
-from llmtrainer.base.process import StopRequests, rank
+from llmtrainer.base.heartbeat import Heartbeat
+from llmtrainer.base.process import StopRequests, rank, world_size
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
+from llmtrainer.parallel.recorder import last_collectives
 from llmtrainer.training.assemble import Assembled, assemble
 from llmtrainer.training.console import TrainingView, Unseen
 from llmtrainer.training.recipe import Recipe
@@ -67,6 +69,7 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
     with (
         run.locked() if first else nullcontext(), EventLog(run.events if first else None) as log,
         StopRequests(run.control) as stop, TrainingView(recipe.duration) if first else Unseen() as view,
+        Heartbeat(run.control / "heartbeats", rank(), world_size(), last_collectives) as heart,
     ):  # fmt: skip
         if first:
             run.clear_leftovers()
@@ -74,6 +77,7 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
         if first:
             _write_recipe(run, recipe)
         trainer, resumption = assembled.trainer, assembled.resumption
+        trainer.parts.beat = heart.beat
         trackers = Trackers(
             recipe.log.trackers if first else (), run, recipe.plain(), trainer.progress.step,
             lambda text: trainer.tell("warning", text=text),

@@ -66,7 +66,7 @@ class Trainer:
 
     def step(self) -> StepInfo:
         """One optimizer step over this rank's micro-batches."""
-        parts, clock = self.parts, Clock()
+        parts, clock = self.parts, Clock(self.parts.beat, self.progress.step + 1)
         key = derive(parts.seed, "step", self.progress.step)
         torch.manual_seed(derive(key, "rank", parts.engine.rank))  # for foreign modules; ours are counter-based
         batches = parts.source.batches(self.progress.step)
@@ -76,15 +76,15 @@ class Trainer:
             require_one_batch(batches)
         if parts.before is not None:
             batches = parts.before(self.progress.step, batches)
-        clock.lap("data")
+        clock.lap("data", then="forward")
         sums: dict[str, Tensor] = {}
         coefs: dict[str, float] = {}
         for index, batch in enumerate(batches):
             with parts.engine.micro(last=index == len(batches) - 1):
                 terms = self._terms(replace(batch.to(parts.engine.device), dropout_key=key))
-                clock.lap("forward")
+                clock.lap("forward", then="backward")
                 parts.engine.backward(loss_of(terms, counts))
-                clock.lap("backward")
+                clock.lap("backward", then="forward" if index < len(batches) - 1 else "optimizer")
             for term in terms:
                 share = term.total.detach() / (counts[term.unit] or 1.0)
                 sums[term.name] = sums[term.name] + share if term.name in sums else share
@@ -113,6 +113,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Every evaluation of the recipe, written as one event."""
+        self.parts.beat("evaluate", self.progress.step)
         self.figures = self.parts.evaluate(self.progress)
         self._evaluated_at = self.progress.step
         if self.figures:
@@ -122,6 +123,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this very step, written in the background. Saving the same step again does nothing."""
         if self._saved_at != self.progress.step and self.progress.step:
+            self.parts.beat("save", self.progress.step)
             fresh = self._evaluated_at == self.progress.step
             self.parts.saver.save(self.progress, self.figures if fresh else {})
             self._saved_at = self.progress.step

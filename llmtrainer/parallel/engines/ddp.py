@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -65,6 +66,8 @@ class DdpEngine(SingleEngine):
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         arranged = super().prepare(policy, rule, groups)
         module = cast(nn.Module, self._forward)
+        # Its new name is not known to the oldest torch that we run on.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._replica = DistributedDataParallel(
             module, broadcast_buffers=False, bucket_cap_mb=self._bucket_mib,
             find_unused_parameters=self._find_unused, gradient_as_bucket_view=True,
