@@ -139,13 +139,14 @@ def trained_policy(
     policy = policy_of(recipe, tokenizer, compute, resumption.folder if resumption else None)
     if rows.train is not None:
         require_gates(policy, rows.train.store, "data.train")
-    policy.to(engine.device)
+    if resumption is not None:
+        resumption.load_weights(policy)     # while it is whole: an engine may leave each process a piece
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     require_exact_sharing(rows.train, policy)
     for text in arranged.fallbacks:
         warn(text)
     if resumption is not None:
-        resumption.load(policy, engine)
+        resumption.load_state(engine)
     return policy, dict(arranged.facts)
 
 

@@ -18,7 +18,10 @@ from tests.processes import Processes, processes  # noqa: F401  a fixture
 from tests.tolerances import FLOAT64_ENGINES_RELATIVE
 
 KINDS = [kind for kind in kinds_in(EngineConfig.folder) if kind != "single"]
-SETTINGS: dict[str, dict[str, Any]] = {"ddp": {"find_unused_parameters": True}}
+CLIP: float | None = 0.5
+SETTINGS: dict[str, dict[str, Any]] = {
+    kind: {"find_unused_parameters": True} for kind in ("ddp", "zero1", "fsdp2")
+}
 """Beside a kind's defaults."""
 CUTS: dict[int, list[list[tuple[int, ...]]]] = {
     1: [[(3, 1, 2)]],
@@ -39,10 +42,11 @@ def trained(engine: Engine, settings: Settings, steps: list[list[tuple[int, ...]
         begin = sum(len(share) for share in step[: engine.rank])
         batches = world.step(sizes)[begin : begin + len(step[engine.rank])]
         counts = engine.sum(count(batches))
+        engine.begin(1e-2)
         for index, batch in enumerate(batches):
             with engine.micro(last=index == len(batches) - 1):
                 engine.backward(loss_of(objective.terms(engine.forward(batch, objective.wants), batch), counts))
-        told.append(float(engine.clip(0.5)))
+        told.append(float(engine.clip(CLIP)))
         engine.step(1e-2)
     return told + torch.cat([value.flatten() for value in engine.weights(policy).values()]).tolist()
 
