@@ -196,6 +196,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if in_pieces(folder):
+        raise UserError(
+            "these weights are in pieces, as several processes wrote them", where=str(folder / MODEL),
+            why="this needs a folder of whole tensors", fix=f"llmtrainer merge {folder} out=FOLDER, and name that",
+        )
     if (folder / INDEX).is_file():
         named = _read_json(folder / INDEX).get("weight_map")
         names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []

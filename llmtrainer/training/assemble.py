@@ -278,6 +278,12 @@ def engine_of(recipe: Recipe) -> tuple[Engine, str]:
 def require_choices(recipe: Recipe, device: torch.device, compute: torch.dtype) -> None:
     """Refuse attention or kernels that cannot run here now, and not once the text is tokenised."""
     # On a copy: what counts as reading these settings is the engine's doing as they say.
+    if recipe.optim.clip is not None and getattr(recipe.engine.model_copy(deep=True), "step_in_backward", False):
+        raise UserError(
+            "gradients cannot be clipped when parameters are updated during backward",
+            where="engine.step_in_backward, optim.clip", why="the norm of all gradients is known when the last is there",
+            fix="optim.clip=null, or engine.step_in_backward=false",
+        )
     asked = recipe.engine.model_copy(deep=True).arrangement()
     paths.choose(asked.attention, device, compute, asked.fallback)
     kernels.choose(asked.kernels, device, compute, asked.fallback)

@@ -133,7 +133,7 @@ class Saver:
                         writers.write(named, partial / below, MODEL)
                 writers.write(state[OPTIMIZER], partial, OPTIMIZER)
             if self._engine.rank == 0:
-                self._fill_alone(partial, weights, {n: s for n, s in state.items() if writers is None or n != OPTIMIZER})
+                self._fill_alone(partial, weights, state if writers is None else _without(state, OPTIMIZER))
 
         checkpoint.write(folder, fill, facts, writers)
         if self._engine.rank == 0:
@@ -162,6 +162,10 @@ class Saver:
     def _best(self) -> dict[int, float]:
         best = sorted(self._scores.items(), key=lambda item: (item[1], item[0]))
         return dict(best[: self._keep[1]])
+
+
+def _without(state: Mapping[str, dict[str, Tensor]], stem: str) -> dict[str, dict[str, Tensor]]:
+    return {name: tensors for name, tensors in state.items() if name != stem}
 
 
 def _frozen(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class DdpEngine(SingleEngine):
         arranged = super().prepare(policy, rule, groups)
         module = cast(nn.Module, self._forward)
         self._replica = DistributedDataParallel(
-            module, broadcast_buffers=False, bucket_cap_mb=self._bucket_mib,
+            module, forward_sync_buffers=False, bucket_cap_mb=self._bucket_mib,
             find_unused_parameters=self._find_unused, gradient_as_bucket_view=True,
         )
         self._early = EarlySteps(rule, groups) if self.updates_in_backward else None

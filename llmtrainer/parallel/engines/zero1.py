@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from llmtrainer.base.errors import UserError
@@ -15,6 +15,9 @@ from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.protocols import Rule
 from llmtrainer.parallel.engines.ddp import Ddp, DdpEngine
 from llmtrainer.parallel.writing import WholeTensors
+
+if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class Zero1(Ddp):
@@ -41,10 +44,7 @@ class Zero1Engine(DdpEngine):
         self.writers = WholeTensors(self.world)
         # A rule makes groups of its own, and ZeroRedundancyOptimizer would write over their lists of names. So it gets
         # all parameters as one group: it divides and sends them, and the rule's own optimizer updates in between.
-        self._zero = ZeroRedundancyOptimizer(
-            self._parameters, optimizer_class=partial(_Share, update=self._optimizer.step),  # type: ignore[arg-type]
-            parameters_as_bucket_view=True,
-        )
+        self._zero = _divided(self._parameters, self._optimizer.step)
         self._mine = {id(parameter) for group in self._zero.optim.param_groups for parameter in group["params"]}
         named = policy.named_parameters()
         self._names = {name for name, parameter in named if id(parameter) in self._mine}
@@ -63,6 +63,18 @@ class Zero1Engine(DdpEngine):
 
     def _owns(self, name: str) -> bool:
         return name in self._names
+
+
+def _divided(parameters: Sequence[nn.Parameter], update: Callable[[], Any]) -> ZeroRedundancyOptimizer:
+    """Who updates which of the parameters, and how the others hear of it; `update` is what this process does."""
+    with warnings.catch_warnings():
+        # What lies beside it in torch is made with torch.jit, and says at import that this is of old.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(
+        parameters, optimizer_class=partial(_Share, update=update),  # type: ignore[arg-type]  # torch takes any maker
+        parameters_as_bucket_view=True,
+    )  # fmt: skip
 
 
 class _Share(Optimizer):
