@@ -107,8 +107,8 @@ class Merged(Result):
 
 
 def merge(settings: Merge) -> Merged:
-    """Write the folder. UserError where the model holds no adapter and is in one piece, OUT holds something else, the adapter vanishes in
-    the stored type, or the folder does not give the logits of the adapter beside its model."""
+    """Write the folder. UserError where the model is in one piece and holds no adapter, OUT holds something else, the
+    adapter vanishes in the stored type, or the folder does not give the logits of the adapter beside its model."""
     source, out = model_folder(settings.model), Path(settings.out)
     if in_pieces(source):
         return _put_together(settings, source, out)

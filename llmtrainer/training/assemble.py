@@ -281,7 +281,7 @@ def require_choices(recipe: Recipe, device: torch.device, compute: torch.dtype) 
     if recipe.optim.clip is not None and getattr(recipe.engine.model_copy(deep=True), "step_in_backward", False):
         raise UserError(
             "gradients cannot be clipped when parameters are updated during backward",
-            where="engine.step_in_backward, optim.clip", why="the norm of all gradients is known when the last is there",
+            where="engine.step_in_backward, optim.clip", why="their norm is known when the last of them is there",
             fix="optim.clip=null, or engine.step_in_backward=false",
         )
     asked = recipe.engine.model_copy(deep=True).arrangement()

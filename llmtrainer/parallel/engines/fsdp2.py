@@ -52,10 +52,6 @@ class Fsdp2(Single):
     """Update each parameter as soon as its gradient is added up, which is then let go: no two blocks' gradients are
     ever there together. Not with optim.clip, which needs all of them first, and not in float16."""
 
-    find_unused_parameters: bool = False
-    """Ask in every step which parameters took part on any process: needed where processes may leave out different
-    ones, as a gated mixture of adapters does."""
-
     timeout_minutes: float = Field(default=30.0, gt=0.0)
     """How long a process waits for the others in one step before the job ends with an error."""
 
@@ -79,7 +75,7 @@ class Fsdp2(Single):
         return Fsdp2Engine(
             device, precision, world=world, reshard=self.reshard_after_forward, prefetch=self.prefetch,
             travel=DTYPES[precision] if self.gather == "compute" else None, early=self.step_in_backward,
-            find_unused=self.find_unused_parameters, told=told, arrangement=self.arrangement(),
+            told=told, arrangement=self.arrangement(),
         )
 
 
@@ -89,19 +85,20 @@ class Fsdp2Engine(SingleEngine):
 
     def __init__(
         self, device: torch.device, precision: str, *, world: World, reshard: bool, prefetch: int,
-        travel: torch.dtype | None, early: bool, find_unused: bool,
+        travel: torch.dtype | None, early: bool,
         **settings: Any,    # those of SingleEngine
     ) -> None:
         super().__init__(device, precision, **settings)
         self.world, self.rank, self.world_size = world, world.rank, world.size
         self._reshard, self._prefetch, self._travel = reshard, prefetch, travel
-        self._find_unused = find_unused
         self.updates_in_backward = early
         self._whole = False
         """Whether every process has the whole policy just now."""
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         _require_elementwise(rule)
+        if self.updates_in_backward:
+            _require_even(policy)
         masters = {parameter.dtype for group in groups for parameter in group["params"]}
         assert masters in ({torch.float32}, {torch.float64}), f"{masters} are no masters of one type"
         self._rule, self._policy, self._forward = rule, policy, policy
@@ -121,7 +118,8 @@ class Fsdp2Engine(SingleEngine):
         for name, parameter in self._sharded.items() if self._early is not None else ():
             parameter.register_post_accumulate_grad_hook(self._stepping(name))
         self._took_part: set[str] = set()
-        self._watched: set[int] = set()
+        """Parameters that have got a gradient in this step, on this rank."""
+        self._watched: set[nn.Module] = set()
         return arranged
 
     def _divide(self, policy: nn.Module, master: torch.dtype) -> list[FSDPModule]:
@@ -140,8 +138,9 @@ class Fsdp2Engine(SingleEngine):
             # Sums and not means: the loss is divided by what all ranks counted together. gloo knows no others.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            unit.set_reduce_scatter_unused_params(self._find_unused)
-            if self._find_unused:
+            if not self.updates_in_backward:
+                # Processes may leave out different parameters, and must send the same sizes.
+                unit.set_reduce_scatter_unused_params(True)
                 assert isinstance(unit, nn.Module)
                 unit.register_forward_pre_hook(self._watch)
         self._prefetch_from(units)
@@ -204,6 +203,7 @@ class Fsdp2Engine(SingleEngine):
 
     def discard(self) -> None:
         super().discard()
+        self._took_part.clear()
         for parameter in self._sharded.values():
             parameter.grad = None
         if self._early is not None:
@@ -248,7 +248,7 @@ class Fsdp2Engine(SingleEngine):
         self.world.leave()
 
     def _gradients(self) -> list[Tensor]:
-        unused = self._unused() if self._find_unused else ()
+        unused = self._unused()
         for name, parameter in self._sharded.items():
             piece, gradient = self._pieces[name], parameter.grad
             piece.data = own(parameter.detach())    # torch may have moved it
@@ -278,10 +278,14 @@ class Fsdp2Engine(SingleEngine):
         return step
 
     def _watch(self, unit: nn.Module, inputs: Any) -> None:
-        """Note, for each of a unit's parameters, whether backward ever comes to it. Called while the unit is whole."""
+        """Note, for each of a unit's parameters, when backward comes to it. Called while the unit is whole: the tensors
+        that it is whole in are made once, and filled again and again."""
+        if unit in self._watched:
+            return
+        self._watched.add(unit)
+        own_ones = {id(parameter) for parameter in unit.parameters() if not is_piece(parameter)}
         for name, parameter in self._policy.named_parameters():
-            if parameter.requires_grad and not is_piece(parameter) and id(parameter) not in self._watched:
-                self._watched.add(id(parameter))
+            if id(parameter) in own_ones and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._noting(name))
 
     def _noting(self, name: str) -> Callable[[Tensor], None]:
@@ -291,7 +295,6 @@ class Fsdp2Engine(SingleEngine):
         """Parameters that took no part on any rank: FSDP2 has made them gradients of zeros, by which a rule would
         still decay them."""
         used = self.world.sum({name: float(name in self._took_part) for name in self._sharded})
-        self._took_part.clear()
         return {name for name, count in used.items() if not count}
 
 
@@ -330,6 +333,16 @@ def blocks_of(policy: nn.Module) -> list[nn.Module]:
             fix="engine.kind=zero1, which divides the optimizer's state of any model",
         )
     return found
+
+
+def _require_even(policy: nn.Module) -> None:
+    """Refuse a policy whose parameters may take part on one process and not on another."""
+    if getattr(getattr(policy, "adapter", None), "gated", False):
+        raise UserError(
+            "a gated mixture cannot update during backward", where="engine.step_in_backward, model.adapter.kind",
+            why="which adapters a step leaves out on every process is known at its end",
+            fix="engine.step_in_backward=false",
+        )
 
 
 def _require_elementwise(rule: Rule) -> None:
