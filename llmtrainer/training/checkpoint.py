@@ -179,15 +179,16 @@ class Writer:
         else:
             work()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in the background, without waiting."""
+        return self._problem is not None
+
     def wait(self) -> None:
         """Until the last checkpoint is on disk. Raises what went wrong with it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.poll()
-
-    def poll(self) -> None:
-        """Raise what went wrong in the background, without waiting."""
         if self._problem is not None:
             problem, self._problem = self._problem, None
             raise problem

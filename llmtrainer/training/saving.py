@@ -99,8 +99,10 @@ class Saver:
     def wait(self) -> None:
         self._writer.wait()
 
-    def poll(self) -> None:
-        self._writer.poll()
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in the background, which `wait` raises."""
+        return self._writer.failed
 
     def _weights(self) -> dict[str, Tensor]:
         """Copies of the weights: of this process's pieces, where a folder takes pieces; else whole, for rank 0."""

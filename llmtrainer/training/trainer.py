@@ -47,7 +47,6 @@ class Trainer:
     def steps(self) -> Iterator[StepInfo]:
         """Steps until the duration is reached or a stop is requested; the last step is evaluated and saved."""
         while not self.finished and not self._stopping():
-            self.parts.saver.poll()  # a full disk ends the run now, not hours later
             before = self.progress
             self.last = info = self._first_step() if self.last is None else self.step()
             self._record(before, info)
@@ -126,9 +125,17 @@ class Trainer:
             self.tell("save", step=self.progress.step)
 
     def _stopping(self) -> bool:
-        """Whether any rank was asked to stop: asked together, so that all ranks end behind the same step."""
-        stop, engine = self.parts.stop, self.parts.engine
-        asked = bool(engine.sum({"stop": float(stop.requested is not None)})["stop"])
+        """Whether any rank was asked to stop: asked together, so that all ranks end behind the same step. Raises what
+        went wrong with a checkpoint in the background."""
+        stop, engine, saver = self.parts.stop, self.parts.engine, self.parts.saver
+        told = engine.sum({"stop": float(stop.requested is not None), "unsaved": float(saver.failed)})
+        if told["unsaved"]:      # a full disk ends the run now, not hours later, and on all ranks
+            saver.wait()
+            raise UserError(
+                "another process could not write its part of a checkpoint", where=f"rank {engine.rank}",
+                why="that process says why; older checkpoints are untouched", fix="do what it says, and run again",
+            )
+        asked = bool(told["stop"])
         if asked:
             stop.request("another process of this job was asked")
         return asked    # and not what a signal may have changed on this rank since

@@ -3,7 +3,10 @@ checkpoint."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from llmtrainer.apps.merge import Merge, merge
 from llmtrainer.base.config import load
@@ -18,6 +22,10 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.core.pieces import Stored
+from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.weights import save_weights
+from llmtrainer.parallel.writing import WholeTensors
+from llmtrainer.tokenizer.tokenizer import load_tokenizer
 from llmtrainer.training import checkpoint
 from llmtrainer.training.models import load_model
 from llmtrainer.training.recipe import Recipe
@@ -125,3 +133,80 @@ def test_what_an_engine_cannot_do_is_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(UserError, match=said):
         train(recipe(f"engine.kind={kind}", *more.split(" ")))
+
+
+def failing(file: Path, overrides: tuple[str, ...], step: int, how: str) -> str:
+    """In each process: train, while the last rank cannot write its part of one checkpoint; what it ends with."""
+    write = WholeTensors.write
+
+    def broken(self: WholeTensors, named: Any, folder: Path, stem: str) -> None:
+        if self.rank == self.size - 1 and f"{step:08d}" in str(folder):
+            if how == "dies":
+                os._exit(9)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, named, folder, stem)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WholeTensors, "write", broken)
+        try:
+            trained(file, overrides)
+        except UserError as error:
+            return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_checkpoint_that_one_of_two_processes_cannot_write_does_not_exist_and_both_say_so(
+    background: str, runs: Callable[..., Path], recipe_file: Path, tmp_path: Path,
+    processes: Processes,  # noqa: F811  the fixture
+) -> None:
+    overrides = (
+        *COMMON, f"run={tmp_path / 'run'}", "engine.kind=zero1", "duration=6 steps", f"save.background={background}"
+    )
+    said = processes.run(2, failing, recipe_file, overrides, 4, "disk")
+    assert "could not" in said[0] and "the disk is full" in said[1]
+    run = RunDir(tmp_path / "run")
+    assert [folder.name for folder in run.step_folders()] == ["step-00000002"]
+    assert checkpoint.verify(run.checkpoint(2)) is None
+    assert losses(runs("run", 2, "engine.kind=zero1", "duration=6 steps"))[-1] == losses(
+        runs("whole", 2, "engine.kind=zero1", "duration=6 steps"))[-1]
+
+
+def test_a_process_that_dies_while_it_saves_leaves_nothing_that_looks_like_a_checkpoint(
+    runs: Callable[..., Path], recipe_file: Path, tmp_path: Path, processes: Processes  # noqa: F811  the fixture
+) -> None:
+    overrides = (*COMMON, f"run={tmp_path / 'run'}", "engine.kind=zero1", "duration=6 steps")
+    with pytest.raises(BrokenProcessPool):
+        processes.run(2, failing, recipe_file, overrides, 4, "dies")
+    run = RunDir(tmp_path / "run")
+    assert [folder.name for folder in run.step_folders()] == ["step-00000002"]
+    assert (run.checkpoints / ".step-00000004.partial").is_dir()
+    runs("run", 2, "engine.kind=fsdp2", "duration=6 steps")
+    assert [folder.name for folder in run.whole_checkpoints()][0] == "step-00000006"
+    assert not (run.checkpoints / ".step-00000004.partial").exists()
+
+
+@pytest.mark.parametrize("beside", ["lora", "dora"])
+def test_an_adapter_whose_reference_is_its_model_is_divided_and_saved_whole(
+    beside: str, runs: Callable[..., Path], world: Path, tmp_path: Path
+) -> None:
+    """nearness.Near holds the policy to its reference, which here is the policy with other values in its adapters."""
+    policy = Llama(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=32).build(320)
+    policy.initialise(9)
+    save_weights(policy, tmp_path / "base")
+    load_tokenizer(world / "tokenizer").save(tmp_path / "base")
+    adapter = f"{{kind: {beside}, rank: 4, dropout: 0.1}}"
+    more = (
+        f"model={{start_from: {tmp_path / 'base'}, adapter: {adapter}}}", "optim.ema.decay=0.5",
+        "objective.kind=tests.training.nearness.Near", "optim.schedule.peak=1e-2",
+    )
+    alone = runs("alone", 1, "engine.kind=single", "duration=4 steps", *more)
+    divided = runs("divided", 2, "engine.kind=fsdp2", "duration=2 steps", *more)
+    divided = runs("divided", 2, "engine.kind=fsdp2", "duration=4 steps", *more)
+    np.testing.assert_allclose(losses(divided), losses(alone), rtol=FLOAT64_ENGINES_RELATIVE, atol=1e-15)
+    for below in ("", "ema"):
+        found, expected = (
+            load_file(RunDir(run).checkpoint(4) / below / "adapter_model.safetensors") for run in (divided, alone)
+        )
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=FLOAT64_ENGINES_RELATIVE)
