@@ -1,4 +1,4 @@
-"""merge: an adapter and its model become one Hugging Face folder, proved to give the same text as the two."""
+"""merge: an adapter and its model, or the pieces that several processes wrote, become one Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.peft_format import is_adapter, read_config
 from llmtrainer.models.stored import Policy
+from llmtrainer.models.weights import in_pieces, load_policy
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.models import base_of, insert_adapter, load_base, model_folder, no_model, tokenizer_folder
 from llmtrainer.training.publishing import (
@@ -40,13 +41,15 @@ and the adapter beside its model, both computed in float32 or wider. Three to te
 
 
 class Merge(Config):
-    """An adapter merged into its model: one folder for transformers and every program that reads its files."""
+    """An adapter merged into its model, or pieces put together: one folder for transformers and every program that
+    reads its files."""
 
     words: ClassVar[tuple[str, ...]] = ("model", "out")
     known_elsewhere: ClassVar[Mapping[str, str]] = {"dtype": "precision=bfloat16", "torch_dtype": "precision=bfloat16"}
 
     model: str
-    """A run directory (its newest checkpoint), a checkpoint, or a PEFT folder: one that holds an adapter."""
+    """A run directory (its newest checkpoint), a checkpoint, or a PEFT folder: one that holds an adapter, or a model in
+    pieces, as `engine.kind=fsdp2` saves it."""
 
     out: str
     """The folder to write. It appears whole, once all of it was read back and proved, or not at all."""
@@ -104,9 +107,11 @@ class Merged(Result):
 
 
 def merge(settings: Merge) -> Merged:
-    """Write the folder. UserError where the model holds no adapter, OUT holds something else, the adapter vanishes in
-    the stored type, or the folder does not give the logits of the adapter beside its model."""
+    """Write the folder. UserError where the model is in one piece and holds no adapter, OUT holds something else, the
+    adapter vanishes in the stored type, or the folder does not give the logits of the adapter beside its model."""
     source, out = model_folder(settings.model), Path(settings.out)
+    if in_pieces(source):
+        return _put_together(settings, source, out)
     if not is_adapter(source):
         if not (source / "config.json").is_file():
             raise no_model(settings.model)
@@ -162,6 +167,24 @@ def merge(settings: Merge) -> Merged:
     return Merged(
         str(out), str(base), precision, made.tensors, made.bytes, changed, found, bound, effect, made.files, checks,
         [*made.differences, *_told(base, out)],
+    )  # fmt: skip
+
+
+def _put_together(settings: Merge, source: Path, out: Path) -> Merged:
+    """The whole tensors of pieces, as a folder."""
+    if settings.base is not None:
+        raise UserError("these are pieces of a whole model, which has no base", where="base", fix="leave base out")
+    require_free(out, source, settings.overwrite)
+    stored = stored_type(source)
+    precision = stored if settings.precision == "auto" else settings.precision
+    decoder = load_policy(source, torch.float64 if stored == "float64" else torch.float32).eval()
+    made = publish(
+        decoder, load_tokenizer(settings.tokenizer or source), source, out, precision,
+        shard_bytes=settings.shard_bytes, check=settings.check,
+    )  # fmt: skip
+    return Merged(
+        str(out), str(source), precision, made.tensors, made.bytes, made.tensors, 0.0, 0.0, 0.0, made.files,
+        made.checks, made.differences,
     )  # fmt: skip
 
 

@@ -151,12 +151,35 @@ def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
 Made = TypeVar("Made")
 
 
+class Writers(Protocol):
+    """The processes that write a checkpoint together, each what only it has, on their writing threads."""
+
+    rank: int
+
+    def agree(self, done: bool) -> bool:
+        """Whether every process has done its part. All of them ask."""
+        ...
+
+    def frozen(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU of what this process has of these tensors."""
+        ...
+
+    def write(self, named: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+        """Write such copies where `core.pieces.Stored(folder, stem)` finds them, in files of this process's own. All
+        of them call it."""
+        ...
+
+
 class Engine(Protocol):
     """Where and how a step happens. Knows no objective and no data."""
 
     rank: int
     world_size: int
     device: torch.device
+    writers: Writers | None
+    """Who writes a checkpoint together; None where every process has everything, so that rank 0 writes alone."""
+    updates_in_backward: bool
+    """Whether weights change while the backward pass still runs: then nobody can decide afterwards not to."""
 
     @property
     def rescales(self) -> bool:
@@ -169,6 +192,10 @@ class Engine(Protocol):
 
     def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
         """The forward pass of a policy that is only read, arranged as the trained one's: a reference, a teacher."""
+        ...
+
+    def begin(self, learning_rate: float) -> None:
+        """Before the first micro-batch of a step: its rate, for engines that update during backward."""
         ...
 
     def micro(self, last: bool) -> AbstractContextManager[None]: ...
@@ -201,8 +228,13 @@ class Engine(Protocol):
         """The parameters of the prepared policy by name, whole, wherever their pieces are. Every rank asks."""
         ...
 
+    def whole(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Until the block ends, every process has the whole policy and may read it alone. Every rank enters."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
-        """Optimizer and engine state as named tensors, by parameter name. No pickle."""
+        """Optimizer and engine state as named tensors, by parameter name: with `writers`, what this process has of
+        it. No pickle."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...

@@ -60,6 +60,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, epsilon, master=master)
         self.mlp = GatedMLP(D, family.mlp_size, bias=family.mlp_bias, master=master)
 
+    def forward(self, work: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        """Do what is computed with this block's parameters. Called as a module, so that whoever keeps them elsewhere
+        brings them before and takes them away after."""
+        return work(x_BTD)
+
 
 class Stack(nn.Module):
     """Embedding, blocks and the last norm, under the names the field has given them."""
@@ -214,12 +219,10 @@ class Decoder(nn.Module):
             self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
             layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, beside)
-            if self.recompute is None or index % self.recompute.every:
-                x_BTD = layer(x_BTD)
-            elif self.recompute.what == "layer":
-                x_BTD = again(layer, x_BTD)
-            else:
-                x_BTD = layer(x_BTD, after_attention=again)
+            if self.recompute is not None and index % self.recompute.every == 0:
+                whole = self.recompute.what == "layer"
+                layer = partial(again, layer) if whole else partial(layer, after_attention=again)
+            x_BTD = block(layer, x_BTD)
         return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
 
     def _layer(

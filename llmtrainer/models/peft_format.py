@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.pieces import fill
 from llmtrainer.core.protocols import Head
 from llmtrainer.models.adapters.dora import Dora
 from llmtrainer.models.adapters.gated_lora import GatedLora, chosen
@@ -208,7 +209,7 @@ def load_adapter(policy: nn.Module, folder: Path) -> None:
         )
     with safe_open(folder / WEIGHTS, framework="pt") as opened, torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(opened.get_tensor(name))
+            fill(parameter, opened.get_tensor(name))
     measure(policy)
 
 

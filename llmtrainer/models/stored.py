@@ -13,7 +13,7 @@ from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.foreign import Foreign
 from llmtrainer.models.foreign_loading import read_foreign
 from llmtrainer.models.peft_format import adapter_config, adapter_tensors, load_adapter, write_adapter
-from llmtrainer.models.weights import load_weights, save_tensors, tensors
+from llmtrainer.models.weights import load_weights, save_tensors, tensors, write_config
 
 Policy = Decoder | Foreign
 """A model that can be trained: of our own families, or of transformers' classes."""
@@ -43,6 +43,10 @@ class WholeModel:
 
     def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
         save_tensors(named, self.config, folder)
+
+    def describe(self, folder: Path) -> None:
+        """Write what the folder says of the model, beside weights that lie there in pieces."""
+        write_config(self.config, folder)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.pieces import Stored, fill
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.hugging_face import from_config, to_config, zero_biases
 
+MODEL = "model"
+"""The folder, in a checkpoint's, of weights that several processes wrote in pieces."""
 ONE_FILE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _NUMBERS = ("F64", "F32", "F16", "BF16")
 """Types of stored weights that are plain numbers."""
@@ -76,8 +79,13 @@ def save_tensors(
         }
         _write_json(folder / INDEX, index)
         files[INDEX] = {}
-    _write_json(folder / CONFIG, config)
+    write_config(config, folder)
     return [folder / name for name in [*files, CONFIG]]
+
+
+def write_config(config: Mapping[str, object], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG, config)
 
 
 def load_policy(folder: Path, compute: torch.dtype = torch.float32, *, frozen: bool = False) -> Decoder:
@@ -100,6 +108,13 @@ def load_weights(decoder: Decoder, folder: Path) -> None:
     """Fill every weight from a folder. Missing, unexpected and wrongly shaped names are listed and refused
     before anything is changed."""
     wanted = _own(decoder)
+    if in_pieces(folder):
+        stored = Stored(folder, MODEL)
+        shapes_of = {name: tuple(value.shape) for name, value in wanted.items()}
+        _require_equal(shapes_of, {name: stored.shape(name) for name in stored}, folder)
+        for name, parameter in wanted.items():
+            fill(parameter, stored[name])
+        return
     files = _weight_files(folder)
     shapes = {name: shape for file in files for name, shape in _shapes(file)}
     ours = _our_names(shapes, folder)
@@ -112,9 +127,14 @@ def load_weights(decoder: Decoder, folder: Path) -> None:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     redundant = _redundant(ours[name], decoder)
                     if changes and not redundant:
-                        wanted[ours[name]].copy_(opened.get_tensor(name))
+                        fill(wanted[ours[name]], opened.get_tensor(name))
                     elif not changes and redundant:
                         _require_redundant(ours[name], opened.get_tensor(name), files, ours, folder)
+
+
+def in_pieces(folder: Path) -> bool:
+    """Whether a folder's weights are what several processes wrote, each its pieces."""
+    return (folder / MODEL).is_dir()
 
 
 def narrow(decoder: Decoder) -> None:
@@ -176,6 +196,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if in_pieces(folder):
+        raise UserError(
+            "these weights are in pieces, as several processes wrote them", where=str(folder / MODEL),
+            why="this needs a folder of whole tensors", fix=f"llmtrainer merge {folder} out=FOLDER, and name that",
+        )
     if (folder / INDEX).is_file():
         named = _read_json(folder / INDEX).get("weight_map")
         names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []

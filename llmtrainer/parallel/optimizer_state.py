@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,18 @@ UNTOUCHED = "untouched"
 """Stands for the state of a parameter that never had a gradient, so that its absence is no gap."""
 
 
-def read_state(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor the optimizer keeps, by parameter name; the tensors themselves, not copies."""
+def every(name: str) -> bool:
+    return True
+
+
+def read_state(optimizer: Optimizer, owned: Callable[[str], bool] = every) -> dict[str, Tensor]:
+    """Every tensor the optimizer keeps, by parameter name; the tensors themselves, not copies. `owned`: of which
+    parameters."""
     state: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if not owned(name):
+                continue
             kept = optimizer.state.get(parameter, {})
             for what, value in kept.items():
                 assert isinstance(value, Tensor), f"{what} of {type(optimizer).__name__} is no tensor"
@@ -30,8 +37,11 @@ def read_state(optimizer: Optimizer) -> dict[str, Tensor]:
     return state
 
 
-def write_state(optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor]) -> None:
-    """Put back what `read_state` gave, dtypes kept, as copies on the parameters' devices.
+def write_state(
+    optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor], owned: Callable[[str], bool] = every
+) -> None:
+    """Put back what `read_state` gave, dtypes kept, as copies on the parameters' devices. `owned`: of which parameters;
+    what belongs to others must be there too, but is not read.
 
     Raises UserError, before anything is changed, when a tensor is missing, left over, or of the wrong shape
     or dtype.
@@ -49,18 +59,21 @@ def write_state(optimizer: Optimizer, rule: Rule, state: Mapping[str, Tensor]) -
                 continue
             kept: dict[str, Tensor] = {}
             for what, sample in samples[name].items():
-                value = state.get(prefix + what)
-                if value is None:
+                if prefix + what not in given:
                     missing.append(prefix + what)
                     continue
                 given.discard(prefix + what)
+                if not owned(name):
+                    continue
+                value = state[prefix + what]
                 shape = rule.state_shape(what, parameter.shape) if sample.ndim else ()
                 if value.shape != shape or value.dtype != sample.dtype:
                     found, needed = _form(value.dtype, value.shape), _form(sample.dtype, shape)
                     wrong.append(f"{prefix}{what} is {found}, not {needed}")
                     continue
                 kept[what] = value.detach().to(sample.device, copy=True)
-            loaded.append((parameter, kept))
+            if owned(name):
+                loaded.append((parameter, kept))
     _require_fit(missing, sorted(given), wrong)
     optimizer.state.clear()
     for parameter, kept in loaded:

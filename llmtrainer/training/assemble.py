@@ -140,13 +140,14 @@ def trained_policy(
     policy = policy_of(recipe, tokenizer, compute, resumption.folder if resumption else None)
     if rows.train is not None:
         require_gates(policy, rows.train.store, "data.train")
-    policy.to(engine.device)
+    if resumption is not None:
+        resumption.load_weights(policy)     # while it is whole: an engine may leave each process a piece
     arranged = engine.prepare(policy, recipe.optim.rule, group(policy.named_parameters(), recipe.optim.groups))
     require_exact_sharing(rows.train, policy)
     for text in arranged.fallbacks:
         warn(text)
     if resumption is not None:
-        resumption.load(policy, engine)
+        resumption.load_state(engine)
     return policy, dict(arranged.facts)
 
 
@@ -278,6 +279,12 @@ def engine_of(recipe: Recipe) -> tuple[Engine, str]:
 def require_choices(recipe: Recipe, device: torch.device, compute: torch.dtype) -> None:
     """Refuse attention or kernels that cannot run here now, and not once the text is tokenised."""
     # On a copy: what counts as reading these settings is the engine's doing as they say.
+    if recipe.optim.clip is not None and getattr(recipe.engine.model_copy(deep=True), "step_in_backward", False):
+        raise UserError(
+            "gradients cannot be clipped when parameters are updated during backward",
+            where="engine.step_in_backward, optim.clip", why="their norm is known when the last of them is there",
+            fix="optim.clip=null, or engine.step_in_backward=false",
+        )
     asked = recipe.engine.model_copy(deep=True).arrangement()
     paths.choose(asked.attention, device, compute, asked.fallback)
     kernels.choose(asked.kernels, device, compute, asked.fallback)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llmtrainer.core.pieces import own
 from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training.exchange import exchanged
 from llmtrainer.training.recipe import Ema
@@ -17,7 +18,8 @@ FOLDER = "ema"
 
 
 class MovingAverage:
-    """One more copy of the trainable weights, in their own type (float32 or wider), on their device."""
+    """One more copy of the trainable weights, in their own type (float32 or wider), on their device: of those that are
+    divided among processes, this one's pieces."""
 
     def __init__(self, policy: nn.Module, settings: Ema) -> None:
         self._parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -33,7 +35,8 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights after `step`, if it is one of every so many."""
         if step % self._every == 0:
-            torch._foreach_lerp_(self._means, list(self._parameters), 1.0 - self.kept(step))
+            now = [own(parameter.detach()) for parameter in self._parameters]
+            torch._foreach_lerp_([own(mean) for mean in self._means], now, 1.0 - self.kept(step))
 
     def in_place(self) -> AbstractContextManager[None]:
         """Until the block ends, the policy has the mean's values, and the mean the policy's."""

@@ -14,20 +14,25 @@ from typing import Any
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir, step_of, sync_folder
+from llmtrainer.core.protocols import Writers
 
 
-def write(folder: Path, fill: Callable[[Path], None], facts: Mapping[str, object]) -> None:
+def write(
+    folder: Path, fill: Callable[[Path], None], facts: Mapping[str, object], writers: Writers | None = None
+) -> None:
     """Write a checkpoint that either exists whole or does not exist. `fill` writes its files into a folder.
 
     A folder is a checkpoint if and only if it has its final name. A crash at any line below leaves at most a
     hidden `.partial` folder, which the next start of the run deletes. A full disk is a UserError, and the older
-    checkpoints stay as they are.
+    checkpoints stay as they are. With `writers`, every process calls this and fills in its own files; rank 0 gives the
+    folder its name once all of them are on disk.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    first = writers is None or writers.rank == 0
     try:
-        _write_partial(partial, fill, facts)
-        partial.rename(folder)  # atomic within one file system
-        sync_folder(folder.parent)  # without this the rename itself can be lost with the power
+        _together(writers, folder, lambda: _empty(partial) if first else None)
+        _together(writers, folder, lambda: fill(partial))
+        _together(writers, folder, lambda: _named(partial, folder, facts) if first else None)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -41,10 +46,29 @@ def write(folder: Path, fill: Callable[[Path], None], facts: Mapping[str, object
         ) from error
 
 
-def _write_partial(partial: Path, fill: Callable[[Path], None], facts: Mapping[str, object]) -> None:
+def _together(writers: Writers | None, folder: Path, work: Callable[[], None]) -> None:
+    """Do one's part and wait for the others. Raises what went wrong here, or a UserError if it did elsewhere."""
+    try:
+        work()
+    except BaseException:
+        if writers is not None:
+            writers.agree(False)
+        raise
+    if writers is not None and not writers.agree(True):
+        raise UserError(
+            f"checkpoint {folder.name} could not be written", where=str(folder.parent),
+            why="another process could not do its part, and says why; the older checkpoints are untouched",
+            fix="do what that process says, and run the same command again",
+        )
+
+
+def _empty(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
+
+
+def _named(partial: Path, folder: Path, facts: Mapping[str, object]) -> None:
+    """List what is there, have it on disk, and give it its name."""
     listed = {}
     for path in sorted(partial.rglob("*")):
         if path.is_dir():
@@ -56,6 +80,8 @@ def _write_partial(partial: Path, fill: Callable[[Path], None], facts: Mapping[s
     manifest.write_text(json.dumps({**facts, "files": listed}, indent=2) + "\n")
     _sync_file(manifest)
     sync_folder(partial)
+    partial.rename(folder)  # atomic within one file system
+    sync_folder(folder.parent)  # without this the rename itself can be lost with the power
 
 
 def verify(folder: Path) -> str | None:
@@ -153,15 +179,16 @@ class Writer:
         else:
             work()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in the background, without waiting."""
+        return self._problem is not None
+
     def wait(self) -> None:
         """Until the last checkpoint is on disk. Raises what went wrong with it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.poll()
-
-    def poll(self) -> None:
-        """Raise what went wrong in the background, without waiting."""
         if self._problem is not None:
             problem, self._problem = self._problem, None
             raise problem

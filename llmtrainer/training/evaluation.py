@@ -70,6 +70,13 @@ class Evaluations:
                 figures.update({f"{title}/{name}/{which}": value for which, value in statistics(values).items()})
                 if self._draw is not None and self._engine.rank == 0:
                     self._draw(title, name, progress, values)
+        if self._examined or self._suites or self._sample is not None:
+            # What follows reads the policy in ways of its own.
+            with self._engine.whole(self._policy):
+                self._add_answers(figures, progress)
+        return figures
+
+    def _add_answers(self, figures: dict[str, float], progress: Progress) -> None:
         for title, examine in self._examined.items():
             figures.update({f"{title}/{name}": value for name, value in examine().items()})
         for suite in self._suites:
@@ -77,7 +84,6 @@ class Evaluations:
             figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
         if self._sample is not None:
             self._sample(progress)
-        return figures
 
 
 @torch.no_grad()

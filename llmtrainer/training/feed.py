@@ -27,6 +27,7 @@ from llmtrainer.core.batch import (
 )
 from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
+from llmtrainer.core.pieces import is_piece
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.data.comparison_source import ComparisonSource
@@ -147,6 +148,11 @@ def source_of(
         require_taught(recipe.objective)
     if engine.world_size > 1:
         raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
+    if any(map(is_piece, policy.parameters())):
+        raise UserError(
+            "answers are written by a model that is whole on its process", where="engine.kind=fsdp2",
+            why="each process has a piece of every tensor", fix="engine.kind=zero1, or engine.kind=single",
+        )
     settings = recipe.rollout
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)

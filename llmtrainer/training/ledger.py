@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.pieces import own
 
 
 class Ledger:
@@ -25,7 +26,7 @@ class Ledger:
 
     def _noting(self, name: str) -> Callable[[Tensor], None]:
         def note(parameter: Tensor) -> None:
-            if parameter.grad is not None and bool(parameter.grad.any()):
+            if parameter.grad is not None and bool(own(parameter.grad).any()):
                 self._had_gradient.add(name)
 
         return note
@@ -63,8 +64,9 @@ class Ledger:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A position-dependent 64-bit sum over a tensor's bits: on the tensor's own device, no copy of it kept."""
-    bits = tensor.detach().contiguous().view(torch.uint8).flatten()
+    """A position-dependent 64-bit sum over the bits of a tensor, or of this process's piece of it: on the tensor's own
+    device, no copy of it kept."""
+    bits = own(tensor.detach()).contiguous().view(torch.uint8).flatten()
     words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
     total, piece = 0, 1 << 22  # in pieces, so that a large embedding needs no eightfold copy of itself
     for start in range(0, words.numel(), piece):
@@ -76,5 +78,8 @@ def fingerprint(tensor: Tensor) -> int:
 
 def _too_small(parameter: Tensor, learning_rate: float) -> bool:
     """Whether a step of this rate vanishes beside the smallest weight of the tensor."""
-    smallest = float(parameter.detach().abs().min())
+    piece = own(parameter.detach())
+    if not piece.numel():
+        return True
+    smallest = float(piece.abs().min())
     return learning_rate <= torch.finfo(parameter.dtype).eps * smallest

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.pieces import Stored
 from llmtrainer.core.precision import DTYPES
 from llmtrainer.core.protocols import opening
 from llmtrainer.generation.loop import complete
@@ -24,7 +25,7 @@ from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.foreign import Foreign
 from llmtrainer.models.foreign_loading import ForeignModel
 from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
-from llmtrainer.models.weights import CONFIG, INDEX, load_policy, save_tensors, tensors
+from llmtrainer.models.weights import CONFIG, INDEX, MODEL, in_pieces, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.scoring import scores_of
 
@@ -326,6 +327,9 @@ def appearing(out: Path) -> Iterator[Path]:
 def stored_type(folder: Path) -> str:
     """The type of a folder's first weight; float32 where there is none, which loading then refuses."""
     told = {"F64": "float64", "F16": "float16", "BF16": "bfloat16"}
+    if in_pieces(folder):
+        stored = Stored(folder, MODEL)
+        return told.get(stored.type(next(iter(stored))), "float32")
     for opened, name in _opened(folder):
         return told.get(opened.get_slice(name).get_dtype(), "float32")
     return "float32"

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import GATES, KEPT, NEVER, REFERENCE, TEMPERATURE, Batch, Outputs
+from llmtrainer.core.pieces import fill, whole
 from llmtrainer.core.protocols import Engine, Family
 from llmtrainer.models.adapters.lora import adapters
 from llmtrainer.models.peft_format import adapter_tensors, is_adapter, load_adapter
@@ -103,11 +104,12 @@ def require_same(who: str, before: object, sha256: str, where: Path) -> None:
 
 
 def sha256_of(named: Mapping[str, Tensor]) -> str:
-    """Over names, types, shapes and bytes."""
+    """Over names, types, shapes and bytes of whole tensors: where they are divided, every process asks."""
     digest = hashlib.sha256()
     for name, value in sorted(named.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        value = whole(value.detach())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -158,5 +160,7 @@ def untrained(policy: Policy) -> tuple[list[Tensor], list[Tensor]]:
         if layer.adapter.lora_magnitude_vector is not None:
             assert isinstance(layer.adapter.base_norm_O, Tensor)
             tensors.append(layer.adapter.lora_magnitude_vector)
-            others.append(layer.adapter.base_norm_O.clone())
+            norms = layer.adapter.lora_magnitude_vector.detach().clone()
+            fill(norms, layer.adapter.base_norm_O)
+            others.append(norms)
     return tensors, others

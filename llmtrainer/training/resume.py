@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Progress
+from llmtrainer.core.pieces import Stored
 from llmtrainer.core.protocols import Engine
 from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training import checkpoint
@@ -64,13 +64,16 @@ class Resumption:
         """The folder of the moving average of the weights, if the run keeps one."""
         return self.folder / FOLDER
 
-    def state(self, file: str) -> dict[str, Tensor]:
-        """Tensors of a file beside the model."""
-        return load_file(self.folder / file)
+    def state(self, stem: str) -> Mapping[str, Tensor]:
+        """Tensors beside the model, whichever processes wrote them; each is read when it is asked for."""
+        return Stored(self.folder, stem)
 
-    def load(self, policy: Policy, engine: Engine) -> None:
-        """Weights, optimizer and engine state, every tensor by name: one missing or left over is refused."""
+    def load_weights(self, policy: Policy) -> None:
+        """Every tensor by name: one missing or left over is refused."""
         read_into(policy, self.folder)
+
+    def load_state(self, engine: Engine) -> None:
+        """The optimizer's and the engine's, every tensor by name."""
         engine.load_state(self.state(OPTIMIZER))
 
 

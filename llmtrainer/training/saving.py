@@ -13,16 +13,18 @@ from torch import Tensor
 
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Progress
+from llmtrainer.core.pieces import is_piece, whole
 from llmtrainer.core.protocols import Engine, Tokenizer
-from llmtrainer.models.stored import Form
+from llmtrainer.models.stored import Form, WholeModel
+from llmtrainer.models.weights import MODEL
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training import checkpoint
 from llmtrainer.training.average import FOLDER, MovingAverage
 from llmtrainer.training.chats import GENERATION_FILE, generation_config
 from llmtrainer.training.recipe import Save
 
-OPTIMIZER, ROLLOUTS = "optimizer.safetensors", "rollout.safetensors"
-"""Files of a checkpoint beside the model."""
+OPTIMIZER, ROLLOUTS = "optimizer", "rollout"
+"""Files of a checkpoint beside the model: `optimizer.safetensors`, or one of each process (see core/pieces.py)."""
 State = Callable[[], Mapping[str, Tensor]]
 """Gives tensors as they are now."""
 
@@ -83,42 +85,77 @@ class Saver:
             **self._facts,
         }
         folder = self._run.checkpoint(progress.step)
-        if self._engine.rank:
-            self._parent = folder.name      # every rank holds the same, and rank 0 writes it
-            return
-        weights, state = {".": _frozen(self._form.tensors())}, {OPTIMIZER: _frozen(self._engine.state())}
-        state |= {name: _frozen(take()) for name, take in self._more.items()}
+        self._parent = folder.name
+        if self._engine.rank and self._engine.writers is None:
+            return      # every rank holds the same, and rank 0 writes it
+        weights, state = {".": self._weights()}, {OPTIMIZER: self._copied(self._engine.state())}
+        if self._engine.rank == 0:
+            state |= {name: _frozen(take()) for name, take in self._more.items()}
         if self._average is not None:
             with self._average.in_place():
-                weights[FOLDER] = _frozen(self._form.tensors())
+                weights[FOLDER] = self._weights()
         self._writer.submit(lambda: self._write(folder, weights, state, facts))
-        self._parent = folder.name
 
     def wait(self) -> None:
         self._writer.wait()
 
-    def poll(self) -> None:
-        self._writer.poll()
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in the background, which `wait` raises."""
+        return self._writer.failed
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Copies of the weights: of this process's pieces, where a folder takes pieces; else whole, for rank 0."""
+        named = self._form.tensors()
+        if self._in_pieces(named):
+            return self._copied(named)
+        whole_ones = {name: whole(value) for name, value in named.items()}
+        return _frozen(whole_ones) if self._engine.rank == 0 else {}
+
+    def _copied(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        writers = self._engine.writers
+        return _frozen(named) if writers is None else writers.frozen(named)
+
+    def _in_pieces(self, named: Mapping[str, Tensor]) -> bool:
+        return isinstance(self._form, WholeModel) and any(map(is_piece, named.values()))
 
     def _write(
         self, folder: Path, weights: Mapping[str, dict[str, Tensor]], state: Mapping[str, dict[str, Tensor]],
         facts: dict[str, Any],
     ) -> None:  # fmt: skip
         """`weights` by the folder below the checkpoint that becomes a model: its own, and that of the average. `state`
-        by the name of its file."""
+        by what its file is called."""
+        writers = self._engine.writers
 
         def fill(partial: Path) -> None:
-            for below, named in weights.items():
-                self._form.write(named, partial / below)
-                self._tokenizer.save(partial / below)
-                if self._generation is not None:
-                    (partial / below / GENERATION_FILE).write_text(self._generation, encoding="utf-8")
-            for name, tensors in state.items():
-                save_file(tensors, partial / name, {"format": "pt"})
-            (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
+            if writers is not None:
+                # First what all processes do together: one that fails alone before it would keep the others waiting.
+                for below, named in weights.items():
+                    if self._in_pieces(named):
+                        writers.write(named, partial / below, MODEL)
+                writers.write(state[OPTIMIZER], partial, OPTIMIZER)
+            if self._engine.rank == 0:
+                self._fill_alone(partial, weights, state if writers is None else _without(state, OPTIMIZER))
 
-        checkpoint.write(folder, fill, facts)
-        self.tidy()
+        checkpoint.write(folder, fill, facts, writers)
+        if self._engine.rank == 0:
+            self.tidy()
+
+    def _fill_alone(
+        self, partial: Path, weights: Mapping[str, dict[str, Tensor]], state: Mapping[str, dict[str, Tensor]]
+    ) -> None:
+        for below, named in weights.items():
+            if self._in_pieces(named):
+                assert isinstance(self._form, WholeModel)
+                self._form.describe(partial / below)
+            else:
+                self._form.write(named, partial / below)
+            self._tokenizer.save(partial / below)
+            if self._generation is not None:
+                (partial / below / GENERATION_FILE).write_text(self._generation, encoding="utf-8")
+        for name, tensors in state.items():
+            save_file(tensors, partial / f"{name}.safetensors", {"format": "pt"})
+        (partial / "recipe.yaml").write_text(self._recipe_yaml, encoding="utf-8")
 
     def _score(self, figures: Mapping[str, float]) -> float | None:
         by = self._keep[2] or next((name for name in figures if name.endswith("loss")), None)
@@ -127,6 +164,10 @@ class Saver:
     def _best(self) -> dict[int, float]:
         best = sorted(self._scores.items(), key=lambda item: (item[1], item[0]))
         return dict(best[: self._keep[1]])
+
+
+def _without(state: Mapping[str, dict[str, Tensor]], stem: str) -> dict[str, dict[str, Tensor]]:
+    return {name: tensors for name, tensors in state.items() if name != stem}
 
 
 def _frozen(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Term, count, loss_of
+from llmtrainer.core.pieces import own
 from llmtrainer.core.protocols import annotated, of_first
 from llmtrainer.core.randomness import derive
 from llmtrainer.training.ledger import Ledger
@@ -46,7 +47,6 @@ class Trainer:
     def steps(self) -> Iterator[StepInfo]:
         """Steps until the duration is reached or a stop is requested; the last step is evaluated and saved."""
         while not self.finished and not self._stopping():
-            self.parts.saver.poll()  # a full disk ends the run now, not hours later
             before = self.progress
             self.last = info = self._first_step() if self.last is None else self.step()
             self._record(before, info)
@@ -76,6 +76,9 @@ class Trainer:
             require_one_batch(batches)
         if parts.before is not None:
             batches = parts.before(self.progress.step, batches)
+        after = self._after(int(counts["input"]))
+        rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
+        parts.engine.begin(rate)
         clock.lap("data", then="forward")
         sums: dict[str, Tensor] = {}
         coefs: dict[str, float] = {}
@@ -91,9 +94,7 @@ class Trainer:
                 coefs[term.name] = term.coef
         metrics = parts.engine.sum({name: float(value) for name, value in sums.items()}) | dict(parts.told())
         grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
-        after = self._after(int(counts["input"]))
         loss = sum(coefs[name] * value for name, value in metrics.items() if coefs.get(name))
-        rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
         skipped = not self._update(loss, grad_norm, rate)
         if parts.average is not None:
             parts.average.update(after.step)
@@ -130,9 +131,17 @@ class Trainer:
             self.tell("save", step=self.progress.step)
 
     def _stopping(self) -> bool:
-        """Whether any rank was asked to stop: asked together, so that all ranks end behind the same step."""
-        stop, engine = self.parts.stop, self.parts.engine
-        asked = bool(engine.sum({"stop": float(stop.requested is not None)})["stop"])
+        """Whether any rank was asked to stop: asked together, so that all ranks end behind the same step. Raises what
+        went wrong with a checkpoint in the background."""
+        stop, engine, saver = self.parts.stop, self.parts.engine, self.parts.saver
+        told = engine.sum({"stop": float(stop.requested is not None), "unsaved": float(saver.failed)})
+        if told["unsaved"]:      # a full disk ends the run now, not hours later, and on all ranks
+            saver.wait()
+            raise UserError(
+                "another process could not write its part of a checkpoint", where=f"rank {engine.rank}",
+                why="that process says why; older checkpoints are untouched", fix="do what it says, and run again",
+            )
+        asked = bool(told["stop"])
         if asked:
             stop.request("another process of this job was asked")
         return asked    # and not what a signal may have changed on this rank since
@@ -168,8 +177,15 @@ class Trainer:
                 self.tell("warning", step=self.progress.step + 1, text="fp16 overflow: step skipped, scale halved")
             self._skips = 0 if updated else self._skips
             return updated
-        culprit = _first_nonfinite(self.parts.policy) or "the loss itself; every gradient is finite"
         what = f"loss {loss} and gradient norm {grad_norm} at step {self.progress.step + 1}"
+        if self.parts.engine.updates_in_backward:
+            raise UserError(
+                f"{what}: not a number", where="engine.step_in_backward",
+                why="the weights were updated while the gradients were made: nothing is saved of them",
+                fix="run the same command again, which continues from the newest checkpoint, with a lower "
+                "optim.schedule.peak, or with engine.step_in_backward=false to see which parameter is bad",
+            )
+        culprit = _first_nonfinite(self.parts.policy) or "the loss itself; every gradient is finite"
         self.parts.engine.discard()
         self._skips += 1
         if self.parts.on_nonfinite == "stop" or self._skips > MOST_SKIPS_IN_A_ROW:
@@ -228,6 +244,6 @@ def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -
 def _first_nonfinite(policy: nn.Module) -> str | None:
     """The first parameter, in the order of the model, whose gradient is not finite."""
     for name, parameter in policy.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(own(parameter.grad)).all()):
             return name
     return None

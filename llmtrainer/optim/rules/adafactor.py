@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,8 @@ class Adafactor(Rule):
 
     The learning rate is relative: a tensor moves by its own root mean square times the rate, which is never more
     than 1 / sqrt(step). So peaks are larger than AdamW's, near 1e-2."""
+
+    elementwise: ClassVar[bool] = False
 
     square_decay: float = Field(default=-0.8, ge=-1.0, lt=0.0)
     """The mean square of step t keeps 1 - t to this power (section 7.2): little at first, nearly all later."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,6 +24,9 @@ _SLICE = 1024 * BLOCK
 class AdamW8bit(Rule):
     """Dettmers 2022, arXiv:2110.02861: block-wise codes of both means. Embeddings and small tensors keep float
     means, as in the paper: their gradients are uneven, or there is nothing to save."""
+
+    elementwise: ClassVar[bool] = False
+    """A code depends on the largest number of its block."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """How much of the running mean of gradients, and of their squares, each step keeps."""

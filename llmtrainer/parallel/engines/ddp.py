@@ -6,6 +6,7 @@ import datetime
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.parallel.early import AtTheEnd, EarlySteps, require_early
 from llmtrainer.parallel.engines.single import Single, SingleEngine
 from llmtrainer.parallel.world import World
 
@@ -37,16 +39,32 @@ class Ddp(Single):
     """Look in every step for parameters that took no part: needed where a step may leave some out, as a gated mixture
     of adapters does; costs a walk over the graph."""
 
+    overlap_reduce: bool = True
+    """Add gradients up while backward goes on. False: all of them when it has ended, in the same pieces and with the
+    same numbers; for measuring what the overlap saves."""
+
+    step_in_backward: bool = False
+    """Update a bucket's parameters as soon as its gradients are added up, while backward goes on. Not with optim.clip,
+    which needs all gradients first, and not in float16."""
+
     timeout_minutes: float = Field(default=30.0, gt=0.0)
     """How long a process waits for the others in one step before the job ends with an error."""
 
     def start(self, precision: str) -> DdpEngine:
+        return DdpEngine(**self._settings(precision))
+
+    def _settings(self, precision: str) -> dict[str, Any]:
+        """What the engine is made of; meets the other processes."""
+        if self.step_in_backward:
+            require_early(precision)
         device, told = self._ready(precision)
         world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
-        return DdpEngine(
-            device, precision, world=world, bucket_mib=self.bucket_mib, find_unused=self.find_unused_parameters,
-            compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told, arrangement=self.arrangement(),
-        )
+        return {
+            "device": device, "precision": precision, "world": world, "bucket_mib": self.bucket_mib,
+            "find_unused": self.find_unused_parameters, "overlap": self.overlap_reduce,
+            "early": self.step_in_backward, "compile": self.compile,
+            "cuda_graphs": self.cuda_graphs and not told, "told": told, "arrangement": self.arrangement(),
+        }
 
 
 class DdpEngine(SingleEngine):
@@ -55,11 +73,14 @@ class DdpEngine(SingleEngine):
 
     def __init__(
         self, device: torch.device, precision: str, *, world: World, bucket_mib: float, find_unused: bool,
+        overlap: bool = True, early: bool = False,
         **settings: Any,    # those of SingleEngine
     ) -> None:
         super().__init__(device, precision, **settings)
         self.world, self.rank, self.world_size = world, world.rank, world.size
         self._bucket_mib, self._find_unused = bucket_mib, find_unused
+        self.updates_in_backward = early
+        self._at_the_end = None if overlap else AtTheEnd(device)
         self.collectives = 0
         """Buckets of gradients sent so far."""
 
@@ -69,12 +90,19 @@ class DdpEngine(SingleEngine):
         # Its new name is not known to the oldest torch that we run on.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._replica = DistributedDataParallel(
-            module, broadcast_buffers=False, bucket_cap_mb=self._bucket_mib,
+            module, forward_sync_buffers=False, bucket_cap_mb=self._bucket_mib,
             find_unused_parameters=self._find_unused, gradient_as_bucket_view=True,
         )
+        self._early = EarlySteps(rule, groups) if self.updates_in_backward else None
+        if self._early is not None:
+            self._optimizer = self._early.optimizer
         # Unannotated: torch compares annotations with types, and here they are text.
-        self._replica.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
+        self._replica.register_comm_hook(None, lambda state, bucket: self._take(bucket))
         return arranged
+
+    def begin(self, learning_rate: float) -> None:
+        if self._early is not None:
+            self._early.begin(learning_rate)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._replica.no_sync()
@@ -88,6 +116,20 @@ class DdpEngine(SingleEngine):
             raise _explained(error) from error
         return out
 
+    def clip(self, max_norm: float | None) -> Tensor:
+        if self._early is None:
+            return super().clip(max_norm)
+        assert max_norm is None, "refused with the recipe"
+        self._norm = torch.tensor(self._early.squares, dtype=torch.float64, device=self.device).sqrt()
+        return self._norm
+
+    def discard(self) -> None:
+        super().discard()
+        if self._early is not None:
+            self._early.end()
+            for parameter in self._parameters:
+                parameter.grad = None
+
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return self.world.sum(numbers)
 
@@ -97,6 +139,25 @@ class DdpEngine(SingleEngine):
     def close(self) -> None:
         super().close()
         self.world.leave()
+
+    def _update(self) -> None:
+        if self._early is None:
+            super()._update()
+
+    def _take(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Have a bucket of gradients added up, now or at the end of backward, and what follows from it done."""
+        added = self._reduce(bucket) if self._at_the_end is None else self._at_the_end.add(bucket, self._reduce)
+        if self._early is None:
+            return added
+        return added.then(partial(self._early_update, bucket.parameters(), bucket.gradients()))
+
+    def _early_update(
+        self, parameters: list[Tensor], gradients: list[Tensor], added: torch.futures.Future[Tensor]
+    ) -> Tensor:
+        assert self._early is not None
+        buffer = added.value()
+        self._early.update(list(zip(parameters, gradients, strict=True)))
+        return buffer
 
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         # A sum and not DDP's mean: the loss is divided by what all ranks counted together.

@@ -18,7 +18,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
-from llmtrainer.core.protocols import EngineConfig, Made, Rule
+from llmtrainer.core.protocols import EngineConfig, Made, Rule, Writers
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
@@ -89,6 +89,8 @@ class SingleEngine:
 
     rank: int = 0
     world_size: int = 1
+    writers: Writers | None = None
+    updates_in_backward: bool = False
 
     def __init__(
         self, device: torch.device, precision: str, *, compile: bool = False, cuda_graphs: bool = False,
@@ -147,6 +149,9 @@ class SingleEngine:
             parameter.requires_grad_(trained.get(name, True))
         return compiled(policy)
 
+    def begin(self, learning_rate: float) -> None:
+        """Nothing is updated before `step`."""
+
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -171,7 +176,7 @@ class SingleEngine:
         gradients = self._gradients()
         if self._loss_scale is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / self._loss_scale.scale)
-        norm = self._norm = global_norm(gradients, self.device)
+        norm = self._norm = self._norm_of(gradients)
         if max_norm is not None and gradients:
             factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), 1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
@@ -192,7 +197,7 @@ class SingleEngine:
             self._loss_scale.updated()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_multiplier"]
-        self._optimizer.step()
+        self._update()
         self._updates += 1
         self.discard()
         return True
@@ -210,13 +215,16 @@ class SingleEngine:
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in policy.named_parameters()}
 
+    def whole(self, policy: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def state(self) -> dict[str, Tensor]:
         """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step
         changes them, so whoever writes them in the background copies them first."""
         state = {UPDATES: torch.tensor(self._updates, dtype=torch.int64)}
         if self._loss_scale is not None:
             state |= self._loss_scale.state()
-        return state | (read_state(self._optimizer) if self._updates else {})
+        return state | (read_state(self._optimizer, self._owns) if self._updates else {})
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises UserError, with nothing changed, if it is not all of it."""
@@ -231,7 +239,7 @@ class SingleEngine:
             )
         updates = int(state[UPDATES])
         if updates:
-            write_state(self._optimizer, self._rule, state)
+            write_state(self._optimizer, self._rule, self._pieces_of(state), self._owns)
         elif len(state) > len(expected):
             raise UserError(
                 "the checkpoint's engine state says that it holds none of the optimizer's, and does",
@@ -249,6 +257,20 @@ class SingleEngine:
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
+        return global_norm(gradients, self.device)
+
+    def _update(self) -> None:
+        self._optimizer.step()
+
+    def _owns(self, name: str) -> bool:
+        """Whether this process keeps the optimizer's state of a parameter."""
+        return True
+
+    def _pieces_of(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of whole tensors, what this process keeps."""
+        return state
 
 
 def detached(out: Outputs) -> Outputs:

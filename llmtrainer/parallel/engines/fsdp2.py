@@ -1,0 +1,354 @@
+"""The model itself divided: each process keeps a piece of every tensor, and blocks are whole only while they compute
+(PyTorch's FSDP2)."""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from llmtrainer.base.errors import UserError
+from llmtrainer.core.arrangement import Arranged
+from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.pieces import first_row, is_piece, own, whole
+from llmtrainer.core.precision import DTYPES
+from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.parallel.early import EarlySteps, require_early
+from llmtrainer.parallel.engines.single import Single, SingleEngine, arrange, detached, global_norm
+from llmtrainer.parallel.optimizer_state import PREFIX
+from llmtrainer.parallel.world import World
+from llmtrainer.parallel.writing import Pieces, on_mesh
+
+
+class Fsdp2(Single):
+    """Fully sharded data parallel (Zhao 2023, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054): weights, gradients and
+    optimizer state are divided, row by row. A block is gathered before it computes and let go afterwards. For models
+    that do not fit a device; costs half again as many messages as ddp."""
+
+    reshard_after_forward: bool = True
+    """Let go of a block's weights after its forward pass, and gather them again for its backward. False keeps them in
+    between: fewer messages, and the whole model in memory once a step."""
+
+    gather: Literal["masters", "compute"] = "masters"
+    """The type in which weights travel. masters: as they are kept, and numbers equal every other engine's. compute: in
+    the type of `precision`, half the bytes in 16 bits; norms are rounded to it too."""
+
+    prefetch: int = Field(default=0, ge=0)
+    """So many blocks ahead are gathered while one still computes. 0: one ahead, and in backward only. Each costs a
+    block's memory."""
+
+    overlap_reduce: bool = True
+    """Gradients are added up while backward goes on: this engine has no other way."""
+
+    step_in_backward: bool = False
+    """Update each parameter as soon as its gradient is added up, which is then let go: no two blocks' gradients are
+    ever there together. Not with optim.clip, which needs all of them first, and not in float16."""
+
+    timeout_minutes: float = Field(default=30.0, gt=0.0)
+    """How long a process waits for the others in one step before the job ends with an error."""
+
+    def start(self, precision: str) -> Fsdp2Engine:
+        if not self.overlap_reduce:
+            raise UserError(
+                "fsdp2 adds gradients up while backward goes on", where="engine.overlap_reduce",
+                why="a block's gradients are let go with the block, so none can wait for the end",
+                fix="engine.overlap_reduce=true, or engine.kind=ddp",
+            )
+        if self.compile:
+            raise UserError(
+                "fsdp2 does not compile the model", where="engine.compile",
+                why="compiled pieces are proved on weights that are whole before the first step, and here none are",
+                fix="engine.compile=false, or engine.kind=zero1",
+            )
+        if self.step_in_backward:
+            require_early(precision)
+        device, told = self._ready(precision)
+        world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
+        return Fsdp2Engine(
+            device, precision, world=world, reshard=self.reshard_after_forward, prefetch=self.prefetch,
+            travel=DTYPES[precision] if self.gather == "compute" else None, early=self.step_in_backward,
+            told=told, arrangement=self.arrangement(),
+        )
+
+
+class Fsdp2Engine(SingleEngine):
+    """A SingleEngine on pieces: the rule updates this process's rows of every tensor as if they were all, so that it
+    must be one that looks at each number alone."""
+
+    def __init__(
+        self, device: torch.device, precision: str, *, world: World, reshard: bool, prefetch: int,
+        travel: torch.dtype | None, early: bool,
+        **settings: Any,    # those of SingleEngine
+    ) -> None:
+        super().__init__(device, precision, **settings)
+        self.world, self.rank, self.world_size = world, world.rank, world.size
+        self._reshard, self._prefetch, self._travel = reshard, prefetch, travel
+        self.updates_in_backward = early
+        self._whole = False
+        """Whether every process has the whole policy just now."""
+
+    def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
+        _require_elementwise(rule)
+        if self.updates_in_backward:
+            _require_even(policy)
+        masters = {parameter.dtype for group in groups for parameter in group["params"]}
+        assert masters in ({torch.float32}, {torch.float64}), f"{masters} are no masters of one type"
+        self._rule, self._policy, self._forward = rule, policy, policy
+        self._units = self._divide(policy, masters.pop())
+        arranged = arrange(policy, self._arrangement)
+        arranged = arranged._replace(fallbacks=self._told + arranged.fallbacks)
+        self.writers = Pieces(self.world)
+        names = [name for group in groups for name in group["param_names"]]
+        named = dict(policy.named_parameters())
+        self._sharded = {name: named[name] for name in names}
+        # The rule's own tensors: torch's operators on DTensors know few of what rules call.
+        self._pieces = {name: nn.Parameter(own(each.detach())) for name, each in self._sharded.items()}
+        self._parameters = list(self._pieces.values())
+        of_pieces = [{**group, "params": [self._pieces[name] for name in group["param_names"]]} for group in groups]
+        self._early = EarlySteps(rule, of_pieces) if self.updates_in_backward else None
+        self._optimizer = rule.build(of_pieces) if self._early is None else self._early.optimizer
+        for name, parameter in self._sharded.items() if self._early is not None else ():
+            parameter.register_post_accumulate_grad_hook(self._stepping(name))
+        self._took_part: set[str] = set()
+        """Parameters that have got a gradient in this step, on this rank."""
+        self._watched: set[nn.Module] = set()
+        return arranged
+
+    def _divide(self, policy: nn.Module, master: torch.dtype) -> list[FSDPModule]:
+        """Leave this process its rows of every tensor. Each block becomes a unit that is gathered by itself; the rest,
+        embeddings and head, is one more."""
+        blocks = blocks_of(policy)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        types = MixedPrecisionPolicy(
+            param_dtype=None if self._travel == master else self._travel, reduce_dtype=master, cast_forward_inputs=False
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=types, reshard_after_forward=self._reshard)
+        fully_shard(policy, mesh=mesh, mp_policy=types, reshard_after_forward=False)
+        units = [unit for unit in (*blocks, policy) if isinstance(unit, FSDPModule)]
+        for unit in units:
+            # Sums and not means: the loss is divided by what all ranks counted together. gloo knows no others.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            if not self.updates_in_backward:
+                # Processes may leave out different parameters, and must send the same sizes.
+                unit.set_reduce_scatter_unused_params(True)
+                assert isinstance(unit, nn.Module)
+                unit.register_forward_pre_hook(self._watch)
+        self._prefetch_from(units)
+        return units
+
+    def _prefetch_from(self, units: Sequence[FSDPModule]) -> None:
+        """Which units are gathered while one computes: the next ones in forward, those before it in backward."""
+        if not self._prefetch:
+            return
+        *blocks, root = units
+        order = [root, *blocks]
+        for index, unit in enumerate(order):
+            unit.set_modules_to_forward_prefetch(order[index + 1 : index + 1 + self._prefetch])
+            behind = blocks[::-1] if unit is root else blocks[: index - 1][::-1]
+            unit.set_modules_to_backward_prefetch(behind[: self._prefetch])
+
+    def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
+        if policy is not self._policy:
+            return super().reader(policy)       # another model is whole on every process
+
+        @torch.no_grad()
+        def read(batch: Batch, wants: tuple[str, ...]) -> Outputs:
+            return detached(self.forward(batch, wants))
+
+        return read
+
+    def begin(self, learning_rate: float) -> None:
+        if self._early is not None:
+            self._early.begin(learning_rate)
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        root = self._units[-1]
+        root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        with warnings.catch_warnings():
+            # That outputs are views would matter if somebody wrote into them.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            out = super().forward(batch, wants)
+        if not torch.is_grad_enabled() and not self._whole:
+            # Nothing whole is left behind: whoever writes other values into the pieces must be read with them.
+            for unit in self._units:
+                unit.reshard()
+        return out
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        if self._early is None:
+            return super().clip(max_norm)
+        assert max_norm is None, "refused with the recipe"
+        self._norm = self._root_of_sum(self._early.squares)
+        return self._norm
+
+    def step(self, learning_rate: float) -> bool:
+        if self._early is None:
+            return super().step(learning_rate)
+        self._updates += 1
+        self.discard()
+        return True
+
+    def discard(self) -> None:
+        super().discard()
+        self._took_part.clear()
+        for parameter in self._sharded.values():
+            parameter.grad = None
+        if self._early is not None:
+            self._early.end()
+
+    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        return self.world.sum(numbers)
+
+    def in_turn(self, work: Callable[[], Made]) -> Made:
+        return self.world.in_turn(work)
+
+    def weights(self, policy: nn.Module) -> dict[str, Tensor]:
+        return {name: whole(parameter.detach()) for name, parameter in policy.named_parameters()}
+
+    @contextmanager
+    def whole(self, policy: nn.Module) -> Iterator[None]:
+        """Memory for the whole model on every process."""
+        assert policy is self._policy, "another model is whole already"
+        *blocks, root = self._units
+        for unit in (root, *blocks):
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole = False
+            for unit in self._units:
+                unit.reshard()
+                unit.set_reshard_after_forward(self._reshard and unit is not root, recurse=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """As SingleEngine's; of what has a parameter's shape, this process's piece of the whole."""
+        found = super().state()
+        for name, value in found.items():
+            if name.startswith(PREFIX) and value.ndim:
+                like: Any = self._sharded[_parameter_of(name)]      # a DTensor
+                found[name] = on_mesh(value, like, like.device_mesh)
+        return found
+
+    def close(self) -> None:
+        self.world.leave()
+
+    def _gradients(self) -> list[Tensor]:
+        unused = self._unused()
+        for name, parameter in self._sharded.items():
+            piece, gradient = self._pieces[name], parameter.grad
+            piece.data = own(parameter.detach())    # torch may have moved it
+            piece.grad = None if gradient is None or name in unused else own(gradient)
+        return [piece.grad for piece in self._parameters if piece.grad is not None]
+
+    def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
+        mine = global_norm([gradient for gradient in gradients if gradient.numel()], self.device)
+        return self._root_of_sum(float(mine) ** 2)
+
+    def _root_of_sum(self, squares: float) -> Tensor:
+        """Of what every rank has of a sum of squares, the root of all of it."""
+        total = self.world.sum({"squares": squares})["squares"]
+        return torch.tensor(total, dtype=torch.float64, device=self.device).sqrt()
+
+    def _pieces_of(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return _Pieces(state, self._sharded)
+
+    def _stepping(self, name: str) -> Callable[[Tensor], None]:
+        def step(parameter: Tensor) -> None:
+            assert self._early is not None and parameter.grad is not None
+            piece = self._pieces[name]
+            piece.data = own(parameter.detach())
+            if self._early.update([(piece, own(parameter.grad))]):
+                parameter.grad = None
+
+        return step
+
+    def _watch(self, unit: nn.Module, inputs: Any) -> None:
+        """Note, for each of a unit's parameters, when backward comes to it. Called while the unit is whole: the tensors
+        that it is whole in are made once, and filled again and again."""
+        if unit in self._watched:
+            return
+        self._watched.add(unit)
+        own_ones = {id(parameter) for parameter in unit.parameters() if not is_piece(parameter)}
+        for name, parameter in self._policy.named_parameters():
+            if id(parameter) in own_ones and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._noting(name))
+
+    def _noting(self, name: str) -> Callable[[Tensor], None]:
+        return lambda parameter: self._took_part.add(name)
+
+    def _unused(self) -> set[str]:
+        """Parameters that took no part on any rank: FSDP2 has made them gradients of zeros, by which a rule would
+        still decay them."""
+        used = self.world.sum({name: float(name in self._took_part) for name in self._sharded})
+        return {name for name, count in used.items() if not count}
+
+
+class _Pieces(Mapping[str, Tensor]):
+    """Of the optimizer's whole tensors, this process's rows: each is cut when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], sharded: Mapping[str, Tensor]) -> None:
+        self._state, self._sharded = state, sharded
+
+    def __getitem__(self, name: str) -> Tensor:
+        value, parameter = self._state[name], self._sharded.get(_parameter_of(name))
+        if parameter is None or value.shape != parameter.shape:
+            return value    # a scalar, or what is refused for its shape
+        return value.narrow(0, first_row(parameter), own(parameter).shape[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _parameter_of(name: str) -> str:
+    """`optimizer.<parameter>.<what>` -> <parameter>."""
+    return name.removeprefix(PREFIX).rpartition(".")[0]
+
+
+def blocks_of(policy: nn.Module) -> list[nn.Module]:
+    """What the policy names as its blocks, in order, by a method `blocks` of one of its modules. Each must be called
+    for all that is computed with its parameters. UserError where none are named."""
+    found = [block for module in policy.modules() for block in getattr(module, "blocks", list)()]
+    if not found:
+        raise UserError(
+            f"{type(policy).__name__} does not say what its blocks are", where="engine.kind=fsdp2",
+            why="blocks are what is gathered and let go; models of transformers' own classes name none here",
+            fix="engine.kind=zero1, which divides the optimizer's state of any model",
+        )
+    return found
+
+
+def _require_even(policy: nn.Module) -> None:
+    """Refuse a policy whose parameters may take part on one process and not on another."""
+    if getattr(getattr(policy, "adapter", None), "gated", False):
+        raise UserError(
+            "a gated mixture cannot update during backward", where="engine.step_in_backward, model.adapter.kind",
+            why="which adapters a step leaves out on every process is known at its end",
+            fix="engine.step_in_backward=false",
+        )
+
+
+def _require_elementwise(rule: Rule) -> None:
+    if not rule.elementwise:
+        raise UserError(
+            f"`{rule.kind}` looks at whole tensors, and each process has some rows of them",
+            where="optim.rule.kind, engine.kind=fsdp2", why="its updates would depend on the number of processes",
+            fix="engine.kind=zero1, which divides whole tensors; or optim.rule.kind=adamw",
+        )
