@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=20, help="real processes killed with -9 (make storm: 100)")
+    parser.addoption("--kills", type=int, default=100, help="processes killed while they save (make storm: 500)")
+    parser.addoption("--corruptions", type=int, default=20, help="checkpoints damaged (make storm: 100)")
     parser.addoption("--faults", type=int, default=200, help="crashes inside a checkpoint (make storm: 500)")
     parser.addoption("--injected", type=int, default=8, help="faults in jobs of several ranks (make faults: 40)")

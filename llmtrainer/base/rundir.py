@@ -15,6 +15,8 @@ from pathlib import Path
 from llmtrainer.base.errors import UserError
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
+MANIFEST, SEAL = "manifest.json", "manifest.sha256"
+"""What vouches for the files of a checkpoint, and the hash that vouches for it, as the command sha256sum writes it."""
 _LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|deleted)")
 
 
@@ -134,10 +136,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def _delete_own_files(doomed: Path) -> None:
-    """Delete what the manifest lists, then the folder. A file that somebody else put there survives."""
-    manifest = doomed / "manifest.json"
-    if manifest.is_file():
-        for name in json.loads(manifest.read_text())["files"]:
+    """Delete what the manifest lists, then the folder. A file that somebody else put there survives; all of them where
+    the manifest is damaged and nobody knows whose they are."""
+    manifest = doomed / MANIFEST
+    names = _listed(manifest)
+    if names is not None:
+        for name in (*names, SEAL):
             file = doomed / name
             file.unlink(missing_ok=True)
             if file.parent != doomed and file.parent.is_dir() and not any(file.parent.iterdir()):
@@ -147,3 +151,11 @@ def _delete_own_files(doomed: Path) -> None:
         doomed.rename(doomed.with_name(doomed.name.removeprefix(".").removesuffix(".deleted") + ".kept"))
     else:
         doomed.rmdir()
+
+
+def _listed(manifest: Path) -> list[str] | None:
+    """Names of the files that a manifest lists; None where there is none or it cannot be read."""
+    try:
+        return list(json.loads(manifest.read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

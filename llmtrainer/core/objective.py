@@ -58,8 +58,17 @@ class Objective(Kind):
 
     @property
     def whole_steps(self) -> bool:
-        """Whether sequences of a step depend on each other, so that one micro-batch of one rank must hold them all."""
+        """Whether sequences of a step depend on each other. Where it is cut, `totals` says what they must know."""
         return False
+
+    def totals(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor | float]:
+        """Of an objective of whole steps: sums over a micro-batch, the same names for each, an empty one too. Added up
+        over the step they go to `with_totals`."""
+        raise NotImplementedError
+
+    def with_totals(self, batch: Batch, totals: Mapping[str, float]) -> Batch:
+        """The batch with signals that say what the whole step's totals mean for each of its sequences."""
+        raise NotImplementedError
 
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         """The summands of this micro-batch's loss, and its metrics."""

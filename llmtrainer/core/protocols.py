@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from llmtrainer.base.config import Kind
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.ranks import Ranks
 from llmtrainer.core.rollout import Answer, Verdict
 
 
@@ -170,11 +171,9 @@ class Writers(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Engine(Ranks, Protocol):
     """Where and how a step happens. Knows no objective and no data."""
 
-    rank: int
-    world_size: int
     device: torch.device
     writers: Writers | None
     """Who writes a checkpoint together; None where every process has everything, so that rank 0 writes alone."""
@@ -216,10 +215,6 @@ class Engine(Protocol):
         """Clear the gradients without an update."""
         ...
 
-    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Each number added up over all ranks: every rank asks with the same names, in the same order of calls."""
-        ...
-
     def in_turn(self, work: Callable[[], Made]) -> Made:
         """Do what makes files that all ranks read: rank 0 alone first, then the others, who find what was made."""
         ...
@@ -247,6 +242,8 @@ class Reward(Kind):
 
     folder: ClassVar[str] = "llmtrainer.rewards"
     default_kind: ClassVar[str] = "exact"
+    one_process: ClassVar[bool] = False
+    """Whether only one process of a job may ask for it, as a person at a terminal can be asked."""
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """How much this reward counts in a sum of several."""

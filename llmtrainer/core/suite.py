@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 from llmtrainer.base.config import Kind
 from llmtrainer.core.protocols import Policy, Tokenizer
+from llmtrainer.core.ranks import ALONE, Ranks
 
 Read = Callable[[str], Iterable[str]]
 """A path -> the texts of its documents, in order; opened again with every call."""
@@ -36,7 +37,9 @@ class Suite(Kind):
         return self.kind if self.name is None else self.name
 
     def run(
-        self, policy: ContextPolicy, tokenizer: Tokenizer, read: Read, report: Report | None = None
-    ) -> dict[str, float]:
-        """The suite's numbers by name. The policy is left as it was found: same weights, same mode."""
+        self, policy: ContextPolicy, tokenizer: Tokenizer, read: Read, report: Report | None = None,
+        ranks: Ranks = ALONE,
+    ) -> dict[str, float]:  # fmt: skip
+        """The suite's numbers by name, the same on every rank, each of which does its share. The policy is left as it
+        was found: same weights, same mode."""
         raise NotImplementedError

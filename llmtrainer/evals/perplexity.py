@@ -16,6 +16,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Policy, Tokenizer, opening
+from llmtrainer.core.ranks import ALONE, Ranks, in_turns
 from llmtrainer.core.suite import ContextPolicy, Read, Report, Suite
 
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 512, 4_000_000
@@ -47,8 +48,9 @@ class Perplexity(Suite):
     Without one: 4,096, or one window if that is longer."""
 
     def run(
-        self, policy: ContextPolicy, tokenizer: Tokenizer, read: Read, report: Report | None = None
-    ) -> dict[str, float]:
+        self, policy: ContextPolicy, tokenizer: Tokenizer, read: Read, report: Report | None = None,
+        ranks: Ranks = ALONE,
+    ) -> dict[str, float]:  # fmt: skip
         """loss [nats per predicted token], perplexity, bits_per_byte, tokens, bytes, documents. UserError if
         no token can be predicted."""
         if self.path is None:
@@ -56,21 +58,24 @@ class Perplexity(Suite):
                 f"`{self.title}` has nothing to read", fix="give it a `path`: a file or a folder of text"
             )
         total = Totals()
-        for score in self.scores(policy, tokenizer, read(self.path), report):
+        for score in self.scores(policy, tokenizer, read(self.path), report, ranks):
             total.add(score)
+        total.nats = ranks.sum({"nats": total.nats})["nats"]     # every rank has counted all tokens
         return total.figures(self.path)
 
     def scores(
-        self, policy: ContextPolicy, tokenizer: Tokenizer, texts: Iterable[Text], report: Report | None = None
-    ) -> Iterator[Score]:
-        """One Score per document, in the order of `texts`. Memory does not grow with their number."""
+        self, policy: ContextPolicy, tokenizer: Tokenizer, texts: Iterable[Text], report: Report | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Iterator[Score]:  # fmt: skip
+        """One Score per document, in the order of `texts`. Memory does not grow with their number. Every rank reads its
+        share of the micro-batches that one process would read: the nats of the others' are 0 in its Scores."""
         window, budget = self._window(policy), self._budget(policy)
         begin = opening(tokenizer)
         for group in _groups(texts):
             written = [item if isinstance(item, str) else tokenizer.decode(item, skip_control=True) for item in group]
             encoded = iter(tokenizer.encode_batch([item for item in group if isinstance(item, str)]))
             ids = [begin + next(encoded) if isinstance(item, str) else item for item in group]
-            yield from _score_group(policy, ids, written, window, budget, report)
+            yield from _score_group(policy, ids, written, window, budget, report, ranks)
 
     def _window(self, policy: ContextPolicy) -> int:
         context = policy.context_length
@@ -195,15 +200,18 @@ def _score_group(
     window: int,
     budget: int,
     report: Report | None,
+    ranks: Ranks,
 ) -> Iterator[Score]:
     nats = [[0.0] * max(len(document) - 1, 0) for document in ids]
     bytes_of = [len(text.encode()) for text in texts]
     rows = [row for index, document in enumerate(ids) for row in windows(index, len(document) - 1, window)]
     device = next(policy.module.parameters()).device
     with _measuring(policy):
-        for batch in _by_length(rows, budget):
+        for batch, own in in_turns(_by_length(rows, budget), ranks):
             values = policy(_batch(batch, ids).to(device), ("logp",)).logp_BT
             assert values is not None
+            if not own:
+                continue
             for row, logp_T in zip(batch, values.double().cpu(), strict=True):
                 counted_N = logp_T[row.first - row.start : row.stop - row.start]
                 nats[row.document][row.first : row.stop] = (-counted_N).tolist()

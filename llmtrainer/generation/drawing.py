@@ -19,9 +19,11 @@ class Drawing:
     """Chooses tokens, decides which rows have ended, and keeps the record."""
 
     def __init__(
-        self, sampling: Sampling, tokenizer: Vocabulary, rows: Sequence[Row], seed: int, first_row: int
-    ) -> None:
-        self.sampling, self.tokenizer, self.seed, self.first_row = sampling, tokenizer, seed, first_row
+        self, sampling: Sampling, tokenizer: Vocabulary, rows: Sequence[Row], seed: int,
+        numbers: Sequence[int],
+    ) -> None:  # fmt: skip
+        """numbers: what draws are a function of, for each row."""
+        self.sampling, self.tokenizer, self.seed, self.numbers = sampling, tokenizer, seed, numbers
         self.ends = sorted({tokenizer.end, *sampling.stop_ids})
         self.texts = [text_stream(sampling, tokenizer, row.prompt) for row in rows] if sampling.stop else []
         self.finish: list[Finish | None] = [None] * len(rows)
@@ -85,7 +87,7 @@ class Drawing:
         return "length" if len(row.tokens) >= row.room else None
 
     def _uniform(self, rows: Sequence[Row]) -> Tensor:
-        numbers = [uniform(self.seed, self.first_row + row.number, row.length) for row in rows]
+        numbers = [uniform(self.seed, self.numbers[row.number], row.length) for row in rows]
         return torch.tensor(numbers, dtype=torch.float64)
 
     def _look_at(self, V: int) -> None:

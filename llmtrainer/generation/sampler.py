@@ -87,10 +87,11 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, first_row: int = 0
-    ) -> list[Sampled]:
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:  # fmt: skip
         """`each` answers to every prompt: the first prompt's, then the second's. Answer j to prompt i is row
-        first_row + i * each + j: its draws are a function of (seed, row, position)."""
+        rows[i] + j, without `rows` i * each + j: its draws are a function of (seed, row, position)."""
         ...
 
     def close(self) -> None: ...
@@ -128,6 +129,13 @@ def require_trainable(sampling: Sampling) -> None:
                 "the ratio of the two would be wrong at every token",
                 fix=f"remove {name}; in a reward, repetition can cost something",
             )
+
+
+def numbered(prompts: int, each: int, rows: Sequence[int] | None) -> list[int]:
+    """The row of every answer to so many prompts, see Sampler.sample."""
+    firsts = [number * each for number in range(prompts)] if rows is None else rows
+    assert len(firsts) == prompts
+    return [first + answer for first in firsts for answer in range(each)]
 
 
 def require_version(sampled: Sequence[Sampled], version: str) -> None:

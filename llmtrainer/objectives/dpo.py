@@ -105,16 +105,34 @@ class DPO(Objective):
         if self.loss not in OF_MARGIN:
             require_two(batch, self.loss)
         pairs = pairs_of(batch)
-        counted = thinned(batch, batch.dropout_key) if self.sampo else batch
-        ratio_BT = out.logp_BT if self.reference_free else log_ratio(out.logp_BT, batch)
-        over = counted.sum_by_sequence if self.average == "sum" else counted.mean_by_sequence
-        reward_S = self._reward(over(ratio_BT))
+        reward_S = self._rewards(out, batch)
         loss_P = self._loss(reward_S, pairs, self._point(reward_S, pairs, batch))
         terms = [Term("loss/preference", loss_P.sum(), "pairs")]
         if self.nll_weight:
             nll_S = -batch.mean_by_sequence(out.logp_BT)
             terms.append(Term("loss/nll", nll_S[pairs.best_P].sum(), "pairs", self.nll_weight))
         return [*terms, *preference_metrics(pairs, reward_S, batch.sum_by_sequence(out.logp_BT))]
+
+    def totals(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor | float]:
+        reward_S, pairs = self._rewards(out, batch), pairs_of(batch)
+        sides = {"better": reward_S[pairs.better_P].sum(), "worse": reward_S[pairs.worse_P].sum()}
+        return {**sides, "pairs": len(pairs.better_P)}
+
+    def with_totals(self, batch: Batch, totals: Mapping[str, float]) -> Batch:
+        """The mean reward of the step's answers on the other side, at least 0, for each answer; by beta, as the signal
+        is in nats."""
+        pairs, n = pairs_of(batch), self.beta * (totals["pairs"] or 1.0)
+        point_S = torch.zeros(batch.sequences, dtype=torch.float64, device=batch.tokens_BT.device)
+        point_S[pairs.better_P] = max(totals["worse"] / n, 0.0)
+        point_S[pairs.worse_P] = max(totals["better"] / n, 0.0)
+        return batch.with_signals({KL: point_S})
+
+    def _rewards(self, out: Outputs, batch: Batch) -> Tensor:
+        assert out.logp_BT is not None
+        counted = thinned(batch, batch.dropout_key) if self.sampo else batch
+        ratio_BT = out.logp_BT if self.reference_free else log_ratio(out.logp_BT, batch)
+        over = counted.sum_by_sequence if self.average == "sum" else counted.mean_by_sequence
+        return self._reward(over(ratio_BT))
 
     def _reward(self, ratio_S: Tensor) -> Tensor:
         """beta * f'(policy / reference), less what does not depend on the answer."""

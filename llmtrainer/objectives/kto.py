@@ -29,8 +29,8 @@ class KTO(Objective):
     point: Literal["mismatched", "own"] = "mismatched"
     """Whose log-ratios z0 is the mean of. mismatched, as the paper has it: each prompt of the step with the answer that
     was given to the prompt before it, which policy and reference read before the step; about twice the time. own: the
-    step's own answers, which costs nothing and is larger the more the policy has learned of them; a step must then be
-    one micro-batch of one process."""
+    step's own answers, and is larger the more the policy has learned of them; costs nothing where a step is one
+    micro-batch of one process, else one more forward pass."""
 
     beta: float = Field(default=0.1, gt=0.0)
     """How dear it is to leave the reference: the policy stays nearer to it the larger beta is."""
@@ -75,10 +75,20 @@ class KTO(Objective):
             Term("reward/mean", reward_S.detach().sum(), "sequences", coef=0.0),
         ]
 
+    def totals(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor | float]:
+        assert out.logp_BT is not None
+        return {"ratio": batch.sum_by_sequence(log_ratio(out.logp_BT, batch)).sum(), "sequences": batch.sequences}
+
+    def with_totals(self, batch: Batch, totals: Mapping[str, float]) -> Batch:
+        """The mean log-ratio of the step's sequences, at least 0, for each of them."""
+        point = max(totals["ratio"] / (totals["sequences"] or 1.0), 0.0)
+        point_S = torch.full((batch.sequences,), point, dtype=torch.float64, device=batch.tokens_BT.device)
+        return batch.with_signals({KL: point_S})
+
     def _point(self, reward_S: Tensor, batch: Batch) -> Tensor:
         """What rewards are compared with: one number, never differentiated."""
         if self.loss == "apo_zero":
             return torch.zeros_like(reward_S)
-        if self.point == "mismatched" and KL in batch.signals:
+        if KL in batch.signals:
             return self.beta * batch.signals[KL].to(reward_S.dtype)
         return relu(reward_S.detach().mean()).expand_as(reward_S)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -64,6 +65,33 @@ class Mix(Objective):
                 for term in other
             ]
         return terms
+
+    def totals(self, out: Outputs, batch: Batch) -> Mapping[str, Tensor | float]:
+        return {
+            f"{number}/{name}": value for number, (part, chosen_S) in enumerate(self._of_whole_steps(batch))
+            for name, value in part.totals(_of(out, chosen_S), batch.part(chosen_S)).items()
+        }  # fmt: skip
+
+    def with_totals(self, batch: Batch, totals: Mapping[str, float]) -> Batch:
+        found: dict[str, Tensor] = {}
+        for number, (part, chosen_S) in enumerate(self._of_whole_steps(batch)):
+            mine = {name.removeprefix(f"{number}/"): value for name, value in totals.items() if
+                    name.startswith(f"{number}/")}
+            asked = batch.part(chosen_S)
+            for name, value_S in part.with_totals(asked, mine).signals.items():
+                if name not in asked.signals:
+                    assert name.endswith("_S"), f"{name} is said of sequences"
+                    into_S = found.setdefault(name, value_S.new_zeros(batch.sequences))
+                    into_S[chosen_S] = value_S
+        return batch.with_signals(found)
+
+    def _of_whole_steps(self, batch: Batch) -> list[tuple[Objective, Tensor]]:
+        """Those of the two whose sequences depend on each other, with the sequences."""
+        beside_S = torch.zeros(batch.sequences, dtype=torch.bool, device=batch.tokens_BT.device)
+        if BESIDE in batch.signals:
+            beside_S = batch.signals[BESIDE][: batch.sequences] > 0
+        both = ((self.main, ~beside_S), (self.beside, beside_S))
+        return [(part, chosen_S) for part, chosen_S in both if part.whole_steps]
 
     def trains(self, rollout: Rollout) -> NDArray[np.bool_]:
         return self.main.trains(rollout)

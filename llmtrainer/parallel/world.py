@@ -39,6 +39,18 @@ class World:
         found = dict(zip(names, added.tolist(), strict=True))
         return {name: found[name] for name in numbers}
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's [n] of one type, by rank; n may differ."""
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self.collectives += 2
+        dist.all_gather(sizes, torch.tensor([len(values)]))
+        longest = max(1, *(int(size) for size in sizes))
+        padded = torch.zeros(longest, dtype=values.dtype)
+        padded[: len(values)] = values
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return [one[: int(size)] for one, size in zip(found, sizes, strict=True)]
+
     def in_turn(self, work: Callable[[], Made]) -> Made:
         """Do what makes files once: rank 0 does it first, then one process of every other machine, then all others,
         who find what was made. Where machines share a disk, so do theirs."""

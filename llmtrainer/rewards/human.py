@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -22,6 +22,8 @@ Ask = Callable[[str], str]
 class Human(Reward):
     """What a person says an answer is worth. Every reply is kept in a file, and what stands there is not asked again:
     a run that continues asks only what is new."""
+
+    one_process: ClassVar[bool] = True
 
     path: Path
     """The file of grades, one JSON object a line: {"prompt", "answer", "grade"}."""

@@ -80,18 +80,13 @@ def cache_of(
 ) -> tuple[Filled, Annotator]:
     """Have one of them read every row of training and evaluation that it has not read before."""
     assert rows.train is not None
-    if engine.world_size > 1:
-        raise UserError(
-            "the cache of log-probabilities is filled by one process so far", where="reference.cached, teacher.cached",
-            fix="llmtrainer cache-reference RECIPE engine.kind=single, and then without the cache",
-        )
     facts = _facts(live, policy, engine, compute)
-    cache = LogpCache(folder_of(Path(recipe.cache), facts), facts)
+    cache = engine.in_turn(lambda: LogpCache(folder_of(Path(recipe.cache), facts), facts))
     measured = rows.measured()
     try:
         return fill(
             cache, live, _distinct([rows.train, *measured.values()]), _who(live),
-            tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, compute=compute,
+            tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, compute=compute, engine=engine,
         )
     finally:
         for source in measured.values():

@@ -50,8 +50,8 @@ def cache_reference(recipe: Recipe) -> CachedReference:
     engine, precision = engine_of(recipe)
     compute = DTYPES[precision]
     require_choices(recipe, engine.device, compute)
-    folder, tokenizer = tokenizer_of(recipe)
-    rows = rows_of(recipe, folder, tokenizer, engine)
+    folder, tokenizer = engine.in_turn(lambda: tokenizer_of(recipe))
+    rows = engine.in_turn(lambda: rows_of(recipe, folder, tokenizer, engine))
     if rows.train is None:
         raise UserError(
             "the policy writes its rows itself, and they are new every time", where="data.kind",

@@ -18,6 +18,7 @@ from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.training import checkpoint
 from llmtrainer.training.assemble import assemble, engine_of, rows_of, tokenizer_of
+from llmtrainer.training.memory_report import Memory, measured
 from llmtrainer.training.recipe import Evaluate, Recipe
 from llmtrainer.training.trainer import Trainer
 
@@ -55,7 +56,7 @@ class Checked(Result):
 
 
 def check(recipe: Recipe) -> Checked:
-    """Data, plan, three steps, a checkpoint, an evaluation, and a resume that must be bit-equal.
+    """Data, plan, three steps, memory, a checkpoint, an evaluation, and a resume that must be bit-equal.
 
     Nothing is written to the run directory; prepared data goes to the cache, where train will find it.
     """
@@ -80,6 +81,7 @@ class _DryRun:
         yield "data", self._data
         yield "plan", self._plan
         yield "steps", self._steps
+        yield "memory", self._told_memory
         yield "save", self._save
         yield "evaluate", self._evaluate
         yield "resume", self._resume
@@ -111,8 +113,14 @@ class _DryRun:
     def _steps(self) -> str:
         with _trainer(self._changed("straight", "3 steps")) as trainer:
             losses = [info.loss for info in trainer.steps()]
+            self._memory = _memory_of(trainer)
         told = ", ".join(f"{loss:.4f}" for loss in losses)
         return f"loss {told}; every field of the recipe was read; every trainable tensor moved"
+
+    def _told_memory(self) -> str:
+        each = {kind: self._memory.of_each(kind, 8).total / 2**20 for kind in ("ddp", "zero1", "fsdp2")}
+        told = ", ".join(f"{kind} {size:,.1f}" for kind, size in each.items())
+        return f"{self._memory.text()}\nMiB of each of 8 processes: {told}"
 
     def _save(self) -> str:
         folder = RunDir(self._folder / "straight").newest_checkpoint()
@@ -165,6 +173,13 @@ class _DryRun:
         if not data.held_out or settings.held_out_rows <= most:
             return settings
         return settings.model_copy(update={"held_out_rows": most})
+
+
+def _memory_of(trainer: Trainer) -> Memory:
+    """Of what was just trained, and of the largest micro-batch of its last step."""
+    parts = trainer.parts
+    batch = max(parts.source.batches(trainer.progress.step - 1), key=lambda batch: batch.tokens_BT.numel())
+    return measured(parts.engine, parts.policy, parts.objective, batch, parts.annotators)
 
 
 @contextmanager

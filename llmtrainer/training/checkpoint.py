@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.rundir import RunDir, step_of, sync_folder
+from llmtrainer.base.rundir import MANIFEST, SEAL, RunDir, step_of, sync_folder
 from llmtrainer.core.protocols import Writers
 
 
@@ -76,9 +76,11 @@ def _named(partial: Path, folder: Path, facts: Mapping[str, object]) -> None:
             continue
         _sync_file(path)
         listed[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    manifest = partial / "manifest.json"
+    manifest, seal = partial / MANIFEST, partial / SEAL
     manifest.write_text(json.dumps({**facts, "files": listed}, indent=2) + "\n")
+    seal.write_text(_sealed(manifest))
     _sync_file(manifest)
+    _sync_file(seal)
     sync_folder(partial)
     partial.rename(folder)  # atomic within one file system
     sync_folder(folder.parent)  # without this the rename itself can be lost with the power
@@ -87,6 +89,9 @@ def _named(partial: Path, folder: Path, facts: Mapping[str, object]) -> None:
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is there with its size and hash."""
     try:
+        # Checkpoints of earlier versions have no seal.
+        if (folder / SEAL).is_file() and (folder / SEAL).read_bytes() != _sealed(folder / MANIFEST).encode():
+            return f"{MANIFEST} is not the file that was written"
         manifest = json.loads((folder / "manifest.json").read_text())
         files = manifest["files"]
         missing_facts = {"step", "progress", "recipe_sha256", "data_fingerprint"} - manifest.keys()
@@ -140,6 +145,11 @@ def set_aside_newer(run: RunDir, chosen: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     return manifest
+
+
+def _sealed(manifest: Path) -> str:
+    """What `sha256sum manifest.json` prints."""
+    return f"{sha256(manifest)}  {MANIFEST}\n"
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.environment import Environment, Feedback
 from llmtrainer.core.example import Message
+from llmtrainer.core.ranks import Ranks
 from llmtrainer.core.rollout import Answer, Prompt, Verdict
 from llmtrainer.generation.sampler import Sampled, Sampler, require_version
 from llmtrainer.generation.sampling import Sampling
@@ -31,11 +32,13 @@ class Talking:
     """Tokens that the policy reads at most."""
 
     def talks(
-        self, sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, spoken: Spoken
+        self, sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, spoken: Spoken,
+        first_row: int = 0,
     ) -> list[Conversation]:
-        """`each` conversations about every prompt, those of the first prompt first."""
+        """`each` conversations about every prompt, those of the first prompt first; their numbers begin at
+        `first_row`."""
         return converse(
-            sampler, prompts, each, sampling, seed, self.environment, spoken, self.encoded, self.context
+            sampler, prompts, each, sampling, seed, self.environment, spoken, self.encoded, self.context, first_row
         )  # fmt: skip
 
 
@@ -79,18 +82,20 @@ def answer_of(talk: Conversation) -> Answer:
     return Answer(prompt, said[-1], tokens, talk.finish, talk.prompt.facts)
 
 
-def with_own_reward(scores: Scores, talks: Sequence[Conversation], needed: bool) -> Scores:
-    """What rewards say of conversations, and what the environment gave added to it. One that an exception ended has no
-    reward at all.
-
-    needed: whether nothing else says what a conversation is worth. UserError where the environment does not either.
-    """
-    if needed and all(talk.reward is None and talk.end != "failed" for talk in talks):
+def require_rewarded(talks: Sequence[Conversation], ranks: Ranks) -> None:
+    """UserError where the environment says of no conversation of any rank what it is worth."""
+    known = sum(talk.reward is not None or talk.end == "failed" for talk in talks)
+    if not ranks.sum({"known": float(known)})["known"]:
         raise UserError(
             "nothing says what a conversation is worth", where="rollout.environment, rollout.rewards",
             why="the environment gave no reward for any turn, and there are no other rewards",
             fix='return True, "", 1.0 from the environment, or rollout.rewards=\'[{kind: numeric}]\'',
         )
+
+
+def with_own_reward(scores: Scores, talks: Sequence[Conversation], needed: bool) -> Scores:
+    """What rewards say of conversations, and what the environment gave added to it. One that an exception ended has no
+    reward at all. needed: whether nothing else says what a conversation is worth."""
     nothing = np.nan if needed else 0.0
     own_R = np.array([
         np.nan if talk.end == "failed" else nothing if talk.reward is None else talk.reward for talk in talks

@@ -22,6 +22,7 @@ from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Rows
 from llmtrainer.training.mismatched import PointOfReference
 from llmtrainer.training.spread import Numbers, Spread, statistics
+from llmtrainer.training.whole_steps import knowing_each_other
 
 Draw = Callable[[str, str, Progress, Numbers], object]
 """Writes down the numbers of one name that an evaluation set gave."""
@@ -80,7 +81,7 @@ class Evaluations:
         for title, examine in self._examined.items():
             figures.update({f"{title}/{name}": value for name, value in examine().items()})
         for suite in self._suites:
-            numbers = suite.run(self._policy, self._tokenizer, self._read)
+            numbers = suite.run(self._policy, self._tokenizer, self._read, ranks=self._engine)
             figures.update({f"{suite.title}/{name}": value for name, value in numbers.items()})
         if self._sample is not None:
             self._sample(progress)
@@ -94,6 +95,8 @@ def measure(
     """Each Term of an objective over some batches, averaged over its unit, and their sum as `loss`. `spread` gets what
     the objective says of each pair or sequence."""
     counts = engine.sum(count(batches))
+    if objective.whole_steps:
+        batches, annotators = knowing_each_other(engine, objective, batches, annotators), ()
     sums: dict[str, float] = {}
     coefs: dict[str, float] = {}
     for batch in batches:

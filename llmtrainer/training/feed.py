@@ -29,6 +29,7 @@ from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.pieces import is_piece
 from llmtrainer.core.protocols import Annotator, Engine, Source
+from llmtrainer.core.reward import every
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.generation.loop import text_stream
@@ -146,14 +147,13 @@ def source_of(
     assert rows.prompts is not None
     if not writes:
         require_taught(recipe.objective)
-    if engine.world_size > 1:
-        raise UserError("answers are written by one process so far", where="engine", fix="engine.kind=single")
     if any(map(is_piece, policy.parameters())):
         raise UserError(
             "answers are written by a model that is whole on its process", where="engine.kind=fsdp2",
             why="each process has a piece of every tensor", fix="engine.kind=zero1, or engine.kind=single",
         )
     settings = recipe.rollout
+    require_shareable(settings, engine)
     if settings.share_prompt and settings.group_size > 1:
         require_exact("rollout.share_prompt", policy, policy.context_length)
 
@@ -181,7 +181,7 @@ def source_of(
         rows.prompts, gathering, recipe.objective, settings,
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
-        version=version, tell=tell,
+        version=version, tell=tell, ranks=engine,
         following=following(None if frozen is None else frozen.model, policy, settings.mix_reference), ahead=ahead,
     )
 
@@ -199,7 +199,27 @@ def gathering_of(
         rows.prompts, sampler, settings.model_copy(update={"sampling": sampling}),
         text=lambda prompt, answer: text_of(tokenizer, sampling, prompt, answer), seed=recipe.seed,
         earns=ADVANTAGE in recipe.objective.reads, talking=talking_of(settings.environment, rows, policy),
+        ranks=engine,
     )
+
+
+def require_shareable(settings: Rollouts, engine: Engine) -> None:
+    """UserError where several processes write answers and something of it can only be done by one."""
+    if engine.world_size == 1:
+        return
+    if settings.max_staleness is not None:
+        raise UserError(
+            "rollouts are written ahead beside one process so far", where="rollout.max_staleness, engine.kind",
+            why=f"{engine.world_size:,} processes train, and each of them writes its share of the answers",
+            fix="rollout.max_staleness=null, or one process: engine.kind=single",
+        )
+    for reward in (part for whole in settings.rewards for part in every(whole)):
+        if reward.one_process:
+            raise UserError(
+                f"the reward `{reward.title}` is one process's to give", where="rollout.rewards, engine.kind",
+                why=f"{engine.world_size:,} processes would ask for it at the same time",
+                fix="another reward, or one process: engine.kind=single",
+            )
 
 
 def require_corrected(objective: Objective, max_staleness: int) -> None:

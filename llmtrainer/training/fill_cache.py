@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import BESIDE, REFERENCE, TEACHER_IDS, TEACHER_LOGP, Batch
-from llmtrainer.core.protocols import Annotator
+from llmtrainer.core.protocols import Annotator, Engine
 from llmtrainer.core.randomness import derive
+from llmtrainer.core.ranks import ALONE, Ranks
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
 from llmtrainer.data.budget_source import BudgetSource
 from llmtrainer.data.collate import Row, end_to_end
@@ -24,7 +26,7 @@ from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.training.console import bar, warn
 from llmtrainer.training.dataset import Rows
 from llmtrainer.training.logp_cache import LogpCache, Said, key_of, keys_of, said_of
-from llmtrainer.training.row_signals import read_back, with_row_signals
+from llmtrainer.training.row_signals import nothing_of, read_back, with_row_signals
 
 OF_TARGETS = (REFERENCE, TEACHER_IDS, TEACHER_LOGP)
 """Signals with an entry for each target. The others say the same of every batch."""
@@ -74,14 +76,7 @@ class Cached:
                 fix="reference.cached=false and teacher.cached=false",
             ) from None
         rows = [{name: _wide(value) for name, value in one.items()} for one in said]
-        if mine.sequences:
-            known = with_row_signals(mine, rows).signals
-        else:
-            B, T = mine.tokens_BT.shape
-            known = {
-                name: torch.from_numpy(np.zeros((B, T, *value.shape[1:]), value.dtype))
-                for name, value in rows[0].items()
-            }
+        known = with_row_signals(mine, rows).signals if mine.sequences else nothing_of(mine, rows[0])
         device = batch.tokens_BT.device
         return batch.with_signals({**{name: known[name].to(device) for name in rows[0]}, **self.constant})
 
@@ -98,29 +93,35 @@ class Unit:
 
 def fill(
     cache: LogpCache, live: Annotator, sources: Sequence[Rows], title: str, *, tokens_per_batch: int, seed: int,
-    compute: torch.dtype,
+    compute: torch.dtype, engine: Engine,
 ) -> tuple[Filled, Annotator]:
     """Ask `live` for every row of the sources that the cache does not know, in micro-batches of at most so many
-    tokens, and for some that it knows; and who says the same from then on.
+    tokens, and for some that it knows; and who says the same from then on. Every rank asks about its share of the
+    micro-batches, which are those of one process, and all know all of it in the end.
 
     Killed at any moment, the same call goes on behind the last shard. Raises UserError where what is known is not what
     is said now, and for rows that are cut anew in every epoch.
     """
-    filler = _Filler(cache, live, tokens_per_batch, derive(seed, "recheck") % RECHECKED, APART[compute])
-    total = sum(source.store.documents for source in sources)
-    with cache.filling(), bar(title, total, "rows") as advance, torch.no_grad():
-        for source in sources:
-            share = isinstance(source, ComparisonSource) and source.share_prompt
-            for unit in units_of(source):
-                filler.take(unit, share)
-                advance(len(unit.keys))
-            filler.ask(share)
+    chosen, apart = derive(seed, "recheck") % RECHECKED, APART[compute]
+    filler = _Filler(cache, live, tokens_per_batch, chosen, apart, engine)
+    with ExitStack() as stack, torch.no_grad():
+        # One that fills: rank 0 for all. It waits for another job, and all wait for it.
+        engine.in_turn(lambda: stack.enter_context(cache.filling(alone=engine.rank == 0)))
+        filler.ask_all(sources, title)
+        engine.in_turn(cache.flush)
+        cache.look_again()
+        if engine.sum({"missing": float(not filler.all_known())})["missing"]:
+            # Machines that share no disk: each works out what the others have.
+            alone = _Filler(cache, live, tokens_per_batch, chosen, apart, ALONE)
+            engine.in_turn(lambda: (cache.look_again(), alone.ask_all(sources, title), cache.flush()))
+            cache.look_again()
     for name in cache.damaged:
         warn(f"{cache.folder / name} was damaged: it is removed, and its rows are asked for anew")
+    told = engine.sum({"computed": filler.computed, "checked": filler.checked})
+    computed, checked = int(told["computed"]), int(told["checked"])
     filled = Filled(
-        str(cache.folder), filler.rows, filler.computed, filler.rows - filler.computed, filler.checked,
-        tuple(cache.damaged),
-    )
+        str(cache.folder), filler.rows, computed, filler.rows - computed, checked, tuple(cache.damaged),
+    )  # fmt: skip
     return filled, Cached(cache, live.adds, filler.constant)
 
 
@@ -150,13 +151,33 @@ def units_of(source: Rows) -> Iterator[Unit]:
 
 
 class _Filler:
-    def __init__(self, cache: LogpCache, live: Annotator, budget: int, chosen: int, apart: float) -> None:
+    def __init__(
+        self, cache: LogpCache, live: Annotator, budget: int, chosen: int, apart: float, ranks: Ranks
+    ) -> None:
         self._cache, self._live, self._budget, self._chosen, self._apart = cache, live, budget, chosen, apart
+        self._ranks = ranks
+        self._round: list[list[Unit]] = []
+        """Micro-batches that are read together, one by each rank: as many forward passes on every rank."""
         self._units: list[Unit] = []
         self._asked: set[bytes] = set()
         self._new: set[bytes] = set()
         self.rows = self.computed = self.checked = 0
         self.constant: dict[str, Tensor] = {}
+
+    def ask_all(self, sources: Sequence[Rows], title: str) -> None:
+        """Ask for what is not known of every row of the sources."""
+        with bar(title, sum(source.store.documents for source in sources), "rows") as advance:
+            for source in sources:
+                share = isinstance(source, ComparisonSource) and source.share_prompt
+                for unit in units_of(source):
+                    self.take(unit, share)
+                    advance(len(unit.keys))
+                self.close(share)
+                self.ask(share)
+
+    def all_known(self) -> bool:
+        """Whether all that was asked for, by whatever rank, is in the cache."""
+        return all(key in self._cache for key in self._asked)
 
     def take(self, unit: Unit, share: bool) -> None:
         """Count a unit's rows, and put it among those to be asked for where there is a reason."""
@@ -169,32 +190,54 @@ class _Filler:
         if not (fresh or (known and again and not self._asked.issuperset(keys))):
             return
         if sum(one.read for one in self._units) + unit.read > self._budget:
-            self.ask(share)
+            self.close(share)
         self._units.append(unit)
         self._asked |= set(keys)
 
+    def close(self, share: bool) -> None:
+        """Make a micro-batch of the units taken so far, and ask where every rank has one."""
+        if self._units:
+            self._round.append(self._units)
+            self._units = []
+        if len(self._round) == self._ranks.world_size:
+            self.ask(share)
+
     def ask(self, share: bool) -> None:
-        """Have the model say what it makes of the units taken so far."""
-        if not self._units:
+        """Have the model say what it makes of this rank's micro-batch. A rank that has none reads another's."""
+        if not self._round:
             return
-        batch, keys = _batch_of([unit.made_of for unit in self._units], share), keys_of_units(self._units)
-        assert keys_of(batch) == keys, "a row has one key in the store and another in a batch"
-        self._units = []
+        turns, rank, self._round = self._round, self._ranks.rank, []
+        own = rank if rank < len(turns) else 0
+        said = self._said(turns[own], share)
+        for turn, units in enumerate(turns):
+            keys = keys_of_units(units)
+            # What two of them ask about is the first one's, as it is in one process.
+            new = {key for key in keys if key is not None and key not in self._cache} - self._new
+            if turn == rank:
+                self._keep(keys, said, new)
+            self._new |= new
+
+    def _said(self, units: Sequence[Unit], share: bool) -> list[Said]:
+        batch = _batch_of([unit.made_of for unit in units], share)
+        assert keys_of(batch) == keys_of_units(units), "a row has one key in the store and another in a batch"
         batch = self._live(batch)
         self.constant |= {name: batch.signals[name] for name in self._live.adds if name not in OF_TARGETS}
         names = [name for name in self._live.adds if name in OF_TARGETS]
         values = [read_back(batch, batch.signals[name]) for name in names]
-        for key, *of_row in zip(keys, *values, strict=True):
-            said = {name: _narrow(value) for name, value in zip(names, of_row, strict=True)}
-            if key is None or key in self._new:
-                continue
-            if key in self._cache:
+        return [
+            {name: _narrow(value) for name, value in zip(names, of_row, strict=True)}
+            for of_row in zip(*values, strict=True)
+        ]
+
+    def _keep(self, keys: Sequence[bytes | None], rows: Sequence[Said], new: set[bytes]) -> None:
+        for key, said in zip(keys, rows, strict=True):
+            if key in new:
+                if key not in self._cache:
+                    self._cache.add(key, said)
+                    self.computed += 1
+            elif key is not None and key not in self._new:
                 self._require_same(self._cache[key], said)
                 self.checked += 1
-            else:
-                self._cache.add(key, said)
-                self._new.add(key)
-                self.computed += 1
 
     def _require_same(self, known: Said, now: Said) -> None:
         for name, value in now.items():

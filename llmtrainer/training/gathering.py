@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmtrainer.core.randomness import derive
+from llmtrainer.core.ranks import ALONE, Ranks, share_of
 from llmtrainer.core.rollout import Answer, Prompt
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import Sampled, Sampler
 from llmtrainer.generation.sampling import Sampling
 from llmtrainer.training.answers import Group, examined_figures, figures_of, joined, samples_of, scored
-from llmtrainer.training.conversations import Talking, answer_of, sampled_of, with_own_reward
+from llmtrainer.training.conversations import Talking, answer_of, require_rewarded, sampled_of, with_own_reward
+from llmtrainer.training.groups_of_ranks import of_all_ranks
 from llmtrainer.training.held import SECONDS, Gathered, Held
 from llmtrainer.training.recipe import Rollouts
 from llmtrainer.training.turns import Conversation, Turn
@@ -26,7 +28,9 @@ class Unscored:
     """Answers that no reward has seen yet."""
 
     draws: range
+    """Of all ranks."""
     prompts: Sequence[Prompt]
+    """This rank's share of them, as all that follows."""
     written: Sequence[Sampled]
     answers: Sequence[Answer]
     talks: Sequence[Conversation]
@@ -36,16 +40,22 @@ class Unscored:
 
 
 class Gathering:
-    """Writes and scores the answers of rollouts: a function of (seed, first draw) and of the sampler's weights."""
+    """Writes and scores the answers of rollouts: a function of (seed, first draw) and of the sampler's weights. Each
+    rank does so for its share of the prompts; then all know all answers."""
 
     def __init__(
         self, prompts: Prompts, sampler: Sampler, settings: Rollouts, *, text: Callable[[Sequence[int], Turn], str],
-        seed: int, earns: bool, talking: Talking | None = None,
+        seed: int, earns: bool, talking: Talking | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         """text: an answer as rewards read it, from the ids of its prompt. earns: whether somebody learns from what an
         answer is worth. talking: with whom the policy talks for several turns; None: it answers once."""
         self.prompts, self.sampler, self._settings = prompts, sampler, settings
-        self._text, self._seed, self._earns, self._talking = text, seed, earns, talking
+        self._text, self._seed, self._earns, self._talking, self._ranks = text, seed, earns, talking, ranks
+
+    @property
+    def _needs_environment(self) -> bool:
+        """Whether nothing but the environment says what a conversation is worth."""
+        return self._talking is not None and self._earns and not self._settings.rewards
 
     @property
     def redraws(self) -> bool:
@@ -75,10 +85,8 @@ class Gathering:
     def unscored(self, first: int, wanted: int) -> Unscored:
         """Answers to so many prompts from draw `first` on."""
         started, draws = time.perf_counter(), range(first, first + wanted)
-        prompts = [self.prompts.prompt(draw) for draw in draws]
         seed = derive(self._seed, "rollout", first)
-        written, answers, talks = self._written(prompts, self._settings.group_size, self._settings.sampling, seed)
-        return Unscored(draws, prompts, written, answers, talks, started)
+        return self._unscored(self.prompts, draws, self._settings.group_size, self._settings.sampling, seed, started)
 
     def scored(self, number: int, unscored: Unscored) -> Gathered:
         """The whole of rollout `number`, where no prompt is replaced by another."""
@@ -89,22 +97,30 @@ class Gathering:
         """What greedy answers to some prompts earn now, one to each. Nothing of it is learned or remembered."""
         greedy = self._settings.sampling.model_copy(update={"temperature": 0.0})
         self.sampler.sync()
-        asked = [prompts.prompt(draw) for draw in prompts.draws(0)]
-        written, answers, talks = self._written(asked, 1, greedy, derive(self._seed, "examined"))
-        found = self._groups(Unscored(prompts.draws(0), asked, written, answers, talks, 0.0))
-        return examined_figures(figures_of([group for _, group in found]))
+        unscored = self._unscored(prompts, prompts.draws(0), 1, greedy, derive(self._seed, "examined"), 0.0)
+        return examined_figures(figures_of([group for _, group in self._groups(unscored)]))
 
     def close(self) -> None:
         self.sampler.close()
 
+    def _unscored(
+        self, prompts: Prompts, draws: range, G: int, sampling: Sampling, seed: int, started: float
+    ) -> Unscored:
+        """G answers to each prompt of this rank's share: what one process would write to them among all."""
+        mine = share_of(draws, self._ranks)
+        asked = [prompts.prompt(draw) for draw in mine]
+        first_row = draws.index(mine[0]) * G if mine else 0
+        return Unscored(draws, asked, *self._written(asked, G, sampling, seed, first_row), started)
+
     def _written(
-        self, prompts: Sequence[Prompt], G: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Prompt], G: int, sampling: Sampling, seed: int, first_row: int
     ) -> tuple[Sequence[Sampled], Sequence[Answer], Sequence[Conversation]]:
         """G answers to each prompt."""
         if self._talking is not None:
-            talks = self._talking.talks(self.sampler, prompts, G, sampling, seed, self._text)
+            talks = self._talking.talks(self.sampler, prompts, G, sampling, seed, self._text, first_row)
             return [sampled_of(talk) for talk in talks], list(map(answer_of, talks)), talks
-        written = self.sampler.sample([prompt.tokens for prompt in prompts], G, sampling, seed)
+        rows = [first_row + number * G for number in range(len(prompts))]
+        written = self.sampler.sample([prompt.tokens for prompt in prompts], G, sampling, seed, rows=rows)
         asked = [prompt for prompt in prompts for _ in range(G)]
         answers = [
             Answer(prompt.messages, self._text(prompt.tokens, one), one.tokens, one.finish, prompt.facts)
@@ -114,17 +130,25 @@ class Gathering:
 
     def _groups(self, unscored: Unscored) -> Iterator[tuple[int, Group]]:
         """Every group with what it earned, by its draw."""
+        if self._needs_environment:
+            require_rewarded(unscored.talks, self._ranks)
+        own = self._own_groups(unscored) if unscored.prompts else []
+        yield from zip(unscored.draws, of_all_ranks(own, self._ranks), strict=True)
+
+    def _own_groups(self, unscored: Unscored) -> list[Group]:
         answers, talks, rewards = unscored.answers, unscored.talks, self._settings.rewards
         G = len(answers) // len(unscored.prompts)
         scores = scored(rewards, answers)
         if talks:
-            scores = with_own_reward(scores, talks, needed=self._earns and not rewards)
-        for place, draw in enumerate(unscored.draws):
-            part = slice(place * G, place * G + G)
-            yield draw, Group(
-                unscored.prompts[place], tuple(unscored.written[part]), tuple(answers[part]), scores.total_R[part],
+            scores = with_own_reward(scores, talks, needed=self._needs_environment)
+        slices = [slice(place * G, place * G + G) for place in range(len(unscored.prompts))]
+        return [
+            Group(
+                prompt, tuple(unscored.written[part]), tuple(answers[part]), scores.total_R[part],
                 scores.of(part), tuple(talks[part]),
-            )  # fmt: skip
+            )
+            for prompt, part in zip(unscored.prompts, slices, strict=True)
+        ]  # fmt: skip
 
 
 def _gathered(

@@ -106,9 +106,17 @@ class LogpCache:
         return {name: value[:0] for name, value in self[next(iter(self._places))].items()}
 
     @contextmanager
-    def filling(self) -> Iterator[None]:
-        """Be the one who adds; what was added is on disk at the end, however the block ends."""
+    def filling(self, alone: bool = True) -> Iterator[None]:
+        """Be the one who adds; what was added is on disk at the end, however the block ends. alone: False for a
+        process whose job another one of its processes answers for."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not alone:
+            self._open_shards()
+            try:
+                yield
+            finally:
+                self.flush()
+            return
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.folder.glob(".partial-*"):
@@ -119,16 +127,21 @@ class LogpCache:
             try:
                 yield
             finally:
-                self._write()
+                self.flush()
 
     def add(self, key: bytes, said: Said) -> None:
         """Keep what is said of a row, within `filling`."""
         self._fresh[key] = said
         self._bytes += sum(value.nbytes for value in said.values())
         if self._bytes >= self._shard_bytes or time.monotonic() - self._written > SECONDS_BETWEEN_SHARDS:
-            self._write()
+            self.flush()
 
-    def _write(self) -> None:
+    def look_again(self) -> None:
+        """Find what others have written."""
+        self._open_shards()
+
+    def flush(self) -> None:
+        """Put what was added on disk."""
         self._written = time.monotonic()
         if not self._fresh:
             return
@@ -141,24 +154,27 @@ class LogpCache:
         save_file(tensors, aside)
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
-        aside.rename(self.folder / (sha256_of(aside) + SUFFIX))
+        path = aside.rename(self.folder / (sha256_of(aside) + SUFFIX))
         sync_folder(self.folder)
         self._fresh, self._bytes = {}, 0
-        self._open_shards()
+        self._open(path)    # and nothing that others write meanwhile: what is known decides how rows are cut
 
     def _open_shards(self) -> None:
         """Open what is new in the folder. A shard that is not what its name says is taken away."""
         for path in sorted(self.folder.glob(f"[!.]*{SUFFIX}")):
-            if path.name in self._names:
-                continue
-            shard = _Shard.opened(path)
-            if shard is None:
-                path.unlink()
-                self.damaged.append(path.name)
-                continue
-            self._names.add(path.name)
-            self._places |= {key: (len(self._shards), row) for row, key in enumerate(shard.keys)}
-            self._shards.append(shard)
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        if path.name in self._names:
+            return
+        shard = _Shard.opened(path)
+        if shard is None:
+            path.unlink(missing_ok=True)
+            self.damaged.append(path.name)
+            return
+        self._names.add(path.name)
+        self._places |= {key: (len(self._shards), row) for row, key in enumerate(shard.keys)}
+        self._shards.append(shard)
 
 
 class _Shard:

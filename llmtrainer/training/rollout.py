@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,8 +16,9 @@ from llmtrainer.core.batch import ADVANTAGE, REFERENCE, ROLLOUT, Batch, Outputs
 from llmtrainer.core.credit import FRESH
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.randomness import derive
+from llmtrainer.core.ranks import ALONE, Ranks
 from llmtrainer.core.rollout import Rollout
-from llmtrainer.data.branches import AnswerRows, collate_comparisons, read_tokens
+from llmtrainer.data.branches import AnswerRows, collate_comparisons, no_comparison, read_tokens
 from llmtrainer.data.budget import cut_step
 from llmtrainer.data.prompts import Prompts
 from llmtrainer.generation.sampler import drawn_signals, require_version
@@ -26,7 +28,7 @@ from llmtrainer.training.following import Following
 from llmtrainer.training.gathering import Gathering
 from llmtrainer.training.held import Gathered, Held, packed, packed_ahead, unpacked, unpacked_ahead
 from llmtrainer.training.recipe import Rollouts
-from llmtrainer.training.row_signals import places_of, read_back, with_row_signals
+from llmtrainer.training.row_signals import nothing_of, places_of, read_back, with_row_signals
 
 UNREWARDED, REJECTED = "unrewarded", "rejected"
 """Why nothing of a prompt is learned: no answer has a reward, or the objective takes none of them."""
@@ -47,7 +49,7 @@ class RolloutSource:
         self, prompts: Prompts, gathering: Gathering | None, objective: Objective, settings: Rollouts, *,
         tokens_per_batch: int, seed: int, vocabulary: int,
         look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
-        following: Following | None = None, ahead: Callable[[int], Ahead] | None = None,
+        following: Following | None = None, ahead: Callable[[int], Ahead] | None = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         """gathering: writes answers here; None: nobody does. look, reference: what the policy and the reference say
         now. version: hash of the policy's weights. tell: shows what a rollout came to. ahead: makes, of the
@@ -58,7 +60,7 @@ class RolloutSource:
         self._prompts, self._gathering, self._objective, self._settings = prompts, gathering, objective, settings
         self._seed, self._vocabulary = seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
-        self._tokens_per_batch, self._following = tokens_per_batch, following
+        self._tokens_per_batch, self._following, self._ranks = tokens_per_batch, following, ranks
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
@@ -167,31 +169,43 @@ class RolloutSource:
         return (("logp",) if compares else ()) + (("value",) if "value" in objective.wants else ())
 
     def _looked(self, held: Held) -> Held:
-        """The rollout with what policy, critic and reference say of every token that was written."""
+        """The rollout with what policy, critic and reference say of every token that was written. Each rank asks about
+        the answers of its own micro-batches."""
         rollout = held.rollout
-        found: dict[str, list[NDArray[Any]]] = {}
+        names = ["trainer_logp"] * ("logp" in self._asks) + ["values"] * ("value" in self._asks)
+        names += ["reference_logp"] * (self._reference is not None)
+        found = {name: [np.zeros(len(tokens)) for tokens in rollout.answers] for name in names}
         for part in range(self._parts):
             for batch, rows in self._packed(held, self._chosen(held, part, rollout.valid_R)):
                 out = self._look(batch, self._asks)
                 said = {"trainer_logp": out.logp_BT, "values": out.value_BT}
                 if self._reference is not None:
                     said["reference_logp"] = self._reference(batch, ("logp",)).logp_BT
-                for name, value_BT in said.items():
-                    if value_BT is not None:
-                        into = found.setdefault(name, [np.zeros(len(tokens)) for tokens in rollout.answers])
-                        for row, value in zip(rows, read_back(batch, value_BT), strict=True):
-                            into[row][rollout.weights[row] > 0] = value
-        said_of = {name: tuple(arrays) for name, arrays in found.items()}
+                for name, into in found.items():
+                    value_BT = said[name]
+                    assert value_BT is not None
+                    for row, value in zip(rows, read_back(batch, value_BT), strict=True):
+                        into[row][rollout.weights[row] > 0] = value
+        said_of = {name: self._of_all_ranks(arrays) for name, arrays in found.items()}
         return replace(held, rollout=replace(
             rollout, trainer_logp=said_of.get("trainer_logp"), values=said_of.get("values"),
             reference_logp=said_of.get("reference_logp"),
         ))  # fmt: skip
 
+    def _of_all_ranks(self, arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        """Arrays of which each rank has filled its own places, whole: everywhere else it has 0."""
+        if self._ranks.world_size == 1:
+            return tuple(arrays)
+        told = self._ranks.gather(torch.from_numpy(np.concatenate(arrays)))
+        return tuple(np.split(torch.stack(told).sum(0).numpy(), np.cumsum([len(array) for array in arrays])[:-1]))
+
     def _cut(self, held: Held, part: int) -> list[Batch]:
         trained_R = self._objective.trains(held.rollout)
         several = self.steps_per_rollout > 1
+        nothing = {name: value[:0] for name, value in held.signals(0, several).items()}
         return [
-            with_row_signals(batch, [held.signals(row, several) for row in rows])
+            with_row_signals(batch, [held.signals(row, several) for row in rows]) if rows
+            else batch.with_signals(nothing_of(batch, nothing))
             for batch, rows in self._packed(held, self._chosen(held, part, trained_R))
         ]
 
@@ -206,7 +220,8 @@ class RolloutSource:
         return [rows.tolist() for rows in members[part * each : (part + 1) * each] if len(rows)]
 
     def _packed(self, held: Held, groups: Sequence[Sequence[int]]) -> Iterator[tuple[Batch, list[int]]]:
-        """Micro-batches of whole groups, each with the numbers of its answers in the order of its sequences."""
+        """This rank's micro-batches of whole groups, as many on every rank, each with the numbers of its answers in the
+        order of its sequences."""
         if not groups:
             return
         items = [_rows_of(held.rollout, rows) for rows in groups]
@@ -214,8 +229,11 @@ class RolloutSource:
             np.array([sum(map(len, item.rows)) for item in items]), np.array([len(item.rows) for item in items]),
             np.array([item.shared for item in items]), self._settings.share_prompt,
         )  # fmt: skip
-        (mine,) = cut_step(read, max(self._tokens_per_batch, int(read.max())))
-        for places in mine:
+        cut = cut_step(read, max(self._tokens_per_batch, int(read.max())), self._ranks.world_size)
+        for places in cut[self._ranks.rank]:
+            if not len(places):
+                yield no_comparison(self._answers + self._ranks.rank, liked=False, margin=False), []
+                continue
             chosen = [items[place] for place in places.tolist()]
             batch = collate_comparisons(chosen, share=self._settings.share_prompt, liked=False, margin=False)
             rows = [row for place in places.tolist() for row in groups[place]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,6 +24,14 @@ def with_row_signals(batch: Batch, rows: Sequence[Mapping[str, NDArray[Any]]]) -
         for places, row in zip(places_of(batch), rows, strict=True):
             found[name][places] = torch.from_numpy(row[name])
     return batch.with_signals(found)
+
+
+def nothing_of(batch: Batch, row: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """Signals of the names and types of `row` for a batch in which nobody learns anything: 0 everywhere."""
+    return {
+        name: torch.from_numpy(np.zeros((*batch.tokens_BT.shape, *value.shape[1:]), value.dtype))
+        for name, value in row.items()
+    }
 
 
 def read_back(batch: Batch, value_BT: Tensor) -> list[NDArray[Any]]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Term, count, loss_of
-from llmtrainer.core.pieces import own
-from llmtrainer.core.protocols import annotated, of_first
+from llmtrainer.core.protocols import Annotator, annotated, of_first
 from llmtrainer.core.randomness import derive
 from llmtrainer.training.ledger import Ledger
+from llmtrainer.training.nonfinite import culprit
 from llmtrainer.training.parts import Clock, Parts, StepInfo
 from llmtrainer.training.spread import Spread
+from llmtrainer.training.whole_steps import knowing_each_other
 
 MOST_SKIPS_IN_A_ROW = 10
 FARTHEST_START = 2e-3
@@ -72,30 +73,37 @@ class Trainer:
         batches = parts.source.batches(self.progress.step)
         counts = parts.engine.sum({**count(batches), "input": sum(batch.input_tokens for batch in batches)})
         self._require_targets(counts)  # of the whole step, before its first forward
-        if parts.objective.whole_steps and len(batches) > 1:
-            require_one_batch(batches)
         if parts.before is not None:
             batches = parts.before(self.progress.step, batches)
+        annotators = parts.annotators
+        if parts.objective.whole_steps:
+            batches = [replace(batch, dropout_key=key) for batch in batches]
+            batches, annotators = knowing_each_other(parts.engine, parts.objective, batches, annotators), ()
         after = self._after(int(counts["input"]))
         rate = parts.schedule.rate_of_update(self.progress, after, parts.schedule_length)
         parts.engine.begin(rate)
         clock.lap("data", then="forward")
+        wide = torch.float32 if parts.engine.device.type == "mps" else torch.float64    # MPS has no float64
         sums: dict[str, Tensor] = {}
         coefs: dict[str, float] = {}
         for index, batch in enumerate(batches):
             with parts.engine.micro(last=index == len(batches) - 1):
-                terms = self._terms(replace(batch.to(parts.engine.device), dropout_key=key))
+                terms = self._terms(replace(batch.to(parts.engine.device), dropout_key=key), annotators)
                 clock.lap("forward", then="backward")
                 parts.engine.backward(loss_of(terms, counts))
                 clock.lap("backward", then="forward" if index < len(batches) - 1 else "optimizer")
             for term in terms:
-                share = term.total.detach() / (counts[term.unit] or 1.0)
+                share = term.total.detach().to(wide) / (counts[term.unit] or 1.0)
                 sums[term.name] = sums[term.name] + share if term.name in sums else share
                 coefs[term.name] = term.coef
-        metrics = parts.engine.sum({name: float(value) for name, value in sums.items()}) | dict(parts.told())
+        own = {name: float(value) for name, value in sums.items()}
+        metrics = parts.engine.sum(own) | dict(parts.told())
         grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
         loss = sum(coefs[name] * value for name, value in metrics.items() if coefs.get(name))
-        skipped = not self._update(loss, grad_norm, rate)
+        own_finite = all(math.isfinite(value) for name, value in own.items() if coefs[name])
+        skipped = not self._update(
+            loss, grad_norm, rate, own_finite, lambda: self._own_gradients(batches, key, counts, annotators)
+        )  # fmt: skip
         if parts.average is not None:
             parts.average.update(after.step)
         clock.lap("optimizer")
@@ -157,19 +165,32 @@ class Trainer:
         self.parts.first_step()
         return info
 
-    def _terms(self, batch: Batch) -> list[Term]:
-        batch = annotated(batch, self.parts.annotators)
+    def _terms(self, batch: Batch, annotators: Sequence[Annotator]) -> list[Term]:
+        batch = annotated(batch, annotators)
         out = self.parts.engine.forward(batch, self.parts.objective.wants)
         if self.parts.keep is not None:
             self._spread.add(self.parts.objective.spread(out, batch))
         return [*self.parts.objective.terms(out, batch), *out.aux]
+
+    def _own_gradients(
+        self, batches: Sequence[Batch], key: int, counts: Mapping[str, float], annotators: Sequence[Annotator]
+    ) -> None:
+        """The gradients of a step once more, without those of other ranks: to find out whose are bad."""
+        engine, spread = self.parts.engine, self._spread
+        engine.discard()
+        self._spread = Spread()
+        for batch in batches:
+            with engine.micro(last=False):
+                terms = self._terms(replace(batch.to(engine.device), dropout_key=key), annotators)
+                engine.backward(loss_of(terms, counts))
+        self._spread = spread
 
     def _after(self, tokens: int) -> Progress:
         step = self.progress.step + 1
         tokens += self.progress.tokens
         return replace(self.progress, step=step, tokens=tokens, epochs=self.parts.source.epochs(step))
 
-    def _update(self, loss: float, grad_norm: float, rate: float) -> bool:
+    def _update(self, loss: float, grad_norm: float, rate: float, own_finite: bool, apart: Callable[[], None]) -> bool:
         """Change the weights, unless the gradient is not finite: then nothing is ever trained on it."""
         if math.isfinite(loss) and (math.isfinite(grad_norm) or self.parts.engine.rescales):
             updated = self.parts.engine.step(rate)  # False: fp16 overflow, the scale was halved
@@ -185,17 +206,18 @@ class Trainer:
                 fix="run the same command again, which continues from the newest checkpoint, with a lower "
                 "optim.schedule.peak, or with engine.step_in_backward=false to see which parameter is bad",
             )
-        culprit = _first_nonfinite(self.parts.policy) or "the loss itself; every gradient is finite"
+        rank, parameter = culprit(self.parts.engine, self.parts.policy, own_finite, apart)
         self.parts.engine.discard()
         self._skips += 1
         if self.parts.on_nonfinite == "stop" or self._skips > MOST_SKIPS_IN_A_ROW:
             raise UserError(
                 f"{what}: not a number",
-                where=f"rank {self.parts.engine.rank}, first bad parameter: {culprit}",
+                where=f"rank {rank}, first bad parameter: {parameter}",
                 why="an update with it would ruin the model; the weights are those of the step before",
                 fix="lower optim.schedule.peak, or optim.on_nonfinite=skip to leave such steps out",
             )
-        self.tell("warning", step=self.progress.step + 1, text=f"{what}: skipped; first bad parameter: {culprit}")
+        where = f"rank {rank}, first bad parameter: {parameter}"
+        self.tell("warning", step=self.progress.step + 1, text=f"{what}: skipped; {where}")
         return False
 
     def _require_targets(self, counts: dict[str, float]) -> None:
@@ -220,16 +242,6 @@ class Trainer:
         self.parts.view({"kind": kind, **values})
 
 
-def require_one_batch(batches: Sequence[Batch]) -> None:
-    """Refuse to cut a step whose sequences depend on each other."""
-    tokens = sum(batch.input_tokens for batch in batches)
-    raise UserError(
-        f"the objective looks at all sequences of a step together, and this step is {len(batches)} micro-batches",
-        where="objective, data.tokens_per_batch", why="its result would depend on how the step is cut",
-        fix=f"data.tokens_per_batch={tokens}, or fewer sequences a step",
-    )
-
-
 def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:
     """Refuse a run whose first step shows that the policy is not the reference it is held to."""
     for name, value in expected.items():
@@ -239,11 +251,3 @@ def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -
                 why="the policy still is its reference then, so that both must say the same of every answer",
                 fix="nothing was saved; llmtrainer doctor shows versions and fallbacks, and a report of this helps",
             )
-
-
-def _first_nonfinite(policy: nn.Module) -> str | None:
-    """The first parameter, in the order of the model, whose gradient is not finite."""
-    for name, parameter in policy.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(own(parameter.grad)).all()):
-            return name
-    return None

@@ -35,10 +35,11 @@ class Turn(Protocol):
 
 
 class Sampler(Protocol):
-    """Whoever writes turns: the answers to `prompts`, `each` to a prompt, in order."""
+    """Whoever writes turns: the answers to `prompts`, `each` to a prompt, in order; draws depend on the numbers of the
+    rows."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, rows: Sequence[int]
     ) -> Sequence[Turn]: ...
 
 
@@ -121,14 +122,14 @@ template has one that was not sampled, the feedback in its role, and what opens 
 
 def converse(
     sampler: Sampler, prompts: Sequence[Prompt], each: int, sampling: Sampling, seed: int, environment: Environment,
-    spoken: Spoken, encoded: Encoded, context: int | None = None,
+    spoken: Spoken, encoded: Encoded, context: int | None = None, first_row: int = 0,
 ) -> list[Conversation]:
     """`each` conversations about every prompt, those of the first prompt first.
 
-    All that are still open are sampled together, turn by turn: a function of (weights, prompts, sampling, seed) where
-    the environment is one of what it was told, however many threads it has. context: tokens that the policy reads at
-    most. Raises what the environment raised, with
-    its own traceback, of the first conversation in order where several did; UserError always.
+    All that are still open are sampled together, turn by turn: each is a function of (weights, its prompt, sampling,
+    seed, its number) where the environment is one of what it was told, however many threads it has. Numbers begin at
+    `first_row`. context: tokens that the policy reads at most. Raises what the environment raised, with its own
+    traceback, of the first conversation in order where several did; UserError always.
     """
     talks = [Conversation(prompt) for prompt in prompts for _ in range(each)]
     limits = Limits(
@@ -146,7 +147,9 @@ def converse(
             if not active:
                 break
             asked = [[*talks[place].prompt.tokens, *talks[place].tokens] for place in active]
-            written = sampler.sample(asked, 1, sampling, derive(seed, "turn", number))
+            written = sampler.sample(
+                asked, 1, sampling, derive(seed, "turn", number), rows=[first_row + place for place in active]
+            )  # fmt: skip
             assert len(written) == len(active), f"{len(written)} completions of {len(active)} prompts"
             for place, turn in zip(active, written, strict=True):
                 talks[place].write(turn, spoken([*talks[place].prompt.tokens, *talks[place].tokens], turn))

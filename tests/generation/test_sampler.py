@@ -123,7 +123,7 @@ def test_a_row_that_ends_makes_room_at_once_and_in_the_end_every_block_is_free()
     batching = Batching(policy.pages(policy.reading_weights(), 41, 4, 43), blocks, 4)
     for start in range(0, len(rows), 3):
         batching.add(rows[start].prompt, rows[start : start + 3])
-    drawing, lengths = Drawing(sampling, TOKENS, rows, 5, 0), []
+    drawing, lengths = Drawing(sampling, TOKENS, rows, 5, range(len(rows))), []
 
     def choose(running: list[Growing], logits_BV: torch.Tensor) -> list[bool]:
         lengths.append(len(running))

@@ -88,7 +88,7 @@ def test_draws_are_a_function_of_the_seed_and_the_row_however_prompts_are_cut(vl
     sampler, sampling = opened(decoder()), Sampling(max_new_tokens=9)
     sampler.sample(PROMPTS, 2, sampling, 3)
     seeds = [settings["seed"] for _, settings in vllm.wanted]
-    sampler.sample(PROMPTS[1:], 2, sampling, 3, first_row=2)
+    sampler.sample(PROMPTS[1:], 2, sampling, 3, rows=[2])
     assert [settings["seed"] for _, settings in vllm.wanted] == seeds[2:] and len(set(seeds)) == 4
     sampler.sample(PROMPTS, 2, sampling, 4)
     assert not {settings["seed"] for _, settings in vllm.wanted} & set(seeds)

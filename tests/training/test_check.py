@@ -13,7 +13,7 @@ Make = Callable[..., Recipe]
 
 def test_a_sound_recipe_passes_every_check(recipe: Make, tmp_path: Path) -> None:
     result = check(recipe("data.tokens_per_batch=64"))
-    assert [item.name for item in result.checks] == ["data", "plan", "steps", "save", "evaluate", "resume"]
+    assert [item.name for item in result.checks] == ["data", "plan", "steps", "memory", "save", "evaluate", "resume"]
     assert all(item.ok for item in result.checks) and result.exit_code == 0
     details = {item.name: item.detail for item in result.checks}
     assert "5 rows of 32 tokens a step in 3 micro-batches" in details["plan"]

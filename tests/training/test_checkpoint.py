@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,38 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     file.write_bytes(content)
     assert checkpoint.newest_verified(run, told.append) == run.checkpoint(10)
     assert "not the file that was written" in told[0]
+
+
+def test_one_flipped_bit_of_the_manifest_is_found_at_every_place(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    written(run, 10, 20)
+    for name in ("manifest.json", "manifest.sha256"):
+        file = run.checkpoint(20) / name
+        whole = file.read_bytes()
+        for place in range(len(whole)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            assert checkpoint.verify(run.checkpoint(20)) is not None, f"{name}, byte {place}"
+        file.write_bytes(whole)
+    assert checkpoint.verify(run.checkpoint(20)) is None
+    (run.checkpoint(20) / "manifest.sha256").unlink()
+    assert checkpoint.verify(run.checkpoint(20)) is None, "a checkpoint of an earlier version has none"
+
+
+def test_the_manifests_hash_is_as_the_systems_own_command_checks_it(tmp_path: Path) -> None:
+    written(RunDir(tmp_path), 10)
+    command = ["sha256sum", "--check", "manifest.sha256"]
+    done = subprocess.run(command, cwd=RunDir(tmp_path).checkpoint(10), capture_output=True, text=True)
+    assert done.stdout == "manifest.json: OK\n"
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"files": 3}', "[]"])
+def test_a_damaged_manifest_of_an_old_checkpoint_stops_no_run_and_deletes_no_file(tmp_path: Path, damage: str) -> None:
+    run = RunDir(tmp_path)
+    written(run, 10, 20)
+    (run.checkpoint(10) / "manifest.json").write_text(damage)
+    run.retain(1, {}, keep_best=0)
+    assert run.checkpoint(20).is_dir()
+    assert (run.checkpoints / "step-00000010.kept" / "model.safetensors").read_text() == "weights of step 10"
 
 
 def test_a_run_whose_checkpoints_are_all_broken_never_starts_from_scratch(tmp_path: Path) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.rundir import RunDir
@@ -191,50 +188,6 @@ def test_the_resumption_knows_its_scores(recipe: Make, tmp_path: Path) -> None:
         if event["kind"] == "evaluate"
     }
     assert scores == {min(figures, key=lambda step: (figures[step], step)): min(figures.values())}
-
-
-@contextmanager
-def process(recipe_file: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """A real training process that prints a line per step."""
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "import llmtrainer as lt\n"
-        "recipe = lt.load(lt.Recipe, sys.argv[1], overrides=sys.argv[2:])\n"
-        "with lt.open_trainer(recipe) as trainer:\n"
-        "    for info in trainer.steps(): print(info.progress.step, flush=True)\n"
-        "print('stopped' if trainer.parts.stop.requested else 'finished', flush=True)\n"
-    )
-    command = [sys.executable, "-c", program, str(recipe_file), *overrides]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        yield child
-        if child.poll() is None:
-            child.kill()
-
-
-def test_processes_killed_at_random_moments_end_like_one_that_never_was(
-    recipe_file: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """kill -9, most often while a checkpoint is being written: one is saved every step."""
-    kills, draw = int(request.config.getoption("--kills")), random.Random(9)
-    overrides = (f"duration={15 * kills} steps", "save.every=1 steps", "evaluate.every=7 steps")
-    train(load(Recipe, recipe_file, overrides=[*overrides, f"run={tmp_path / 'whole'}"]))
-    run, newest = RunDir(tmp_path / "run"), 0
-    for _ in range(kills):
-        with process(recipe_file, *overrides) as child:
-            assert child.stdout is not None
-            wanted, spin = draw.randint(1, 3), draw.randrange(200_000)
-            lines = [child.stdout.readline() for _ in range(wanted)]
-            for _ in range(spin):  # a moment anywhere within the step and the checkpoint that follow
-                pass
-            child.send_signal(signal.SIGKILL)
-            assert child.wait() == -signal.SIGKILL  # it was killed, not finished
-            assert all(line.strip().isdigit() for line in lines), child.stderr and child.stderr.read()
-        before, newest = newest, max((int(folder.name[5:]) for folder in run.whole_checkpoints()), default=0)
-        assert newest >= before
-        assert newest == 0 or checkpoint.verify(run.checkpoint(newest)) is None
-    train(load(Recipe, recipe_file, overrides=overrides))
-    assert hashes(tmp_path / "run", 15 * kills) == hashes(tmp_path / "whole", 15 * kills)
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -231,8 +231,8 @@ def test_weights_that_change_in_the_middle_of_a_conversation_are_refused(rl: Mak
         sampler, weight = trainer.parts.source._gathering.sampler, next(trainer.parts.policy.parameters())
         original, before, calls = sampler.sample, weight.detach().clone(), []
 
-        def sample(*given: Any) -> Any:
-            found = original(*given)
+        def sample(*given: Any, **rows: Any) -> Any:
+            found = original(*given, **rows)
             calls.append(len(found))
             with torch.no_grad():       # other weights for the second turn alone
                 weight.copy_(before + 0.01 if len(calls) == 1 else before)

@@ -48,7 +48,7 @@ class Scripted:
     seeds: list[int] = field(default_factory=list)
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, rows: Sequence[int]
     ) -> list[Written]:
         assert each == 1
         self.asked.append([list(prompt) for prompt in prompts])

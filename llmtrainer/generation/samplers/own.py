@@ -16,7 +16,7 @@ from llmtrainer.generation.blocks import Blocks
 from llmtrainer.generation.continuous import Batching, Reading, Row, Traffic
 from llmtrainer.generation.drawing import Drawing
 from llmtrainer.generation.loop import Vocabulary, require_prompts
-from llmtrainer.generation.sampler import Forward, Held, Mode, Sampled, SamplerKind, require_trainable, scored
+from llmtrainer.generation.sampler import Forward, Held, Mode, Sampled, SamplerKind, numbered, require_trainable, scored
 from llmtrainer.generation.sampling import Sampling
 
 
@@ -89,8 +89,9 @@ class OwnSampler:
         self._own, self._version = self.policy.reading_weights(own=True), weights_version(self.policy.module)
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, first_row: int = 0
-    ) -> list[Sampled]:
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:  # fmt: skip
         assert self._own is not None or not self._version, "closed"
         require_trainable(sampling)
         require_prompts(prompts, self.policy.context_length, 0)
@@ -99,19 +100,19 @@ class OwnSampler:
             return []
         with torch.no_grad(), at_rest(self.policy.module):
             version = self.version
-            rows = self._rows(prompts, each, sampling)
-            drawing = Drawing(sampling, self.tokenizer, rows, seed, first_row)
-            memory, blocks = self._memory(rows)
+            answers = self._rows(prompts, each, sampling)
+            drawing = Drawing(sampling, self.tokenizer, answers, seed, numbered(len(prompts), each, rows))
+            memory, blocks = self._memory(answers)
             batching = Batching(memory, blocks, self.config.max_rows)
-            for start in range(0, len(rows), each):
-                batching.add(rows[start].prompt, rows[start : start + each])
+            for start in range(0, len(answers), each):
+                batching.add(answers[start].prompt, answers[start : start + each])
             batching.run(drawing.choose)
         self.traffic = batching.traffic
         del memory, batching    # before the trainer's forward pass needs room
-        sampled = [drawing.sampled(row, version) for row in rows]
+        sampled = [drawing.sampled(row, version) for row in answers]
         if self.mode == "fast":
             return sampled
-        return scored(self.forward, [row.prompt for row in rows], sampled, len(self.policy.head_weight))
+        return scored(self.forward, [row.prompt for row in answers], sampled, len(self.policy.head_weight))
 
     def _rows(self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling) -> list[Row]:
         context = self.policy.context_length

@@ -13,7 +13,17 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.randomness import derive
 from llmtrainer.core.weights_version import weights_version
 from llmtrainer.generation.loop import Finish, Vocabulary, require_prompts
-from llmtrainer.generation.sampler import Forward, Held, Kept, Mode, Sampled, SamplerKind, require_trainable, scored
+from llmtrainer.generation.sampler import (
+    Forward,
+    Held,
+    Kept,
+    Mode,
+    Sampled,
+    SamplerKind,
+    numbered,
+    require_trainable,
+    scored,
+)
 from llmtrainer.generation.sampling import Sampling
 
 
@@ -91,19 +101,20 @@ class VllmSampler:
         self.llm = None
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *, first_row: int = 0
-    ) -> list[Sampled]:
+        self, prompts: Sequence[Sequence[int]], each: int, sampling: Sampling, seed: int, *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Sampled]:  # fmt: skip
         require_trainable(sampling)
         _require_told(sampling)
         require_prompts(prompts, self.policy.context_length, 0)
-        rows = [list(prompt) for prompt in prompts for _ in range(each)]
-        settings = [self._settings(sampling, seed, first_row + number) for number in range(len(rows))]
-        wanted = [{"prompt_token_ids": row} for row in rows]
+        asked = [list(prompt) for prompt in prompts for _ in range(each)]
+        settings = [self._settings(sampling, seed, number) for number in numbered(len(prompts), each, rows)]
+        wanted = [{"prompt_token_ids": row} for row in asked]
         told = self.llm.generate(wanted, sampling_params=settings, use_tqdm=False)
         sampled = [self._sampled(one.outputs[0], sampling) for one in told]
         if self.mode == "fast":
             return sampled
-        return scored(self.forward, rows, sampled, len(self.policy.head_weight))
+        return scored(self.forward, asked, sampled, len(self.policy.head_weight))
 
     def _settings(self, sampling: Sampling, seed: int, row: int) -> Any:
         return self.vllm.SamplingParams(

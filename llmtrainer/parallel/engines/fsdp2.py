@@ -212,6 +212,9 @@ class Fsdp2Engine(SingleEngine):
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return self.world.sum(numbers)
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        return self.world.gather(values)
+
     def in_turn(self, work: Callable[[], Made]) -> Made:
         return self.world.in_turn(work)
 

@@ -209,6 +209,10 @@ class SingleEngine:
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return {name: float(number) for name, number in numbers.items()}
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        assert self.world_size == 1, "an engine of several processes gathers from all of them"
+        return [values]
+
     def in_turn(self, work: Callable[[], Made]) -> Made:
         return work()
 
