@@ -79,3 +79,16 @@ def test_two_processes_learn_what_one_learns_from_every_objective(
 ) -> None:
     for rank, found in enumerate(distances(kind)):
         assert found[number] <= FLOAT64_ENGINES_RELATIVE, f"rank {rank}"
+
+
+def gathered(kind: str) -> list[list[list[int]]]:
+    """What a process is told of lists of different lengths, one of them empty."""
+    engine = EngineConfig.model_validate({"kind": kind, "device": "cpu"}).start("float64")
+    lists = (range(3 * engine.rank), range(engine.rank, 2), ())
+    return [[one.tolist() for one in engine.gather(torch.tensor(list(own), dtype=torch.int64))] for own in lists]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_each_rank_has_every_rank_is_told(kind: str, processes: Processes) -> None:  # noqa: F811
+    for found in processes.run(2, gathered, kind):
+        assert found == [[[], [0, 1, 2]], [[0, 1], [1]], [[], []]]
