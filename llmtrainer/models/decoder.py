@@ -392,12 +392,7 @@ _PLAIN = _Pieces(_project, _finish, vocab_head.PLAIN, False)
 
 def shape_of(family: Llama) -> AttentionShape:
     return AttentionShape(
-        hidden_size=family.hidden_size,
-        heads=family.heads,
-        kv_heads=family.kv_heads or family.heads,
-        head_size=family.channels,
-        bias=family.attention_bias,
-        output_bias=family.output_bias,
-        query_key_norm=family.query_key_norm,
-        norm_epsilon=family.norm_epsilon,
+        hidden_size=family.hidden_size, heads=family.heads, kv_heads=family.kv_heads or family.heads,
+        head_size=family.channels, bias=family.attention_bias, output_bias=family.output_bias,
+        query_key_norm=family.query_key_norm, norm_epsilon=family.norm_epsilon,
     )

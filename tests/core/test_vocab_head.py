@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmtrainer.core import vocab_head
 from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch
+from llmtrainer.core.drawn import Drawn
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_GRADIENT, FLOAT64_LOGITS
 
 N, V, D = 64, 96, 16
@@ -232,7 +233,7 @@ def test_slices_within_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(one, other, rtol=FLOAT64_LOGITS, atol=FLOAT64_LOGITS)
 
 
-def drawn(n: int = N) -> tuple[vocab_head.Drawn, Tensor, Tensor]:
+def drawn(n: int = N) -> tuple[Drawn, Tensor, Tensor]:
     """A temperature and kept ids of each position, no id out of three, and the same as (temperature [N], kept [N, V])
     in plain numbers."""
     random = torch.Generator().manual_seed(8)
@@ -242,7 +243,7 @@ def drawn(n: int = N) -> tuple[vocab_head.Drawn, Tensor, Tensor]:
     weights = 2 ** torch.arange(8)
     bits_NW = (kept_NV.view(n, -1, 8) * weights).sum(-1).to(torch.uint8)
     never_K = torch.tensor([number for number in range(V) if not kept_NV[:, number].any()] or [])
-    return vocab_head.Drawn(temperature_N, never_K.long(), bits_NW), temperature_N, kept_NV
+    return Drawn(temperature_N, never_K.long(), bits_NW), temperature_N, kept_NV
 
 
 @pytest.mark.parametrize("chunk", [7, 64], ids=str)
@@ -267,7 +268,7 @@ def test_values_and_gradients_are_of_the_distribution_that_targets_were_drawn_fr
 def test_ids_that_are_never_drawn_have_no_part_and_no_gradient() -> None:
     hidden, weight, targets = inputs()
     targets = targets % 90
-    how = vocab_head.Drawn(None, torch.arange(90, V), None)
+    how = Drawn(None, torch.arange(90, V), None)
     found = vocab_head.log_probabilities(hidden, weight, targets, ("logp",), drawn=how)
     expected = {"logp": (hidden @ weight[:90].t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]}
     torch.testing.assert_close(found["logp"], expected["logp"], rtol=0, atol=FLOAT64_LOGITS)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrainer.core import vocab_head
 from llmtrainer.core.batch import GATES, Batch
+from llmtrainer.core.drawn import Drawn
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.models.few_rows import with_few_shapes
 from tests.models.rows import rows, shared_prompt
@@ -154,9 +155,9 @@ def test_the_head_gives_the_bits_of_the_same_positions_with_others_behind_them()
     chance = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(64, 32, generator=chance).to(torch.bfloat16)
     weight_VD, targets_N = torch.randn(80, 32, generator=chance), torch.randint(0, 80, (64,), generator=chance)
-    drawn = vocab_head.Drawn(torch.rand(64, generator=chance).double() + 0.5, None, None)
+    drawn = Drawn(torch.rand(64, generator=chance).double() + 0.5, None, None)
     whole = vocab_head.log_probabilities(hidden_ND, weight_VD, targets_N, ("logp", "entropy"), drawn=drawn)
-    few = vocab_head.Drawn(drawn.temperature_N[:37] if drawn.temperature_N is not None else None, None, None)
+    few = Drawn(drawn.temperature_N[:37] if drawn.temperature_N is not None else None, None, None)
     part = vocab_head.log_probabilities(hidden_ND[:37], weight_VD, targets_N[:37], ("logp", "entropy"), drawn=few)
     for name, value_N in part.items():
         assert torch.equal(value_N, whole[name][:37]), name
