@@ -15,9 +15,10 @@ from llmtrainer.base.heartbeat import read_beats
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.base.supervision import is_running, is_watched
-from llmtrainer.training.console import bar, say
+from llmtrainer.training.console import say
 
 POLL_SECONDS = 0.2
+SECONDS_BETWEEN_LINES = 1.0
 
 
 class Stopping(Config):
@@ -67,22 +68,21 @@ def stop(stopping: Stopping) -> Stopped:
 
 
 def _wait(run: RunDir, began: float, longest: float | None) -> None:
-    told = ""
-    with bar("stopping", None, "seconds") as advance:
-        while is_running(run) or is_watched(run):
-            beats = read_beats(run.control / "heartbeats")
-            doing = "; ".join(sorted({f"step {beat.step}, {beat.phase}" for beat in beats.values()}))
-            if doing and doing != told:
-                told = doing
-                say(f"still there: {doing}")
-            if longest is not None and time.monotonic() - began > longest:
-                raise UserError(
-                    f"the run has not ended within {longest:g} seconds", where=str(run.path), why=doing or None,
-                    fix="the request stands, and the run ends after its step; kill -9 loses what came after the last "
-                    "checkpoint",
-                )
-            time.sleep(POLL_SECONDS)
-            advance(POLL_SECONDS)
+    told, due = "", began
+    while is_running(run) or is_watched(run):
+        beats = read_beats(run.control / "heartbeats")
+        doing = "; ".join(sorted({f"step {beat.step}, {beat.phase}" for beat in beats.values()}))
+        seconds = time.monotonic() - began
+        if (doing or "its supervisor ends") != told and began + seconds >= due:
+            told, due = doing or "its supervisor ends", began + seconds + SECONDS_BETWEEN_LINES
+            say(f"stopping, {seconds:.0f} s: {told}")
+        if longest is not None and seconds > longest:
+            raise UserError(
+                f"the run has not ended within {longest:g} seconds", where=str(run.path), why=doing or None,
+                fix="the request stands, and the run ends after its step; kill -9 loses what came after the last "
+                "checkpoint",
+            )
+        time.sleep(POLL_SECONDS)
     # It ended by itself before it saw the request: the next start must not stop at once.
     (run.control / "stop").unlink(missing_ok=True)
 
