@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from llmtrainer.base import supervision
-from llmtrainer.base.config import Config, load, sorted_words
+from llmtrainer.base.config import Config
 from llmtrainer.base.errors import DEFECT, DONE, MENDABLE, STOPPED, UserError
 from llmtrainer.base.hangs import Finding, Rank, memory_kills, ranks_of, why_ended, why_still
 from llmtrainer.base.heartbeat import DUMP_SIGNAL
@@ -23,9 +23,7 @@ from llmtrainer.base.outcome import Outcome, read_outcomes
 from llmtrainer.base.process import StopRequests, processor_seconds
 from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
-from llmtrainer.base.supervision import Child, Machine, State, write_state
-from llmtrainer.base.text import read_yaml_file
-from llmtrainer.base.verbs import verb_named
+from llmtrainer.base.supervision import Child, Job, Machine, State, write_state
 from llmtrainer.training.console import is_quiet, say, warn
 
 POLL_SECONDS = 0.25
@@ -103,56 +101,9 @@ class Supervised(Result):
 
 def supervise(supervision_: Supervision) -> Supervised:
     """Watch a command until it is done, was asked to stop, or only a person can mend it."""
-    job = _job(supervision_)
+    job = supervision.job_of(supervision_.command, supervision_.run, supervision_.hosts)
     with supervision.watching(job.run):
         return _Supervisor(supervision_, job).watch()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The command of every machine, and where they write."""
-
-    run: RunDir
-    local: tuple[str, ...]
-    remote: dict[str, tuple[str, ...]]
-
-
-def _job(settings: Supervision) -> _Job:
-    if not settings.command:
-        raise UserError("there is no command to watch", fix="llmtrainer supervise launch nproc=2 train recipe.yaml")
-    verb, *rest = settings.command
-    before: list[str] = []
-    inner = list(settings.command)
-    if verb == "launch":
-        launching = verb_named("launch").config_type()
-        file, overrides, inner = sorted_words(launching, rest)
-        load(launching, file, overrides, inner)     # a mistake is told now, and not after the first back-off
-        before = [*([str(file)] if file else []), *overrides]
-    elif settings.hosts:
-        raise UserError("`hosts` without `launch`", fix="supervise hosts=[second] launch rendezvous=first ...")
-    run = RunDir(Path(settings.run if settings.run is not None else _run_of(inner)))
-    if not settings.hosts:
-        return _Job(run, settings.command, {})
-    count = f"nnodes={len(settings.hosts) + 1}"
-    lines = [("launch", *before, count, f"node_rank={place}", *inner) for place in range(len(settings.hosts) + 1)]
-    return _Job(run, lines[0], dict(zip(settings.hosts, lines[1:], strict=True)))
-
-
-def _run_of(command: Sequence[str]) -> str:
-    """The run directory of a `train` command, found without loading what trains."""
-    verb, *words = command
-    if verb != "train":
-        raise UserError(f"`{verb}` has no run directory", fix="run=runs/NAME before the command, or supervise train")
-    found: str | None = None
-    if words and words[0].endswith((".yaml", ".yml")):
-        value = read_yaml_file(Path(words[0]))[0].get("run")
-        found = None if value is None else str(value)
-    for place, word in enumerate(words):
-        if word.startswith(("run=", "--run=")):
-            found = word.partition("=")[2]
-        elif word == "--run" and place + 1 < len(words):
-            found = words[place + 1]
-    return found if found is not None else str(verb_named("train").config_type().model_fields["run"].default)
 
 
 @dataclass
@@ -160,7 +111,7 @@ class _Supervisor:
     """One run's life."""
 
     settings: Supervision
-    job: _Job
+    job: Job
     state: State = field(default_factory=State)
     _log_read: int = 0
     _kills: int = 0

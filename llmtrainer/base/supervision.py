@@ -16,13 +16,64 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmtrainer.base.config import load, sorted_words
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.heartbeat import read_beats
 from llmtrainer.base.process import OUTCOMES, is_alive, process_started, with_variables
 from llmtrainer.base.rundir import RunDir
+from llmtrainer.base.text import read_yaml_file
+from llmtrainer.base.verbs import verb_named
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
 """Without BatchMode ssh would ask a person for a password, who is not there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The command of every machine, and where they write."""
+
+    run: RunDir
+    local: tuple[str, ...]
+    remote: dict[str, tuple[str, ...]]
+
+
+def job_of(command: Sequence[str], run: str | None, hosts: Sequence[str]) -> Job:
+    """What is to be watched, on every machine. `run` is the run directory if the command does not say it."""
+    if not command:
+        raise UserError("there is no command to watch", fix="llmtrainer supervise launch nproc=2 train recipe.yaml")
+    verb, *rest = command
+    before: list[str] = []
+    inner = list(command)
+    if verb == "launch":
+        launching = verb_named("launch").config_type()
+        file, overrides, inner = sorted_words(launching, rest)
+        load(launching, file, overrides, inner)     # a mistake is told now, and not after the first back-off
+        before = [*([str(file)] if file else []), *overrides]
+    elif hosts:
+        raise UserError("`hosts` without `launch`", fix="supervise hosts=[second] launch rendezvous=first ...")
+    folder = RunDir(Path(run if run is not None else _run_of(inner)))
+    if not hosts:
+        return Job(folder, tuple(command), {})
+    count = f"nnodes={len(hosts) + 1}"
+    lines = [("launch", *before, count, f"node_rank={place}", *inner) for place in range(len(hosts) + 1)]
+    return Job(folder, lines[0], dict(zip(hosts, lines[1:], strict=True)))
+
+
+def _run_of(command: Sequence[str]) -> str:
+    """The run directory of a `train` command, found without loading what trains."""
+    verb, *words = command
+    if verb != "train":
+        raise UserError(f"`{verb}` has no run directory", fix="run=runs/NAME before the command, or supervise train")
+    found: str | None = None
+    if words and words[0].endswith((".yaml", ".yml")):
+        value = read_yaml_file(Path(words[0]))[0].get("run")
+        found = None if value is None else str(value)
+    for place, word in enumerate(words):
+        if word.startswith(("run=", "--run=")):
+            found = word.partition("=")[2]
+        elif word == "--run" and place + 1 < len(words):
+            found = words[place + 1]
+    return found if found is not None else str(verb_named("train").config_type().model_fields["run"].default)
 
 
 @dataclass(frozen=True)
