@@ -74,10 +74,7 @@ class ComparisonChoices:
                 rows, left = self._cut(rows, shared)
                 fate = "cut" if longest - shared + left > self.longest else "prompt cut"
                 shared = left
-        if comparison.paired:
-            kept, scores = _differing_pairs(rows), []
-        else:
-            kept, scores = _different(rows, comparison.scores)
+        kept, scores = (_different_pairs(rows), []) if comparison.paired else _different(rows, comparison.scores)
         if len(kept) < 2 and comparison.liked is None and comparison.grade is None:
             return Outcome(EQUAL, None, said, [])
         if len(kept) < len(rows):
@@ -161,7 +158,7 @@ def _different(rows: Sequence[Piece], scores: Sequence[float]) -> tuple[list[Pie
     return kept, found
 
 
-def _differing_pairs(rows: Sequence[Piece]) -> list[Piece]:
+def _different_pairs(rows: Sequence[Piece]) -> list[Piece]:
     """The rows of every pair, the better before the worse, whose two are not the same."""
     pairs = zip(rows[::2], rows[1::2], strict=True)
     return [row for pair in pairs if not np.array_equal(pair[0].tokens, pair[1].tokens) for row in pair]

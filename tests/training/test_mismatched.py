@@ -82,18 +82,14 @@ def labelled(make: Make, chats: Callable[..., Recipe], tmp_path: Path) -> Make:
 
 
 def test_a_run_of_kto_does_not_depend_on_how_its_steps_are_cut(labelled: Make, tmp_path: Path) -> None:
-    found = []
-    for name, tokens in (("large", 4096), ("small", 60)):
-        done = train(labelled(f"run={tmp_path}/{name}", f"data.tokens_per_batch={tokens}"))
-        found.append((done.loss, done.figures["dev/loss"]))
-    assert found[1] == pytest.approx(found[0], abs=FLOAT64_RUN)
-    apart = train(labelled(f"run={tmp_path}/own", "objective.point=own", "data.tokens_per_batch=4096"))
-    assert abs(apart.loss - found[0][0]) > 1e-6
-
-
-def test_the_steps_own_answers_are_no_point_where_the_step_is_cut(labelled: Make) -> None:
-    with pytest.raises(UserError, match="looks at all sequences of a step together"):
-        train(labelled("objective.point=own", "data.tokens_per_batch=60"))
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for point, tokens in (("mismatched", 4096), ("mismatched", 60), ("own", 4096), ("own", 60)):
+        cut = (f"run={tmp_path}/{point}-{tokens}", f"data.tokens_per_batch={tokens}")
+        done = train(labelled(*cut, f"objective.point={point}"))
+        found[point, tokens] = done.loss, done.figures["dev/loss"]
+    for point in ("mismatched", "own"):
+        assert found[point, 60] == pytest.approx(found[point, 4096], abs=FLOAT64_RUN)
+    assert abs(found["own", 60][0] - found["mismatched", 60][0]) > 1e-6
 
 
 def test_a_cache_of_the_reference_does_not_know_answers_to_other_prompts(labelled: Make) -> None:

@@ -10,6 +10,8 @@ from llmtrainer.data.compared import NAMES, Turns, answer_of, first_key, has_one
 from llmtrainer.data.format import ComparisonFormat, identity, mapping, needed, others, refused, tools
 
 GRADES = ("grade", "rating", "stars")
+_TEXT: tuple[str, ...] = ("text",)
+"""The key of a text that answers nothing."""
 
 
 class Graded(ComparisonFormat):
@@ -41,9 +43,10 @@ class Graded(ComparisonFormat):
         whole = mapping(record)
         key = self._key(whole)
         grade = self._classes(needed(whole, key), key)
+        prompt: Turns = (Message("user", ""),)
+        plain, used = True, _TEXT
         if "text" in whole:
-            prompt: Turns = (Message("user", ""),)
-            answer, plain, used = answer_of(told(whole["text"], "text"), "text"), True, ("text",)
+            answer = answer_of(told(whole["text"], "text"), "text")
         else:
             prompt, answer, plain, used = one_answer(whole, as_messages=self.as_messages, what="grade")
         return Comparison(
