@@ -164,7 +164,8 @@ def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, 
             within / (bins * steps.budget), bins, bound, bins / bound - 1, len(lengths), tokens,
             longest if steps.budget < longest else None,
         )  # fmt: skip
-    from llmtrainer.data.rows_first import find_plan    # which imports torch: seconds that only this plan needs
+    # Which imports torch: seconds that only this plan needs.
+    from llmtrainer.data.rows_first import find_plan
 
     found = find_plan(lengths, group_size, batch_size, longest, settings.seed)
     return BatchPlan(

@@ -203,15 +203,9 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        rows: int,
-        keep: bool,
-        entropy: bool,
-        arithmetic: Arithmetic,
-        drawn: Drawn | None,
-    ) -> Reduced:
+        hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, keep: bool, entropy: bool,
+        arithmetic: Arithmetic, drawn: Drawn | None,
+    ) -> Reduced:  # fmt: skip
         N = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         weight = weight_VD.to(hidden_ND.dtype)
@@ -336,21 +330,17 @@ PLAIN = Arithmetic(_reduce_by_tiles, _differentiate_by_tiles)
 
 
 def compiled(turned: bool = False) -> Arithmetic:
-    """The same arithmetic by torch.compile: one pass over the logits in each direction.
-
-    What it is compiled for is told by shapes alone: a view of a longer vector, or one number shown N times as the
-    gradient of a sum is, would be compiled for once more.
-    """
+    """The same arithmetic by torch.compile: one pass over the logits in each direction. Vectors go in as their own:
+    a view of a longer one, or one number shown N times, as the gradient of a sum is, would be compiled for again."""
     reduce, differentiate = (torch.compile(what, dynamic=True) for what in (_reduce, _differentiate_at_once))
 
-    def reduced(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
-        return reduce(logits, targets_n.clone(), entropy)
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.clone(memory_format=torch.contiguous_format)
 
-    def differentiated(logits: Tensor, *vectors: Tensor | None) -> None:
-        own = (None if x is None else x.clone(memory_format=torch.contiguous_format) for x in vectors)
-        differentiate(logits, *own)  # type: ignore[arg-type]
-
-    return Arithmetic(reduced, differentiated, turned_copy if turned else None)
+    return Arithmetic(
+        lambda logits, targets_n, entropy: reduce(logits, targets_n.clone(), entropy),
+        lambda logits, *vectors: differentiate(logits, *map(own, vectors)), turned_copy if turned else None,
+    )
 
 
 def _tiles(logits: Tensor) -> list[slice]:

@@ -39,8 +39,7 @@ class _RMSNorm(torch.autograd.Function):
             x_grad = (inverse * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))).to(x.dtype)
         if ctx.needs_input_grad[1]:
             products_ND = (wide * normed).flatten(0, -2)
-            # One row at least is left over: whether any is would be compiled twice.
-            rows = (products_ND.shape[0] - 1) // _SUMMED_ROWS * _SUMMED_ROWS
+            rows = products_ND.shape[0] - products_ND.shape[0] % _SUMMED_ROWS
             parts = products_ND[:rows].unflatten(0, (-1, _SUMMED_ROWS)).sum(1) if rows else products_ND[:0]
             weight_grad = parts.sum(0) + products_ND[rows:].sum(0)
         return x_grad, weight_grad, None, None
