@@ -97,7 +97,9 @@ class Fsdp2Engine(SingleEngine):
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         _require_elementwise(rule)
-        if self.updates_in_backward:
+        # Processes may leave out different parameters, and must send the same sizes all the same: zeros, then.
+        self._fills = not self.updates_in_backward and hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+        if not self._fills:
             _require_even(policy)
         masters = {parameter.dtype for group in groups for parameter in group["params"]}
         assert masters in ({torch.float32}, {torch.float64}), f"{masters} are no masters of one type"
@@ -138,12 +140,13 @@ class Fsdp2Engine(SingleEngine):
             # Sums and not means: the loss is divided by what all ranks counted together. gloo knows no others.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            if not self.updates_in_backward:
-                # Processes may leave out different parameters, and must send the same sizes.
+            if self._fills:
                 unit.set_reduce_scatter_unused_params(True)
                 assert isinstance(unit, nn.Module)
                 unit.register_forward_pre_hook(self._watch)
         self._prefetch_from(units)
+        # Which unit is the root is else found out at the first forward, and a block may be read before that.
+        units[-1]._get_fsdp_state()._lazy_init()
         return units
 
     def _prefetch_from(self, units: Sequence[FSDPModule]) -> None:
@@ -234,6 +237,8 @@ class Fsdp2Engine(SingleEngine):
             yield
         finally:
             self._whole = False
+            # Blocks that one process has called alone would else be gathered by it alone in the next backward.
+            getattr(root, "reset_iter_state", _nothing)()
             for unit in self._units:
                 unit.reshard()
                 unit.set_reshard_after_forward(self._reshard and unit is not root, recurse=False)
@@ -251,7 +256,7 @@ class Fsdp2Engine(SingleEngine):
         self.world.leave()
 
     def _gradients(self) -> list[Tensor]:
-        unused = self._unused()
+        unused = self._unused() if self._fills else ()
         for name, parameter in self._sharded.items():
             piece, gradient = self._pieces[name], parameter.grad
             piece.data = own(parameter.detach())    # torch may have moved it
@@ -320,6 +325,10 @@ class _Pieces(Mapping[str, Tensor]):
         return len(self._state)
 
 
+def _nothing() -> None:
+    """What an older torch has in place of a method."""
+
+
 def _parameter_of(name: str) -> str:
     """`optimizer.<parameter>.<what>` -> <parameter>."""
     return name.removeprefix(PREFIX).rpartition(".")[0]
@@ -342,9 +351,9 @@ def _require_even(policy: nn.Module) -> None:
     """Refuse a policy whose parameters may take part on one process and not on another."""
     if getattr(getattr(policy, "adapter", None), "gated", False):
         raise UserError(
-            "a gated mixture cannot update during backward", where="engine.step_in_backward, model.adapter.kind",
-            why="which adapters a step leaves out on every process is known at its end",
-            fix="engine.step_in_backward=false",
+            "a gated mixture needs all gradients of a step", where="engine.step_in_backward, model.adapter.kind",
+            why="which adapters a step leaves out on every process is known at its end, and to torch 2.12 and newer",
+            fix="engine.step_in_backward=false, or engine.kind=zero1",
         )
 
 
