@@ -353,7 +353,7 @@ class Rule(Kind):
     """Whether an element's update depends on that element alone; engines that shard elements refuse the others."""
 
     def build(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
-        """The optimizer of these groups; its own `param_groups`, with other parameters, must build one of equal state."""
+        """The optimizer of these groups; its own `param_groups`, with other parameters, must build its like."""
         raise NotImplementedError
 
     def state_shape(self, what: str, shape: Sequence[int]) -> tuple[int, ...]:
