@@ -22,13 +22,13 @@ def is_piece(tensor: Tensor) -> bool:
 
 def own(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, sharing its memory: all of it, or its piece."""
-    piece: Tensor = tensor.to_local() if is_piece(tensor) else tensor    # type: ignore[operator]
+    piece: Tensor = tensor.to_local() if is_piece(tensor) else tensor    # type: ignore[attr-defined]
     return piece
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process asks."""
-    gathered: Tensor = tensor.full_tensor() if is_piece(tensor) else tensor    # type: ignore[operator]
+    gathered: Tensor = tensor.full_tensor() if is_piece(tensor) else tensor    # type: ignore[attr-defined]
     return gathered
 
 
