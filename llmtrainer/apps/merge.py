@@ -113,12 +113,7 @@ def merge(settings: Merge) -> Merged:
     if in_pieces(source):
         return _put_together(settings, source, out)
     if not is_adapter(source):
-        if not (source / "config.json").is_file():
-            raise no_model(settings.model)
-        raise UserError(
-            "this is a whole model, with no adapter to merge", where=str(source),
-            fix=f"llmtrainer export {settings.model} out={settings.out}",
-        )
+        raise _nothing_to_merge(settings, source)
     base = base_of(source) if settings.base is None else model_folder(settings.base)
     require_free(out, base, settings.overwrite)
     words = Path(settings.tokenizer) if settings.tokenizer else tokenizer_folder(source)
@@ -168,6 +163,15 @@ def merge(settings: Merge) -> Merged:
         str(out), str(base), precision, made.tensors, made.bytes, changed, found, bound, effect, made.files, checks,
         [*made.differences, *_told(base, out)],
     )  # fmt: skip
+
+
+def _nothing_to_merge(settings: Merge, source: Path) -> UserError:
+    if not (source / "config.json").is_file():
+        return no_model(settings.model)
+    return UserError(
+        "this is a whole model, with no adapter to merge", where=str(source),
+        fix=f"llmtrainer export {settings.model} out={settings.out}",
+    )
 
 
 def _put_together(settings: Merge, source: Path, out: Path) -> Merged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -22,13 +22,13 @@ def is_piece(tensor: Tensor) -> bool:
 
 def own(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, sharing its memory: all of it, or its piece."""
-    piece: Tensor = tensor.to_local() if is_piece(tensor) else tensor    # type: ignore[operator]
+    piece: Tensor = tensor.to_local() if is_piece(tensor) else tensor    # type: ignore[attr-defined]
     return piece
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process asks."""
-    gathered: Tensor = tensor.full_tensor() if is_piece(tensor) else tensor    # type: ignore[operator]
+    gathered: Tensor = tensor.full_tensor() if is_piece(tensor) else tensor    # type: ignore[attr-defined]
     return gathered
 
 
@@ -97,3 +97,22 @@ class Stored(Mapping[str, Tensor]):
         """As safetensors calls it: F32, BF16."""
         with safe_open(self._pieces[name][0][0], framework="pt") as opened:
             return str(opened.get_slice(name).get_dtype())
+
+
+class Writers(Protocol):
+    """The processes that write a checkpoint together, each what only it has, on their writing threads."""
+
+    rank: int
+
+    def agree(self, done: bool) -> bool:
+        """Whether every process has done its part. All of them ask."""
+        ...
+
+    def frozen(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU of what this process has of these tensors."""
+        ...
+
+    def write(self, named: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+        """Write such copies where `Stored(folder, stem)` finds them, in files of this process's own. All
+        of them call it."""
+        ...

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from llmtrainer.base.config import Kind
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.pieces import Writers
 from llmtrainer.core.ranks import Ranks
 from llmtrainer.core.rollout import Answer, Verdict
 
@@ -137,11 +138,6 @@ class Annotator(Protocol):
     def __call__(self, batch: Batch) -> Batch: ...
 
 
-def of_first(engine: Engine, number: float) -> float:
-    """Rank 0's number, on every rank."""
-    return engine.sum({"number": number if engine.rank == 0 else 0.0})["number"]
-
-
 def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
     """The batch with what each of them knows."""
     for annotate in annotators:
@@ -150,25 +146,6 @@ def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
 
 
 Made = TypeVar("Made")
-
-
-class Writers(Protocol):
-    """The processes that write a checkpoint together, each what only it has, on their writing threads."""
-
-    rank: int
-
-    def agree(self, done: bool) -> bool:
-        """Whether every process has done its part. All of them ask."""
-        ...
-
-    def frozen(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU of what this process has of these tensors."""
-        ...
-
-    def write(self, named: Mapping[str, Tensor], folder: Path, stem: str) -> None:
-        """Write such copies where `core.pieces.Stored(folder, stem)` finds them, in files of this process's own. All
-        of them call it."""
-        ...
 
 
 class Engine(Ranks, Protocol):
@@ -193,9 +170,7 @@ class Engine(Ranks, Protocol):
         """The forward pass of a policy that is only read, arranged as the trained one's: a reference, a teacher."""
         ...
 
-    def begin(self, learning_rate: float) -> None:
-        """Before the first micro-batch of a step: its rate, for engines that update during backward."""
-        ...
+    def begin(self, learning_rate: float) -> None: ...
 
     def micro(self, last: bool) -> AbstractContextManager[None]: ...
 
@@ -228,8 +203,7 @@ class Engine(Ranks, Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer and engine state as named tensors, by parameter name: with `writers`, what this process has of
-        it. No pickle."""
+        """Optimizer and engine state as named tensors, by parameter name: with `writers`, this process's part."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
@@ -379,8 +353,7 @@ class Rule(Kind):
     """Whether an element's update depends on that element alone; engines that shard elements refuse the others."""
 
     def build(self, groups: Sequence[Mapping[str, Any]]) -> Optimizer:
-        """The optimizer of these groups. Its own `param_groups`, with other parameters in them, must build one that
-        keeps the same state."""
+        """The optimizer of these groups; its own `param_groups`, with other parameters, must build its like."""
         raise NotImplementedError
 
     def state_shape(self, what: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -406,8 +379,7 @@ class EngineConfig(Kind):
     and nothing is compiled, else torch's."""
 
     fallback: bool = False
-    """Where the named attention, kernels or graphs cannot run, take what can and say so in the log, instead of
-    refusing."""
+    """Where the named attention, kernels or graphs cannot run, take what can and say so, instead of refusing."""
 
     recompute_every: int | None = Field(default=None, ge=1)
     """Compute activations again in backward instead of keeping them, in every so-manyth block; 1: in all. Less

@@ -41,6 +41,11 @@ class Alone:
 ALONE = Alone()
 
 
+def of_first(ranks: Ranks, number: float) -> float:
+    """Rank 0's number, on every rank."""
+    return ranks.sum({"number": number if ranks.rank == 0 else 0.0})["number"]
+
+
 def share_of(items: Sequence[Item], ranks: Ranks) -> Sequence[Item]:
     """This rank's part of some items: parts follow each other in the order of ranks, and differ by one item at most."""
     n, rank, size = len(items), ranks.rank, ranks.world_size

@@ -61,8 +61,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(D, family.mlp_size, bias=family.mlp_bias, master=master)
 
     def forward(self, work: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
-        """Do what is computed with this block's parameters. Called as a module, so that whoever keeps them elsewhere
-        brings them before and takes them away after."""
+        """Do what is computed with its parameters; a call of the module, so that an engine can bring them first."""
         return work(x_BTD)
 
 
@@ -220,8 +219,8 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.model.blocks()):
             layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, beside)
             if self.recompute is not None and index % self.recompute.every == 0:
-                whole = self.recompute.what == "layer"
-                layer = partial(again, layer) if whole else partial(layer, after_attention=again)
+                kept_less = partial(layer, after_attention=again)
+                layer = partial(again, layer) if self.recompute.what == "layer" else kept_less
             x_BTD = block(layer, x_BTD)
         return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
 

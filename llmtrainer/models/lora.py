@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmtrainer.core.pieces import is_piece
 from llmtrainer.core.products import weight_gradient
 from llmtrainer.core.randomness import dropout
 from llmtrainer.models.gated import differentiate_product
@@ -107,7 +108,8 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def measure(self, weight_OI: Tensor) -> None:
         """Take the norms of a base whose values are there by now. They never change again."""
-        if self.lora_magnitude_vector is not None:
+        # Where weights are divided among processes, this was done while they were whole.
+        if self.lora_magnitude_vector is not None and not is_piece(weight_OI):
             # On the host, wherever the weights are by now: a run that continues must find the same digits.
             norm_O = torch.linalg.vector_norm(weight_OI.cpu(), dim=1, dtype=self.lora_A.dtype)
             self.base_norm_O = norm_O.to(weight_OI.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,7 @@ class AtTheEnd:
     """Buckets of gradients that wait for the last one of the backward pass, and are then added up in their order."""
 
     def __init__(self, device: torch.device) -> None:
-        self._devices = [device] if device.type == "cuda" else []
+        self._devices: list[int | str | torch.device] = [device] if device.type == "cuda" else []
         self._waiting: list[tuple[GradBucket, Reduce, Sum]] = []
 
     def add(self, bucket: GradBucket, reduce: Reduce) -> Sum:
@@ -93,5 +94,9 @@ class AtTheEnd:
         if bucket.is_last():
             waiting, self._waiting = self._waiting, []
             for each, add_up, found in waiting:
-                add_up(each).then(lambda done, found=found: found.set_result(done.value()))
+                add_up(each).then(partial(_keep, found))
         return promised
+
+
+def _keep(promised: Sum, done: Sum) -> None:
+    promised.set_result(done.value())

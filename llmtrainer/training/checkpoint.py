@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import MANIFEST, SEAL, RunDir, step_of, sync_folder
-from llmtrainer.core.protocols import Writers
+from llmtrainer.core.pieces import Writers
 
 
 def write(
@@ -30,9 +30,9 @@ def write(
     partial = folder.with_name(f".{folder.name}.partial")
     first = writers is None or writers.rank == 0
     try:
-        _together(writers, folder, lambda: _empty(partial) if first else None)
-        _together(writers, folder, lambda: fill(partial))
-        _together(writers, folder, lambda: _named(partial, folder, facts) if first else None)
+        _together(writers, lambda: _empty(partial) if first else None)
+        _together(writers, lambda: fill(partial))
+        _together(writers, lambda: _named(partial, folder, facts) if first else None)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -46,7 +46,7 @@ def write(
         ) from error
 
 
-def _together(writers: Writers | None, folder: Path, work: Callable[[], None]) -> None:
+def _together(writers: Writers | None, work: Callable[[], None]) -> None:
     """Do one's part and wait for the others. Raises what went wrong here, or a UserError if it did elsewhere."""
     try:
         work()
@@ -55,11 +55,16 @@ def _together(writers: Writers | None, folder: Path, work: Callable[[], None]) -
             writers.agree(False)
         raise
     if writers is not None and not writers.agree(True):
-        raise UserError(
-            f"checkpoint {folder.name} could not be written", where=str(folder.parent),
-            why="another process could not do its part, and says why; the older checkpoints are untouched",
-            fix="do what that process says, and run the same command again",
-        )
+        raise unwritten_elsewhere()
+
+
+def unwritten_elsewhere() -> UserError:
+    """What the processes say that have done their part."""
+    return UserError(
+        "a checkpoint could not be written", where="another process of this job",
+        why="it could not do its part, and says why; the older checkpoints are untouched",
+        fix="do what that process says, and run the same command again",
+    )
 
 
 def _empty(partial: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.core.pieces import own
 from llmtrainer.core.protocols import Engine
 
@@ -37,6 +38,16 @@ def culprit(
     found = [place for place in places.values() if place >= 0]
     name = named[found[0]][0] if found else "the loss itself; every gradient is finite"
     return ", ".join(map(str, places)), name
+
+
+def too_late(what: str) -> UserError:
+    """What is said where the weights were updated before anybody saw that the gradients were no numbers."""
+    return UserError(
+        f"{what}: not a number", where="engine.step_in_backward",
+        why="the weights were updated while the gradients were made: nothing is saved of them",
+        fix="run the same command again, which continues from the newest checkpoint, with a lower optim.schedule.peak, "
+        "or with engine.step_in_backward=false to see which parameter is bad",
+    )
 
 
 def _first_bad(tensors: Iterable[Tensor | None]) -> int:

@@ -14,10 +14,12 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.units import Progress
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Term, count, loss_of
-from llmtrainer.core.protocols import Annotator, annotated, of_first
+from llmtrainer.core.protocols import Annotator, annotated
 from llmtrainer.core.randomness import derive
+from llmtrainer.core.ranks import of_first
+from llmtrainer.training.checkpoint import unwritten_elsewhere
 from llmtrainer.training.ledger import Ledger
-from llmtrainer.training.nonfinite import culprit
+from llmtrainer.training.nonfinite import culprit, too_late
 from llmtrainer.training.parts import Clock, Parts, StepInfo
 from llmtrainer.training.spread import Spread
 from llmtrainer.training.whole_steps import knowing_each_other
@@ -145,10 +147,7 @@ class Trainer:
         told = engine.sum({"stop": float(stop.requested is not None), "unsaved": float(saver.failed)})
         if told["unsaved"]:      # a full disk ends the run now, not hours later, and on all ranks
             saver.wait()
-            raise UserError(
-                "another process could not write its part of a checkpoint", where=f"rank {engine.rank}",
-                why="that process says why; older checkpoints are untouched", fix="do what it says, and run again",
-            )
+            raise unwritten_elsewhere()
         asked = bool(told["stop"])
         if asked:
             stop.request("another process of this job was asked")
@@ -200,12 +199,7 @@ class Trainer:
             return updated
         what = f"loss {loss} and gradient norm {grad_norm} at step {self.progress.step + 1}"
         if self.parts.engine.updates_in_backward:
-            raise UserError(
-                f"{what}: not a number", where="engine.step_in_backward",
-                why="the weights were updated while the gradients were made: nothing is saved of them",
-                fix="run the same command again, which continues from the newest checkpoint, with a lower "
-                "optim.schedule.peak, or with engine.step_in_backward=false to see which parameter is bad",
-            )
+            raise too_late(what)
         rank, parameter = culprit(self.parts.engine, self.parts.policy, own_finite, apart)
         self.parts.engine.discard()
         self._skips += 1

@@ -321,6 +321,53 @@ def test_parameters_used_twice_on_one_rank_alone_or_never_become_what_they_do_in
         assert farthest(found, expected) < FLOAT64_ENGINES_RELATIVE
 
 
+def given_up(settings: Settings) -> list[float]:
+    """Weights after a step behind one that was given up before its last micro-batch."""
+    engine, policy = started(settings)
+    batch = row_batch(DOCUMENTS)
+    for _ in range(2):
+        with engine.micro(last=False):
+            logp_BT = engine.forward(batch, ("logp",)).logp_BT
+            assert logp_BT is not None
+            engine.backward(logp_BT.sum())
+    engine.discard()
+    step(engine, 2)
+    return weights(engine, policy)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "zero1"}, {"kind": "fsdp2"}])
+def test_nothing_of_a_step_that_was_given_up_is_in_the_next(
+    settings: Settings, processes: Processes  # noqa: F811  the fixture
+) -> None:
+    expected = given_up({"kind": "alone"})
+    for found in processes.run(2, given_up, settings):
+        assert farthest(found, expected) < FLOAT64_ENGINES_RELATIVE
+
+
+# The whole model for a while.
+
+
+def read_between(settings: Settings) -> list[float]:
+    """What rank 1 alone reads of the whole policy before the first step and after it, and all weights after two."""
+    engine, policy = started(settings)
+    told = []
+    for _ in range(2):
+        with engine.whole(policy), torch.no_grad():
+            if engine.rank == engine.world_size - 1:
+                told += policy.hidden(row_batch(DOCUMENTS[:1])).flatten().tolist()
+        step(engine)
+    told = told if told else [0.0]
+    return told + weights(engine, policy)
+
+
+def test_one_process_may_read_the_whole_policy_by_itself_before_and_between_steps(
+    processes: Processes,  # noqa: F811  the fixture
+) -> None:
+    expected = read_between({"kind": "alone"})
+    _, found = processes.run(2, read_between, {"kind": "fsdp2"})
+    assert farthest(found, expected) < FLOAT64_ENGINES_RELATIVE
+
+
 # 16 bits.
 
 

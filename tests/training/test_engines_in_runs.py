@@ -84,7 +84,7 @@ def test_a_resumed_run_of_two_processes_has_the_bits_of_one_that_went_through(
 
 def test_any_engine_goes_on_from_any_others_checkpoint(runs: Callable[..., Path], recipe_file: Path) -> None:
     alone = losses(runs("alone", 1, "engine.kind=single", "duration=6 steps"))
-    chain = [("fsdp2", 2), ("zero1", 2), ("single", 1), ("zero1", 2), ("fsdp2", 2), ("ddp", 2)]
+    chain = [("fsdp2", 2), ("zero1", 3), ("single", 1), ("fsdp2", 3), ("zero1", 2), ("ddp", 2)]
     for number, (kind, count) in enumerate(chain):
         run = runs("chain", count, f"engine.kind={kind}", f"duration={number + 1} steps", "save.every=1 steps")
     np.testing.assert_allclose(losses(run), alone, rtol=FLOAT64_ENGINES_RELATIVE)
@@ -182,7 +182,7 @@ def test_a_process_that_dies_while_it_saves_leaves_nothing_that_looks_like_a_che
     assert [folder.name for folder in run.step_folders()] == ["step-00000002"]
     assert (run.checkpoints / ".step-00000004.partial").is_dir()
     runs("run", 2, "engine.kind=fsdp2", "duration=6 steps")
-    assert [folder.name for folder in run.whole_checkpoints()][0] == "step-00000006"
+    assert run.newest_checkpoint().name == "step-00000006"
     assert not (run.checkpoints / ".step-00000004.partial").exists()
 
 

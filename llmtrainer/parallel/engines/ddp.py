@@ -90,7 +90,7 @@ class DdpEngine(SingleEngine):
         # Its new name is not known to the oldest torch that we run on.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._replica = DistributedDataParallel(
-            module, forward_sync_buffers=False, bucket_cap_mb=self._bucket_mib,
+            module, broadcast_buffers=False, bucket_cap_mb=self._bucket_mib,
             find_unused_parameters=self._find_unused, gradient_as_bucket_view=True,
         )
         self._early = EarlySteps(rule, groups) if self.updates_in_backward else None

@@ -56,6 +56,12 @@ class Fsdp2(Single):
     """How long a process waits for the others in one step before the job ends with an error."""
 
     def start(self, precision: str) -> Fsdp2Engine:
+        if not all(hasattr(FSDPModule, name) for name in ("reset_iter_state", "set_reduce_scatter_unused_params")):
+            raise UserError(
+                f"torch {torch.__version__} is too old for this engine", where="engine.kind=fsdp2",
+                why="parameters that only some processes use would be added up wrongly",
+                fix="pip install 'torch>=2.13', or engine.kind=zero1",
+            )
         if not self.overlap_reduce:
             raise UserError(
                 "fsdp2 adds gradients up while backward goes on", where="engine.overlap_reduce",
@@ -94,6 +100,8 @@ class Fsdp2Engine(SingleEngine):
         self.updates_in_backward = early
         self._whole = False
         """Whether every process has the whole policy just now."""
+        self._unsent = False
+        """Whether gradients wait for the last micro-batch of their step."""
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         _require_elementwise(rule)
@@ -139,11 +147,13 @@ class Fsdp2Engine(SingleEngine):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             if not self.updates_in_backward:
-                # Processes may leave out different parameters, and must send the same sizes.
+                # Processes may leave out different parameters, and must send the same sizes all the same.
                 unit.set_reduce_scatter_unused_params(True)
                 assert isinstance(unit, nn.Module)
                 unit.register_forward_pre_hook(self._watch)
         self._prefetch_from(units)
+        # Which unit is the root is else found out at the first forward, and a block may be read before that.
+        units[-1]._get_fsdp_state()._lazy_init()
         return units
 
     def _prefetch_from(self, units: Sequence[FSDPModule]) -> None:
@@ -172,8 +182,8 @@ class Fsdp2Engine(SingleEngine):
             self._early.begin(learning_rate)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
-        root = self._units[-1]
-        root.set_requires_gradient_sync(last)
+        self._units[-1].set_requires_gradient_sync(last)
+        self._unsent = not last
         return nullcontext()
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
@@ -204,6 +214,9 @@ class Fsdp2Engine(SingleEngine):
     def discard(self) -> None:
         super().discard()
         self._took_part.clear()
+        if self._unsent:
+            _forget_unsent(self._units)
+            self._unsent = False
         for parameter in self._sharded.values():
             parameter.grad = None
         if self._early is not None:
@@ -234,6 +247,8 @@ class Fsdp2Engine(SingleEngine):
             yield
         finally:
             self._whole = False
+            # Blocks that one process has called alone would else be gathered by it alone in the next backward.
+            root.reset_iter_state()
             for unit in self._units:
                 unit.reshard()
                 unit.set_reshard_after_forward(self._reshard and unit is not root, recurse=False)
@@ -320,6 +335,16 @@ class _Pieces(Mapping[str, Tensor]):
         return len(self._state)
 
 
+def _forget_unsent(units: Sequence[FSDPModule]) -> None:
+    """Drop gradients of micro-batches whose step ends without its last one. torch keeps them for the next step."""
+    for unit in units:
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            for each in group.fsdp_params:
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each.unsharded_param.grad = None
+
+
 def _parameter_of(name: str) -> str:
     """`optimizer.<parameter>.<what>` -> <parameter>."""
     return name.removeprefix(PREFIX).rpartition(".")[0]
@@ -342,7 +367,7 @@ def _require_even(policy: nn.Module) -> None:
     """Refuse a policy whose parameters may take part on one process and not on another."""
     if getattr(getattr(policy, "adapter", None), "gated", False):
         raise UserError(
-            "a gated mixture cannot update during backward", where="engine.step_in_backward, model.adapter.kind",
+            "a gated mixture needs all gradients of a step", where="engine.step_in_backward, model.adapter.kind",
             why="which adapters a step leaves out on every process is known at its end",
             fix="engine.step_in_backward=false",
         )

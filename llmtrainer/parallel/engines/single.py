@@ -18,7 +18,8 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
-from llmtrainer.core.protocols import EngineConfig, Made, Rule, Writers
+from llmtrainer.core.pieces import Writers
+from llmtrainer.core.protocols import EngineConfig, Made, Rule
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
@@ -150,7 +151,7 @@ class SingleEngine:
         return compiled(policy)
 
     def begin(self, learning_rate: float) -> None:
-        """Nothing is updated before `step`."""
+        """Before the first micro-batch of a step: its rate, for engines that update during backward."""
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
