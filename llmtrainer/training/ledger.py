@@ -14,6 +14,7 @@ from llmtrainer.core.pieces import own
 FARTHEST_START = 2e-3
 """How far a Term may be from what it must be at the start: compiled products in 16 bits have other last digits."""
 
+
 class Ledger:
     """Takes the model's fingerprints before the first step and settles them after it."""
 
