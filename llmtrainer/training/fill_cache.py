@@ -113,7 +113,7 @@ def fill(
         if engine.sum({"missing": float(not filler.all_known())})["missing"]:
             # Machines that share no disk: each works out what the others have.
             alone = _Filler(cache, live, tokens_per_batch, chosen, apart, ALONE)
-            engine.in_turn(lambda: (cache.look_again(), alone.ask_all(sources, title), cache.flush()))
+            engine.in_turn(lambda: alone.complete(sources, title))
             cache.look_again()
     for name in cache.damaged:
         warn(f"{cache.folder / name} was damaged: it is removed, and its rows are asked for anew")
@@ -174,6 +174,12 @@ class _Filler:
                     advance(len(unit.keys))
                 self.close(share)
                 self.ask(share)
+
+    def complete(self, sources: Sequence[Rows], title: str) -> None:
+        """As ask_all, beside others who have written meanwhile and will read what this one writes."""
+        self._cache.look_again()
+        self.ask_all(sources, title)
+        self._cache.flush()
 
     def all_known(self) -> bool:
         """Whether all that was asked for, by whatever rank, is in the cache."""

@@ -1,14 +1,18 @@
-"""What the first step changed: every trainable tensor with a gradient moved, every frozen one is bit-equal."""
+"""What the first step changed, and what it had to show: every trainable tensor with a gradient moved, every frozen one
+is bit-equal, and a policy that begins as its reference says the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.pieces import own
+
+FARTHEST_START = 2e-3
+"""How far a Term may be from what it must be at the start: compiled products in 16 bits have other last digits."""
 
 
 class Ledger:
@@ -83,3 +87,14 @@ def _too_small(parameter: Tensor, learning_rate: float) -> bool:
         return True
     smallest = float(piece.abs().min())
     return learning_rate <= torch.finfo(parameter.dtype).eps * smallest
+
+
+def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:
+    """Refuse a run whose first step shows that the policy is not the reference it is held to."""
+    for name, value in expected.items():
+        if abs(metrics[name] - value) > FARTHEST_START * max(abs(value), 1.0):
+            raise UserError(
+                f"{name} is {metrics[name]:.6f} at the first step and has to be {value:.6f}",
+                why="the policy still is its reference then, so that both must say the same of every answer",
+                fix="nothing was saved; llmtrainer doctor shows versions and fallbacks, and a report of this helps",
+            )

@@ -13,7 +13,6 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.objective import Objective
 from llmtrainer.core.pieces import own
 from llmtrainer.core.protocols import Annotator, Engine, Rule, annotated
-from llmtrainer.models.stored import Policy
 from llmtrainer.optim.groups import group
 
 MANY = 2**20
@@ -53,7 +52,7 @@ class Memory:
 
 
 def measured(
-    engine: Engine, policy: Policy, objective: Objective, batch: Batch, annotators: Sequence[Annotator]
+    engine: Engine, policy: nn.Module, objective: Objective, batch: Batch, annotators: Sequence[Annotator]
 ) -> Memory:
     """The memory of a policy that has been trained for a step, on this process; and of one micro-batch."""
     state = engine.state()

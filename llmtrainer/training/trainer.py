@@ -18,15 +18,13 @@ from llmtrainer.core.protocols import Annotator, annotated
 from llmtrainer.core.randomness import derive
 from llmtrainer.core.ranks import of_first
 from llmtrainer.training.checkpoint import unwritten_elsewhere
-from llmtrainer.training.ledger import Ledger
+from llmtrainer.training.ledger import Ledger, require_start
 from llmtrainer.training.nonfinite import culprit, too_late
 from llmtrainer.training.parts import Clock, Parts, StepInfo
 from llmtrainer.training.spread import Spread
 from llmtrainer.training.whole_steps import knowing_each_other
 
 MOST_SKIPS_IN_A_ROW = 10
-FARTHEST_START = 2e-3
-"""How far a Term may be from what it must be at the start: compiled products in 16 bits have other last digits."""
 
 
 class Trainer:
@@ -234,14 +232,3 @@ class Trainer:
         """Write an event, and show it to whoever watches."""
         self.parts.log.append(kind, **values)
         self.parts.view({"kind": kind, **values})
-
-
-def require_start(metrics: Mapping[str, float], expected: Mapping[str, float]) -> None:
-    """Refuse a run whose first step shows that the policy is not the reference it is held to."""
-    for name, value in expected.items():
-        if abs(metrics[name] - value) > FARTHEST_START * max(abs(value), 1.0):
-            raise UserError(
-                f"{name} is {metrics[name]:.6f} at the first step and has to be {value:.6f}",
-                why="the policy still is its reference then, so that both must say the same of every answer",
-                fix="nothing was saved; llmtrainer doctor shows versions and fallbacks, and a report of this helps",
-            )

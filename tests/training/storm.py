@@ -37,7 +37,7 @@ from llmtrainer.training.run import train
 
 FULL = 2
 """Exit code of a life that ended with a full disk: a UserError."""
-SECONDS = 120.0
+SECONDS = 600.0
 """After which a life counts as hanging."""
 
 
