@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import zlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -31,13 +32,20 @@ class World:
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        """Each number added up over all ranks, in float64. Every rank calls it with the same names."""
+        """Each number added up over all ranks, in float64. Every rank calls it with the same names.
+
+        Raises RuntimeError where a rank has left the order of calls: gloo alone would hand it another sum's numbers.
+        """
         names = sorted(numbers)
-        added = torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64)
+        sign = float(zlib.crc32(" ".join(names).encode()))
+        added = torch.tensor([sign, *(float(numbers[name]) for name in names)], dtype=torch.float64)
         self.collectives += 1
         dist.all_reduce(added)
-        found = dict(zip(names, added.tolist(), strict=True))
-        return {name: found[name] for name in numbers}
+        signs, *found = added.tolist()
+        if signs != sign * self.size:
+            raise RuntimeError(f"rank {self.rank} adds up {', '.join(names)}, and another rank something else")
+        by_name = dict(zip(names, found, strict=True))
+        return {name: by_name[name] for name in numbers}
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's [n] of one type, by rank; n may differ."""
