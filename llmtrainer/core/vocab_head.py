@@ -332,7 +332,8 @@ PLAIN = Arithmetic(_reduce_by_tiles, _differentiate_by_tiles)
 def compiled(turned: bool = False) -> Arithmetic:
     """The same arithmetic by torch.compile: one pass over the logits in each direction. Vectors go in as their own:
     a view of a longer one, or one number shown N times, as the gradient of a sum is, would be compiled for again."""
-    reduce, differentiate = (torch.compile(what, dynamic=True) for what in (_reduce, _differentiate_at_once))
+    reduce: Any = torch.compile(_reduce, dynamic=True)
+    differentiate: Any = torch.compile(_differentiate_at_once, dynamic=True)
 
     def own(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.clone(memory_format=torch.contiguous_format)
