@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -114,10 +115,8 @@ class Trainer:
 
     def close(self) -> None:
         """Wait for the last checkpoint and let go of threads and devices."""
-        try:
+        with closing(self.parts.source):
             self.parts.saver.wait()
-        finally:
-            self.parts.source.close()
         self.parts.engine.close()
 
     def evaluate(self) -> dict[str, float]:

@@ -118,7 +118,7 @@ def done(life: Life) -> Life:
     "overrides",
     [
         (*SEVERAL, "objective.kl=0.1", "rollout.sampling.top_k=30", "rollout.redraw=2", "rollout.weights=copied",
-         "data.held_out=0.01", "evaluate.every=3 steps"),
+         "data.held_out=0.1", "evaluate.every=3 steps"),
         ("objective={kind: ppo, kl: 0.02, rewards: running}", "model.head={kind: value}", *SEVERAL,
          "rollout.environment={kind: callback, function: 'tests.training.test_rollout_turns:Game', max_turns: 3}",
          "rollout.rewards=[]"),
