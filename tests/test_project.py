@@ -79,7 +79,7 @@ def imported() -> set[str]:
 def test_every_core_dependency_is_imported_and_every_import_is_declared() -> None:
     core = {IMPORT_NAMES.get(name, name) for name in map(distribution, PROJECT["project"]["dependencies"])}
     groups = PROJECT["project"]["optional-dependencies"]
-    optional = ("flash", "hf", "liger", "maths", "remote", "swanlab", "wandb")
+    optional = ("deepspeed", "flash", "hf", "liger", "maths", "remote", "swanlab", "wandb")
     extras = {IMPORT_NAMES.get(name, name) for group in optional for name in map(distribution, groups[group])}
     foreign = imported() - set(sys.stdlib_module_names) - {"llmtrainer", "pydantic_core"}
     assert core - foreign == set(), "declared and never imported"

@@ -118,6 +118,11 @@ VERBS = {
         "llmtrainer.apps.explain:explain", "value, origin, type and help of every key of a recipe",
         ("explain recipes/tiny/pretrain.yaml", "explain recipes/tiny/pretrain.yaml objective.kind"),
     ),
+    "deepspeed-config": Verb(
+        "llmtrainer.apps.deepspeed_config:deepspeed_config",
+        "known set-ups of DeepSpeed as config files, checked without DeepSpeed",
+        ("deepspeed-config ds_stage3_offload out=configs", "deepspeed-config out=configs --json"),
+    ),
     "schema": Verb(
         "llmtrainer.apps.schema:schema", "JSON schema of a recipe, from which editors complete",
         ("schema > recipe.schema.json",),

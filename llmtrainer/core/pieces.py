@@ -22,6 +22,9 @@ def is_piece(tensor: Tensor) -> bool:
 
 def own(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, sharing its memory: all of it, or its piece."""
+    share: Tensor | None = getattr(tensor, "ds_tensor", None)
+    if share is not None:
+        return share.detach()   # of a parameter that DeepSpeed has divided
     piece: Tensor = tensor.to_local() if is_piece(tensor) else tensor    # type: ignore[attr-defined]
     return piece
 

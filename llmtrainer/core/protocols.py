@@ -16,7 +16,7 @@ from llmtrainer.base.config import Kind
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.pieces import Writers
-from llmtrainer.core.ranks import Ranks
+from llmtrainer.core.ranks import Ranks, Shown
 from llmtrainer.core.rollout import Answer, Verdict
 
 
@@ -148,7 +148,7 @@ def annotated(batch: Batch, annotators: Iterable[Annotator]) -> Batch:
 Made = TypeVar("Made")
 
 
-class Engine(Ranks, Protocol):
+class Engine(Ranks, Shown, Protocol):
     """Where and how a step happens. Knows no objective and no data."""
 
     device: torch.device

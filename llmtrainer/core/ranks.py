@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Item = TypeVar("Item")
 
@@ -22,6 +23,18 @@ class Ranks(Protocol):
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Every rank's [n] of one type, by rank; n may differ. On the CPU, and every rank asks."""
+        ...
+
+
+class Shown(Protocol):
+    """What an engine shows of itself."""
+
+    def told(self) -> Mapping[str, float]:
+        """Metrics of the last step that are equal on every rank, such as bytes sent."""
+        ...
+
+    def readable(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Until the block ends, every tensor of the policy holds numbers: whole, or a DTensor. Every rank enters."""
         ...
 
 

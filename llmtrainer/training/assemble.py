@@ -102,6 +102,7 @@ def assemble(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
         form_of(policy, tokenizer, tokenizer_folder, base_name(recipe, began)), engine,
         parent_of(recipe, resumption), resumption.scores if resumption else {}, average, rows.chat, feed.states,
+        partial(engine.readable, policy),
     )  # fmt: skip
     if engine.rank == 0:
         saver.tidy()

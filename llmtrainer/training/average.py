@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.core.pieces import own
 from llmtrainer.models.stored import Policy, read_into
 from llmtrainer.training.exchange import exchanged
@@ -23,6 +24,11 @@ class MovingAverage:
 
     def __init__(self, policy: nn.Module, settings: Ema) -> None:
         self._parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        if any(hasattr(parameter, "ds_tensor") for parameter in self._parameters):
+            raise UserError(
+                "no average is kept of weights that DeepSpeed has divided", where="optim.ema, engine.stage=3",
+                fix="engine.stage=2, or engine.kind=fsdp2",
+            )
         self._means = [parameter.detach().clone() for parameter in self._parameters]
         self._decay, self._every, self._warmup = settings.decay, settings.every, settings.warmup
 

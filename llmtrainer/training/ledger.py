@@ -70,7 +70,7 @@ class Ledger:
 def fingerprint(tensor: Tensor) -> int:
     """A position-dependent 64-bit sum over the bits of a tensor, or of this process's piece of it: on the tensor's own
     device, no copy of it kept."""
-    bits = own(tensor.detach()).contiguous().view(torch.uint8).flatten()
+    bits = own(tensor).detach().contiguous().view(torch.uint8).flatten()
     words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
     total, piece = 0, 1 << 22  # in pieces, so that a large embedding needs no eightfold copy of itself
     for start in range(0, words.numel(), piece):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Saver:
         self, run: RunDir, save: Save, recipe_yaml: str, tokenizer: Tokenizer,
         facts: Mapping[str, Any], form: Form, engine: Engine, parent: str | None, scores: Mapping[int, float],
         average: MovingAverage | None = None, chat: Chat | None = None, more: Mapping[str, State] | None = None,
+        readable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self._run = run
         self._recipe_yaml = recipe_yaml
@@ -43,6 +45,8 @@ class Saver:
         self._facts = facts
         self._form = form
         self._engine = engine
+        self._readable = readable
+        """Around reading the weights."""
         self._parent = parent
         self._scores = dict(scores)
         self._average = average
@@ -86,9 +90,13 @@ class Saver:
         }
         folder = self._run.checkpoint(progress.step)
         self._parent = folder.name
-        if self._engine.rank and self._engine.writers is None:
+        held = self._engine.state()     # every rank asks: some of it may lie with one of them alone
+        writes = not self._engine.rank or self._engine.writers is not None
+        with self._readable():
+            weights = {".": self._weights()} if writes else {}
+        if not writes:
             return      # every rank holds the same, and rank 0 writes it
-        weights, state = {".": self._weights()}, {OPTIMIZER: self._copied(self._engine.state())}
+        state = {OPTIMIZER: self._copied(held)}
         if self._engine.rank == 0:
             state |= {name: _frozen(take()) for name, take in self._more.items()}
         if self._average is not None:

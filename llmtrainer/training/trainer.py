@@ -98,7 +98,7 @@ class Trainer:
                 sums[term.name] = sums[term.name] + share if term.name in sums else share
                 coefs[term.name] = term.coef
         own = {name: float(value) for name, value in sums.items()}
-        metrics = parts.engine.sum(own) | dict(parts.told())
+        metrics = parts.engine.sum(own) | dict(parts.told()) | dict(parts.engine.told())
         grad_norm = float(parts.engine.clip(parts.clip))  # the step's only wait for the device
         loss = sum(coefs[name] * value for name, value in metrics.items() if coefs.get(name))
         own_finite = all(math.isfinite(value) for name, value in own.items() if coefs[name])

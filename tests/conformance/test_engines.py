@@ -16,20 +16,26 @@ from llmtrainer.optim.groups import group
 from llmtrainer.parallel.engines.single import SingleEngine
 from tests.conformance.objectives import TRIED, Settings, World, name_of
 from tests.processes import Processes, processes  # noqa: F401  a fixture
-from tests.tolerances import FLOAT64_ENGINES_RELATIVE
+from tests.tolerances import FLOAT32_OBJECTIVES_RELATIVE, FLOAT64_ENGINES_RELATIVE
 
 KINDS = [kind for kind in kinds_in(EngineConfig.folder) if kind != "single"]
 SETTINGS: dict[str, dict[str, Any]] = {kind: {"find_unused_parameters": True} for kind in ("ddp", "zero1")}
 """Beside a kind's defaults."""
+FLOAT32 = ("deepspeed",)
+"""Kinds that know no float64."""
 CUTS: list[list[tuple[int, ...]]] = [[(2, 1), (1, 2)], [(4,), (2,)]]
 """How each of a few steps is cut: the prompts of each micro-batch of each rank, uneven on purpose."""
 
 
-def trained(engine: Engine, settings: Settings, steps: list[list[tuple[int, ...]]]) -> list[float]:
+def trained(
+    engine: Engine, settings: Settings, steps: list[list[tuple[int, ...]]], precision: str = "float64"
+) -> list[float]:
     """All weights after a few clipped steps, norms of the gradients before."""
     objective, world = Objective.model_validate(settings), World(settings, dropout=0.1)
-    policy = world.policy
-    rule = Rule.model_validate({"kind": "adamw", "weight_decay": 0.1})
+    policy = world.policy.to(getattr(torch, precision))
+    # In float32, where a gradient is nothing but rounding, its sign must not decide a whole step of Adam's.
+    epsilon = 1e-8 if precision == "float64" else 1e-2
+    rule = Rule.model_validate({"kind": "adamw", "weight_decay": 0.1, "epsilon": epsilon})
     engine.prepare(policy, rule, group(policy.named_parameters(), ()))
     told = []
     for step in steps:
@@ -47,10 +53,11 @@ def trained(engine: Engine, settings: Settings, steps: list[list[tuple[int, ...]
 
 
 @cache
-def alone(number: int) -> torch.Tensor:
+def alone(number: int, precision: str) -> torch.Tensor:
     """What one process makes of all the rows; worked out once, whatever the engine it is held against."""
-    engine = SingleEngine(torch.device("cpu"), "float64")
-    return torch.tensor(trained(engine, TRIED[number], [[sum(step, ())] for step in CUTS]), dtype=torch.float64)
+    engine = SingleEngine(torch.device("cpu"), precision)
+    cuts = [[sum(step, ())] for step in CUTS]
+    return torch.tensor(trained(engine, TRIED[number], cuts, precision), dtype=torch.float64)
 
 
 def apart(kind: str) -> list[float]:
@@ -58,9 +65,10 @@ def apart(kind: str) -> list[float]:
     found = []
     for number, settings in enumerate(TRIED):
         config = EngineConfig.model_validate({"kind": kind, "device": "cpu", **SETTINGS.get(kind, {})})
-        engine = config.start("float64")
-        mine = torch.tensor(trained(engine, settings, CUTS), dtype=torch.float64)
-        whole = alone(number) if engine.rank == 0 else torch.empty_like(mine)
+        precision = "float32" if kind in FLOAT32 else "float64"
+        engine = config.start(precision)
+        mine = torch.tensor(trained(engine, settings, CUTS, precision), dtype=torch.float64)
+        whole = alone(number, precision) if engine.rank == 0 else torch.empty_like(mine)
         dist.broadcast(whole, src=0)
         found.append(float((mine - whole).abs().max() / whole.abs().max()))
     return found
@@ -77,18 +85,23 @@ def distances(processes: Processes) -> Any:  # noqa: F811  the fixture
 def test_two_processes_learn_what_one_learns_from_every_objective(
     kind: str, number: int, distances: Any
 ) -> None:
+    if kind in FLOAT32:
+        pytest.importorskip(kind, reason=f"{kind} is not installed: llmtrainer[{kind}]")
+    limit = FLOAT32_OBJECTIVES_RELATIVE if kind in FLOAT32 else FLOAT64_ENGINES_RELATIVE
     for rank, found in enumerate(distances(kind)):
-        assert found[number] <= FLOAT64_ENGINES_RELATIVE, f"rank {rank}"
+        assert found[number] <= limit, f"rank {rank}"
 
 
 def gathered(kind: str) -> list[list[list[int]]]:
     """What a process is told of lists of different lengths, one of them empty."""
-    engine = EngineConfig.model_validate({"kind": kind, "device": "cpu"}).start("float64")
+    engine = EngineConfig.model_validate({"kind": kind, "device": "cpu"}).start("float32")
     lists = (range(3 * engine.rank), range(engine.rank, 2), ())
     return [[one.tolist() for one in engine.gather(torch.tensor(list(own), dtype=torch.int64))] for own in lists]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_each_rank_has_every_rank_is_told(kind: str, processes: Processes) -> None:  # noqa: F811
+    if kind in FLOAT32:
+        pytest.importorskip(kind, reason=f"{kind} is not installed: llmtrainer[{kind}]")
     for found in processes.run(2, gathered, kind):
         assert found == [[[], [0, 1, 2]], [[0, 1], [1]], [[], []]]

@@ -19,12 +19,17 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.parallel.courier import Courier
 from llmtrainer.parallel.early import AtTheEnd, EarlySteps, require_early
 from llmtrainer.parallel.engines.single import Single, SingleEngine
+from llmtrainer.parallel.hook import Bucket, Hook
+from llmtrainer.parallel.hooks.none import NoHook
 from llmtrainer.parallel.world import World
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
+
+_NONE = NoHook()
 
 
 class Ddp(Single):
@@ -38,6 +43,10 @@ class Ddp(Single):
     find_unused_parameters: bool = False
     """Look in every step for parameters that took no part: needed where a step may leave some out, as a gated mixture
     of adapters does; costs a walk over the graph."""
+
+    hook: Hook = _NONE
+    """What gradients go through on their way to the other processes: `{kind: bf16}` halves what is sent, `{kind:
+    powersgd}` sends a small part of it."""
 
     overlap_reduce: bool = True
     """Add gradients up while backward goes on. False: all of them when it has ended, in the same pieces and with the
@@ -58,11 +67,12 @@ class Ddp(Single):
         if self.step_in_backward:
             require_early(precision)
         device, told = self._ready(precision)
+        self.hook.require(precision, self.step_in_backward)
         world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
         return {
             "device": device, "precision": precision, "world": world, "bucket_mib": self.bucket_mib,
             "find_unused": self.find_unused_parameters, "overlap": self.overlap_reduce,
-            "early": self.step_in_backward, "compile": self.compile,
+            "hook": self.hook, "early": self.step_in_backward, "compile": self.compile,
             "cuda_graphs": self.cuda_graphs and not told, "told": told, "arrangement": self.arrangement(),
         }
 
@@ -73,7 +83,7 @@ class DdpEngine(SingleEngine):
 
     def __init__(
         self, device: torch.device, precision: str, *, world: World, bucket_mib: float, find_unused: bool,
-        overlap: bool = True, early: bool = False,
+        hook: Hook = _NONE, overlap: bool = True, early: bool = False,
         **settings: Any,    # those of SingleEngine
     ) -> None:
         super().__init__(device, precision, **settings)
@@ -81,11 +91,15 @@ class DdpEngine(SingleEngine):
         self._bucket_mib, self._find_unused = bucket_mib, find_unused
         self.updates_in_backward = early
         self._at_the_end = None if overlap else AtTheEnd(device)
+        # Gradients as they are need nobody who carries them: sums in any order, one a bucket, cannot cross.
+        self._courier = None if isinstance(hook, NoHook) else Courier(hook, device, self.rank, self.world_size)
         self.collectives = 0
         """Buckets of gradients sent so far."""
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         arranged = super().prepare(policy, rule, groups)
+        self._named = dict(policy.named_parameters())
+        self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in self._named.items()}
         module = cast(nn.Module, self._forward)
         # Its new name is not known to the oldest torch that we run on.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -98,7 +112,9 @@ class DdpEngine(SingleEngine):
             self._optimizer = self._early.optimizer
         # Unannotated: torch compares annotations with types, and here they are text.
         self._replica.register_comm_hook(None, lambda state, bucket: self._take(bucket))
-        return arranged
+        if self._courier is None:
+            return arranged
+        return arranged._replace(fallbacks=arranged.fallbacks + self._courier.exchange.fallbacks)
 
     def begin(self, learning_rate: float) -> None:
         if self._early is not None:
@@ -116,7 +132,14 @@ class DdpEngine(SingleEngine):
             raise _explained(error) from error
         return out
 
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        if self._courier is not None:
+            self._courier.require_delivered()
+
     def clip(self, max_norm: float | None) -> Tensor:
+        if self._courier is not None:
+            self._courier.exchange.collect(self._named)
         if self._early is None:
             return super().clip(max_norm)
         assert max_norm is None, "refused with the recipe"
@@ -129,6 +152,20 @@ class DdpEngine(SingleEngine):
             self._early.end()
             for parameter in self._parameters:
                 parameter.grad = None
+        if self._courier is not None:
+            self._courier.exchange.release(self._named)
+
+    def told(self) -> dict[str, float]:
+        return {} if self._courier is None else self._courier.told()
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | ({} if self._courier is None else self._courier.state())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
+        if self._courier is not None:
+            self._courier.load_state(state)
+            self._courier.exchange.release(self._named)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return self.world.sum(numbers)
@@ -140,6 +177,8 @@ class DdpEngine(SingleEngine):
         return self.world.in_turn(work)
 
     def close(self) -> None:
+        if self._courier is not None:
+            self._courier.close()
         super().close()
         self.world.leave()
 
@@ -165,6 +204,11 @@ class DdpEngine(SingleEngine):
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         # A sum and not DDP's mean: the loss is divided by what all ranks counted together.
         self.collectives += 1
+        if self._courier is not None:
+            names = tuple(self._name_of[parameter] for parameter in bucket.parameters())
+            scale = 1.0 if self._loss_scale is None else self._loss_scale.scale
+            tensors = tuple(bucket.gradients())
+            return self._courier.carry(Bucket(bucket.buffer(), names, tensors, self._updates, scale))
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 

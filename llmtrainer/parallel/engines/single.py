@@ -24,6 +24,8 @@ from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
 UPDATES = "engine.updates"
+HOOK = "engine.hook."
+"""Tensors of a hook, which belong to engines of several processes."""
 _UNASKED = Arrangement()
 
 
@@ -217,10 +219,16 @@ class SingleEngine:
     def in_turn(self, work: Callable[[], Made]) -> Made:
         return work()
 
+    def told(self) -> dict[str, float]:
+        return {}
+
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in policy.named_parameters()}
 
     def whole(self, policy: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def readable(self, policy: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
@@ -234,7 +242,8 @@ class SingleEngine:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave. Raises UserError, with nothing changed, if it is not all of it."""
         expected = {UPDATES} | (set() if self._loss_scale is None else set(self._loss_scale.state()))
-        given = {name for name in state if not name.startswith(PREFIX)}
+        # A hook's tensors are its own: without one, or with another number of ranks, a run goes on without them.
+        given = {name for name in state if not name.startswith((PREFIX, HOOK))}
         if given != expected:
             raise UserError(
                 "the checkpoint's engine state is not this engine's",
@@ -245,10 +254,10 @@ class SingleEngine:
         updates = int(state[UPDATES])
         if updates:
             write_state(self._optimizer, self._rule, self._pieces_of(state), self._owns)
-        elif len(state) > len(expected):
+        elif any(name.startswith(PREFIX) for name in state):
             raise UserError(
                 "the checkpoint's engine state says that it holds none of the optimizer's, and does",
-                where=f"{UPDATES} is 0, beside {len(state) - len(expected):,} tensors {PREFIX}*",
+                where=f"{UPDATES} is 0, beside tensors {PREFIX}*",
                 fix="continue from another checkpoint",
             )
         else:

@@ -1,0 +1,128 @@
+"""Gradients and optimizer state that DeepSpeed has divided among processes, read and written as whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmtrainer.core.protocols import Rule
+from llmtrainer.parallel.optimizer_state import PREFIX
+
+
+class Divided:
+    """DeepSpeed's optimizer of stage 1, 2 or 3, over the parameters of `groups` as they were before it took them."""
+
+    def __init__(self, zero: Any, stage: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._zero, self._stage, self._groups = zero, stage, groups
+        self._shapes = {
+            name: _shape(parameter) for group in groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """Factor on the loss, which the update takes out again."""
+        return float(self._zero.loss_scaler.cur_scale)
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._zero.loss_scaler.cur_scale = value
+
+    def norm(self) -> Tensor:
+        """L2 norm of the whole gradient without the scale, float64; infinite where a part of it is not finite."""
+        if self._stage == 3:
+            parts = [float(part) for part in self._zero._get_norm_groups()]
+        else:
+            parts = [float(self._zero.scaled_global_norm())]
+        found = torch.linalg.vector_norm(torch.tensor(parts, dtype=torch.float64)) / self.scale
+        # DeepSpeed says -1 for what is not finite.
+        return found if min(parts) >= 0.0 else torch.full_like(found, torch.inf)
+
+    def limit(self, max_norm: float | None, norm: float) -> None:
+        """Clip gradients of this norm in the next update."""
+        if max_norm is None or norm == 0.0:
+            self._zero.clip_grad = 0.0
+        else:
+            # DeepSpeed divides by (norm + 1e-6) / limit; no other engine adds anything.
+            self._zero.clip_grad = max_norm * (norm + 1e-6) / norm
+
+    def discard(self) -> None:
+        """Clear the gradients by DeepSpeed's own way with an overflow: a norm that is none makes its step do just
+        that."""
+        name = "_get_norm_groups" if self._stage == 3 else "scaled_global_norm"
+        answer = torch.tensor(-1.0)
+        setattr(self._zero, name, lambda *_: [answer] if self._stage == 3 else answer)
+        try:
+            self._zero.step()
+        finally:
+            delattr(self._zero, name)
+        assert self._zero.overflow, "DeepSpeed made a step that was to be left out"
+
+    def read(self) -> dict[str, Tensor]:
+        """`optimizer.<parameter>.<what>`, whole. Every rank asks."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self._link()
+        kept = next(iter(self._zero.optimizer.state.values()))
+        found = {}
+        for name, parameter in self._named().items():
+            for what, value in kept.items():
+                whole = value.detach().clone() if not value.ndim else safe_get_full_optimizer_state(parameter, what)
+                found[f"{PREFIX}{name}.{what}"] = whole.reshape(self._shapes[name]) if value.ndim else whole
+        return found
+
+    def stand_in(self, rule: Rule) -> Optimizer:
+        """An optimizer of whole tensors on the CPU, for a state to be put into."""
+        groups = []
+        for group in self._groups:
+            empty = [nn.Parameter(torch.zeros(self._shapes[name])) for name in group["param_names"]]
+            groups.append({**group, "params": empty})
+        return rule.build(groups)
+
+    def write(self, whole: Optimizer, updates: int) -> None:
+        """Take the weights as they are now, and the state from an optimizer of whole tensors."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self._zero.refresh_fp32_params()
+        self._zero.optimizer.state.clear()
+        if not updates:
+            return
+        named = {
+            name: dict(whole.state[parameter]) for group in whole.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }  # fmt: skip
+        sample = next(state for state in named.values() if state)
+        for flat in self._flats():
+            self._zero.optimizer.state[flat] = {
+                what: torch.zeros_like(flat) if value.ndim else value.clone() for what, value in sample.items()
+            }
+        self._link()
+        for name, parameter in self._named().items():
+            for what, value in named[name].items():
+                if value.ndim:
+                    safe_set_full_optimizer_state(parameter, value.to(torch.float32), what)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter for group in self._groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }  # fmt: skip
+
+    def _flats(self) -> list[Tensor]:
+        """This process's share of the masters, a flat tensor a group."""
+        flats = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self._zero, flats))
+
+    def _link(self) -> None:
+        """Let DeepSpeed find each parameter's piece in the state as it is now."""
+        if self._stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,1 @@
+"""Kinds of hooks: how gradients are changed on their way between processes."""
