@@ -21,6 +21,7 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Made, Rule
 from llmtrainer.parallel.early import AtTheEnd, EarlySteps, require_early
 from llmtrainer.parallel.engines.single import Single, SingleEngine
+from llmtrainer.parallel.exact import ExactSums
 from llmtrainer.parallel.world import World
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Ddp(Single):
             "find_unused": self.find_unused_parameters, "overlap": self.overlap_reduce,
             "early": self.step_in_backward, "compile": self.compile,
             "cuda_graphs": self.cuda_graphs and not told, "told": told, "arrangement": self.arrangement(),
+            "exact": self.sums(world.rank, world.size),
         }
 
 
@@ -87,6 +89,7 @@ class DdpEngine(SingleEngine):
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         arranged = super().prepare(policy, rule, groups)
         module = cast(nn.Module, self._forward)
+        self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         # Its new name is not known to the oldest torch that we run on.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._replica = DistributedDataParallel(
@@ -111,7 +114,7 @@ class DdpEngine(SingleEngine):
         if not torch.is_grad_enabled():
             return super().forward(batch, wants)
         try:
-            out: Outputs = self._replica(batch.to(self.device), wants)
+            out: Outputs = self._replica(self._entered(batch).to(self.device), wants)
         except RuntimeError as error:
             raise _explained(error) from error
         return out
@@ -143,6 +146,9 @@ class DdpEngine(SingleEngine):
         super().close()
         self.world.leave()
 
+    def _finish(self, exact: ExactSums) -> None:
+        exact.forget()      # what backward's last buckets left in the parameters is the sum
+
     def _update(self) -> None:
         if self._early is None:
             super()._update()
@@ -165,6 +171,12 @@ class DdpEngine(SingleEngine):
     def _reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         # A sum and not DDP's mean: the loss is divided by what all ranks counted together.
         self.collectives += 1
+        if self._exact is not None:
+            places = [self._places[id(parameter)] for parameter in bucket.parameters()]
+            self._exact.reduce(bucket.buffer(), bucket.gradients(), places)
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 

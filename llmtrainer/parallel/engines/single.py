@@ -19,6 +19,8 @@ from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.protocols import EngineConfig, Made, Rule, Writers
+from llmtrainer.core.share import Share
+from llmtrainer.parallel.exact import ExactSums, exact_norm, require_exact
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
@@ -45,6 +47,13 @@ class Single(EngineConfig):
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
 
+    exact: bool = False
+    """Learn the same to the last bit however many processes take part, and however often the run is stopped and goes on
+    with another number of them: sums are taken in one fixed order, with one thread a process."""
+
+    virtual_shards: int = Field(default=8, ge=1)
+    """Into how many parts `exact` cuts every step: as many processes may take part at most. Other parts, other bits."""
+
     def start(self, precision: str) -> SingleEngine:
         if process.world_size() > 1:
             raise UserError(
@@ -55,7 +64,7 @@ class Single(EngineConfig):
         device, told = self._ready(precision)
         return SingleEngine(
             device, precision, compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told,
-            arrangement=self.arrangement(),
+            arrangement=self.arrangement(), exact=self.sums(),
         )
 
     def arrangement(self) -> Arrangement:
@@ -64,11 +73,18 @@ class Single(EngineConfig):
         fused = self.compile and asked.kernels == "auto" and torch.cuda.is_available()
         return asked._replace(kernels="torch") if fused else asked
 
+    def sums(self, rank: int = 0, ranks: int = 1) -> ExactSums | None:
+        """How gradients are added up, where that is asked for."""
+        return ExactSums(self.virtual_shards, rank, ranks) if self.exact else None
+
     def _ready(self, precision: str) -> tuple[torch.device, tuple[str, ...]]:
         """This process's device, with threads and arithmetic set, and fallbacks for people."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         device = find_device(self.device, precision)
+        if self.exact:
+            require_exact(device, self.threads)
+            torch.set_num_threads(1)
+        elif self.threads is not None:
+            torch.set_num_threads(self.threads)
         if device.type == "cpu":
             keep_freed_memory()
         if device.type == "cuda" and device.index is not None:
@@ -94,9 +110,10 @@ class SingleEngine:
 
     def __init__(
         self, device: torch.device, precision: str, *, compile: bool = False, cuda_graphs: bool = False,
-        told: tuple[str, ...] = (), arrangement: Arrangement = _UNASKED,
+        told: tuple[str, ...] = (), arrangement: Arrangement = _UNASKED, exact: ExactSums | None = None,
     ) -> None:
         self.device = device
+        self._exact = exact
         self._arrangement = arrangement
         self._compile, self._graphs = compile, cuda_graphs
         self._told = told
@@ -109,6 +126,10 @@ class SingleEngine:
     @property
     def rescales(self) -> bool:
         return self._loss_scale is not None
+
+    @property
+    def share(self) -> Share:
+        return Share((self.rank,), self.world_size) if self._exact is None else self._exact.share
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         """Move the policy to the device, arrange how it computes there, and build the optimizer over `groups` (see
@@ -159,7 +180,12 @@ class SingleEngine:
         if self._graphs:
             # From here on, a graph may write over what it returned for the micro-batch before.
             torch.compiler.cudagraph_mark_step_begin()
-        return self._forward(batch.to(self.device), wants)
+        return self._forward(self._entered(batch).to(self.device), wants)
+
+    def _entered(self, batch: Batch) -> Batch:
+        """The micro-batch, whose shard has begun if it is trained."""
+        trains = self._exact is not None and torch.is_grad_enabled()
+        return self._exact.enter(batch, self._parameters) if self._exact is not None and trains else batch
 
     def backward(self, loss: Tensor) -> None:
         self._norm = None
@@ -173,6 +199,8 @@ class SingleEngine:
         """
         assert self._norm is None, "these gradients are already clipped"
         assert max_norm is None or max_norm > 0.0, max_norm
+        if self._exact is not None:
+            self._finish(self._exact)
         gradients = self._gradients()
         if self._loss_scale is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / self._loss_scale.scale)
@@ -205,6 +233,12 @@ class SingleEngine:
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._norm = None
+        if self._exact is not None:
+            self._exact.forget()
+
+    def _finish(self, exact: ExactSums) -> None:
+        """The step's gradients over all shards, in the parameters."""
+        exact.finish(self._parameters)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return {name: float(number) for name, number in numbers.items()}
@@ -263,7 +297,7 @@ class SingleEngine:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
-        return global_norm(gradients, self.device)
+        return (global_norm if self._exact is None else exact_norm)(gradients, self.device)
 
     def _update(self) -> None:
         self._optimizer.step()

@@ -1,0 +1,109 @@
+"""With `engine.exact` a run has the same weights and optimizer to the last bit, whoever computes it and how often."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from llmtrainer.base.config import load
+from llmtrainer.base.errors import UserError
+from llmtrainer.base.rundir import RunDir
+from llmtrainer.training import checkpoint
+from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.run import open_trainer, train
+from tests.processes import Processes, processes  # noqa: F401  a fixture
+from tests.training.conftest import RECIPE
+
+STEPS = 6
+MOST = 4
+"""Processes; smaller worlds are the first of them."""
+UNEVEN = ("data.policy=split", "data.sequences_per_step=21", "data.tokens_per_batch=64")
+"""Rows of other lengths, shards of two and three rows, two micro-batches a shard."""
+MUON = ("optim.rule.kind=muon",)
+
+
+def hashes(run: Path, step: int = STEPS) -> tuple[str, str]:
+    files = checkpoint.read_manifest(RunDir(run).checkpoint(step))["files"]
+    return files["model.safetensors"]["sha256"], files["optimizer.safetensors"]["sha256"]
+
+
+def lived(world: int, text: str, overrides: Sequence[str], crash: int | None = None) -> None:
+    """Run a recipe in the first `world` processes; `crash`: end behind this step with nothing saved of it."""
+    if int(os.environ["RANK"]) >= world:
+        return
+    os.environ["WORLD_SIZE"] = str(world)
+    folder = next(item for item in overrides if item.startswith("run=")).removeprefix("run=")
+    path = Path(f"{folder}-{os.environ['RANK']}.yaml")
+    path.write_text(text)
+    recipe = load(Recipe, path, overrides=overrides)
+    if crash is None:
+        train(recipe)
+        return
+    with open_trainer(recipe) as trainer:
+        for info in trainer.steps():
+            if info.progress.step == crash:
+                break
+
+
+class Lives:
+    """Runs of the tiny recipe in worlds of several sizes."""
+
+    def __init__(self, processes: Processes, world: Path, folder: Path) -> None:  # noqa: F811
+        self._processes, self._folder = processes, folder
+        self._text = RECIPE.format(world=world, run=folder / "run")
+
+    def __call__(self, name: str, worlds: Sequence[tuple[int, int | None]], *more: str) -> tuple[str, str]:
+        """Hashes of the last checkpoint of a run that lived in some worlds, each up to its crash."""
+        for size, crash in worlds:
+            given = (
+                f"run={self._folder / name}", "engine.device=cpu", f"duration={STEPS} steps", "evaluate.every=never",
+                "save.every=2 steps", *UNEVEN, *more,
+            )
+            self._processes.run(MOST, lived, size, self._text, given, crash)
+        return hashes(self._folder / name)
+
+
+@pytest.fixture
+def lives(processes: Processes, world: Path, tmp_path: Path) -> Lives:  # noqa: F811
+    return Lives(processes, world, tmp_path)
+
+
+KINDS = ["ddp"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [(), MUON], ids=["adamw", "muon"])
+def test_any_number_of_processes_with_crashes_between_has_the_bits_of_one(
+    lives: Lives, kind: str, rule: tuple[str, ...]
+) -> None:
+    exact = ("engine.exact=true", *rule)
+    alone = lives("single", [(1, None)], *exact)
+    several = f"engine.kind={kind}"
+    sizes = [1, 2, 3, 4] if not rule else [4]
+    found = {size: lives(f"{kind}-{size}", [(size, None)], *exact, several) for size in sizes}
+    found[0] = lives("changing", [(3, 3), (4, 5), (2, None)], *exact, several)
+    assert found == dict.fromkeys(found, alone)
+
+
+def test_the_usual_sum_of_four_processes_has_other_bits_than_one(lives: Lives) -> None:
+    """The control: without exact sums, the same comparison fails."""
+    assert lives("one", [(1, None)], "engine.threads=1") != lives("four", [(4, None)], "engine.kind=ddp")
+
+
+def test_an_exact_run_goes_on_with_the_sums_it_began_with(tmp_path: Path, world: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(world=world, run=tmp_path / "run"))
+    given = ["engine.exact=true", "engine.device=cpu", "evaluate.every=never", "data.held_out=0"]
+    train(load(Recipe, path, overrides=[*given, "duration=1 steps"]))
+    told = checkpoint.read_manifest(RunDir(tmp_path / "run").checkpoint(1))["exact"]
+    assert told["virtual_shards"] == "8" and told["threads"] == "1" and told["precision"] == "float32"
+    assert told["library"].startswith("torch ") and told["instructions"] and told["optimizer"] == "adamw:fused"
+    for more, name in (("engine.virtual_shards=4", "virtual_shards"), ("data.tokens_per_batch=96", "tokens_per_batch")):
+        with pytest.raises(UserError, match=f"goes on with another {name}"):
+            train(load(Recipe, path, overrides=[*given, "duration=2 steps", more]))
+    train(load(Recipe, path, overrides=[*given, "duration=2 steps", "engine.virtual_shards=4", "allow=engine.exact"]))
+    warned = [line for line in RunDir(tmp_path / "run").events.read_text().splitlines() if '"warning"' in line]
+    assert any("virtual_shards was 8 and is 4" in line for line in warned)
