@@ -7,9 +7,9 @@ own, and the gradients of the shards are added up in one fixed binary tree. Who 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.protocols import Rule
 from llmtrainer.core.randomness import derive
 from llmtrainer.core.share import Share
 
@@ -93,6 +94,17 @@ def require_exact(device: torch.device, threads: int | None) -> None:
         )
 
 
+def require_plain(rule: Rule) -> None:
+    """Refuse a rule that rounds an element by where it stands, where processes have pieces of other sizes."""
+    if getattr(rule, "implementation", None) == "fused":
+        raise UserError(
+            "the fused AdamW rounds the last elements of a piece otherwise than the others",
+            where="optim.rule.implementation, engine.exact",
+            why="which elements are the last of a piece depends on the number of processes",
+            fix="optim.rule.implementation=foreach",
+        )
+
+
 class ExactSums:
     """What an engine does otherwise where its sums must not depend on the processes."""
 
@@ -116,9 +128,7 @@ class ExactSums:
         """Before the forward pass of a micro-batch: gradients of the shard before are put aside, and modules that draw
         from torch's own generator draw what this micro-batch draws wherever it is computed."""
         if self._shard is not None and batch.shard != self._shard:
-            self._put(self._shard, [parameter.grad for parameter in parameters])
-            for parameter in parameters:
-                parameter.grad = None
+            self._leave(self._shard, parameters)
             self._batches = 0
         self._shard = batch.shard
         torch.manual_seed(derive(batch.dropout_key, "shard", batch.shard, self._batches))
@@ -154,11 +164,21 @@ class ExactSums:
             node = node.parent
         flats = [_flat(leaf, views, places, flat) for _, leaf in pieces] + [flat]
         mine, found = self._layout[self._rank], [*(kept for kept, _ in pieces), node]
-        if self._shard < 0:     # a trial of no step: what it sends has the right size, and is thrown away
+        if self.on_trial:     # what it sends has the right size, and is thrown away
             flats = [flat] * len(mine)
         else:
             assert found == mine, f"{found} are not the nodes of rank {self._rank}"
         flat.copy_(exact_all_reduce(flats, self._layout, self.shards))
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the micro-batch is of no step."""
+        return self._shard is None or self._shard < 0
+
+    def _leave(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
+        self._put(shard, [parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
 
     def _put(self, shard: int, leaf: Leaf) -> None:
         node = Node(0, shard)
@@ -166,6 +186,91 @@ class ExactSums:
             _, left = self._held.pop()
             leaf, node = list(map(added, left, leaf)), node.parent
         self._held.append((node, leaf))
+
+
+class ExactPieces(ExactSums):
+    """The same where each process has a piece of every gradient (FSDP2): in every backward pass each process gets its
+    piece of what every other computed, and adds pieces up as the tree says.
+
+    Neighbouring shards are computed at the same time, by different processes: what waits is at most log2(V) pieces.
+    """
+
+    def __init__(self, shards: int, rank: int, ranks: int) -> None:
+        super().__init__(shards, rank, ranks)
+        rounds = -(-shards // ranks)
+        self.share = Share(tuple(round * ranks + rank for round in range(rounds)), shards)
+        self.ends = False
+        """Whether the micro-batch is the last of its step."""
+        self._reducers: list[_Reducer] = []
+
+    def reducer(self) -> _Reducer:
+        """What adds up the gradients of one unit of the model."""
+        self._reducers.append(_Reducer(self))
+        return self._reducers[-1]
+
+    def forget(self) -> None:
+        super().forget()
+        for reducer in self._reducers:
+            reducer.forget()
+
+    def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.forget()
+
+    def _leave(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:
+        for reducer in self._reducers:
+            reducer.put()
+
+
+class _Reducer:
+    """In place of FSDP2's own reduction: nothing until the step's last backward pass, then the sum over all shards."""
+
+    def __init__(self, sums: ExactPieces) -> None:
+        self._sums = sums
+        self.forget()
+
+    def forget(self) -> None:
+        self._held: list[tuple[Node, Tensor]] = []
+        self._leaves: Tensor | None = None
+        """The pieces of the shards that are computed now, one of each rank."""
+        self._next = 0
+        """The first of these shards."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        pieces = received.view(-1, output_tensor.numel())
+        if self._sums.on_trial:
+            output_tensor.copy_(pieces.sum(0))
+            return
+        self._leaves = pieces if self._leaves is None else self._leaves.add_(pieces)
+        output_tensor.zero_()
+        if self._sums.ends:
+            self.put()
+            # torch adds this to the zeros of the backward passes before.
+            output_tensor.copy_(total(self._sums.shards, dict(self._held), lambda left, right: left.add_(right)))
+
+    def put(self) -> None:
+        """The shards that were computed are complete."""
+        if self._leaves is None:
+            return
+        for leaf in self._leaves[: self._sums.shards - self._next]:
+            node = Node(0, self._next)
+            self._next += 1
+            while self._held and self._held[-1][0].is_left_of(node):
+                _, left = self._held.pop()
+                leaf, node = left.add_(leaf), node.parent
+            self._held.append((node, leaf))
+        # What waits must not keep the pieces of all ranks in memory with it.
+        of_all = self._leaves.untyped_storage().data_ptr()
+        self._held = [
+            (node, held.clone() if held.untyped_storage().data_ptr() == of_all else held) for node, held in self._held
+        ]
+        self._leaves = None
 
 
 def _flat(leaf: Leaf, views: Sequence[Tensor], places: Sequence[int], like: Tensor) -> Tensor:
@@ -215,29 +320,3 @@ def exact_reduce_scatter(nodes: Sequence[Tensor], layout: Sequence[Sequence[Node
         for node, piece in zip(of_rank, pieces, strict=True)
     }
     return total(shards, named, lambda left, right: left.add_(right))
-
-
-def exact_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """L2 norm over all gradients, a float64 scalar: of rows along the last axis, which no engine cuts, then of all
-    rows' norms in float64 in the order of the parameters."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    for dtype in (None, torch.float64):
-        norm = torch.linalg.vector_norm(torch.cat(list(row_norms(gradients, dtype))))
-        if _NARROW_NORMS[0] < float(norm) < _NARROW_NORMS[1]:
-            break
-    return norm
-
-
-def row_norms(gradients: Sequence[Tensor], dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """The norms of each gradient's rows along its last axis, as float64 vectors; a vector's rows are its elements.
-    dtype: of the arithmetic; None: the gradients' own, which is nine times as fast."""
-    for gradient in gradients:
-        if gradient.ndim < 2:
-            yield gradient.reshape(-1).double().abs()
-        else:
-            yield torch.linalg.vector_norm(gradient, dim=-1, dtype=dtype).reshape(-1).double()
-
-
-_NARROW_NORMS = (1e-12, 1e18)
-"""Norms whose squares, and those of what makes them up, are ordinary float32 numbers."""

@@ -1,6 +1,7 @@
 """What the bits of an exact run depend on besides its rows: kept in every checkpoint, compared where a run goes on.
 
-With `engine.exact` the number of processes changes no bit. Other things would: the manifest tells them as `exact`. What the user chose is refused where it differs from what the run began with; another machine is only told.
+With `engine.exact` the number of processes changes no bit. Other things would: the manifest tells them as `exact`. What
+the user chose is refused where it differs from what the run began with; another machine is only told.
 """
 
 from __future__ import annotations

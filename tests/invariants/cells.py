@@ -111,7 +111,7 @@ def nursery(folder: Path) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
-    multiprocessing.set_forkserver_preload(["tests.invariants.patches"])
+    multiprocessing.set_forkserver_preload(["tests.invariants.imported"])
     try:
         yield
     finally:

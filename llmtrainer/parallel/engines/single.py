@@ -20,8 +20,9 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.protocols import EngineConfig, Made, Rule, Writers
 from llmtrainer.core.share import Share
-from llmtrainer.parallel.exact import ExactSums, exact_norm, require_exact
+from llmtrainer.parallel.exact import ExactSums, require_exact
 from llmtrainer.parallel.loss_scale import LossScale
+from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
 UPDATES = "engine.updates"
@@ -297,7 +298,9 @@ class SingleEngine:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
-        return (global_norm if self._exact is None else exact_norm)(gradients, self.device)
+        if self._exact is None:
+            return global_norm(gradients, self.device)
+        return exact_norm(lambda dtype: rows_of(gradients, dtype))
 
     def _update(self) -> None:
         self._optimizer.step()
@@ -317,27 +320,6 @@ def detached(out: Outputs) -> Outputs:
     for name, value in found.items():
         found[name] = value.detach() if isinstance(value, Tensor) else value
     return Outputs(**found)
-
-
-def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """L2 norm over all gradients, a float64 scalar: squares of large float32 gradients do not overflow.
-
-    On a CPU the last axis is reduced in the gradients' own type and only what is left in float64: a ninth of the
-    time, and the same to nine digits. Where such squares could leave their type's range, it is not done so.
-    """
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    if not gradients:
-        return torch.zeros((), dtype=wide, device=device)
-    if device.type == "cpu":
-        rows = [torch.linalg.vector_norm(gradient, dim=-1) if gradient.ndim else gradient for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row, dtype=wide) for row in rows]))
-        if _NARROW_NORMS[0] < float(norm) < _NARROW_NORMS[1]:
-            return norm
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=wide)))
-
-
-_NARROW_NORMS = (1e-12, 1e18)
-"""Norms whose squares, and those of what makes them up, are ordinary float32 numbers."""
 
 
 def find_device(name: str, precision: str) -> torch.device:
