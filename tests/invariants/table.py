@@ -224,7 +224,8 @@ def recipe_of(case: Case, folder: Path) -> dict[str, Any]:
         return {"template": "alpaca", "sequence_length": 50, "tokens_per_batch": 4096, **workers, **data}
 
     beside = {"beside": read(case.more["beside"])} if "beside" in case.more else {}
-    began = {**SHAPE, "dropout": case.dropout} if case.dropout else {"start_from": str(world / "teacher")}
+    fresh = case.dropout or case.name == "teacher"
+    began = {**SHAPE, "dropout": case.dropout} if fresh else {"start_from": str(world / "teacher")}
     return {
         **RECIPE, "tokenizer": str(world / "tokenizer"), "cache": str(folder / "cache"), "data": read(case.data),
         **case.more, **beside, "model": {**began, **case.more.get("model", {})},
@@ -257,7 +258,7 @@ def make_world(world: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
     train_vocabulary([record["text"] for record in records["text"]], 320).save(world / "tokenizer")
     teacher = Case("teacher", {"kind": "documents", "train": str(world / "text"), "sequence_length": 24,
-                               "sequences_per_step": 12}, 1, 1, {}, 0.1)    # fmt: skip
+                               "sequences_per_step": 12}, 1, 1, {})    # fmt: skip
     path = world / "teacher.yaml"
     path.write_text(json.dumps(recipe_of(teacher, world.parent)))
     train(load(Recipe, path, overrides=[f"run={world / 'teacher'}", "duration=1 steps"]))

@@ -339,16 +339,10 @@ def find_device(name: str, precision: str) -> torch.device:
             fix="engine.device=auto",
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(
-            f"nothing is computed on device `{name}`",
-            where="engine.device",
-            fix="engine.device=auto",
-        )
+        raise UserError(f"nothing is computed on device `{name}`", where="engine.device", fix="engine.device=auto")
     if device.type == "mps" and precision == "float64":
         raise UserError(
-            "MPS has no float64",
-            where="precision, engine.device",
-            fix="engine.device=cpu, or precision=float32",
+            "MPS has no float64", where="precision, engine.device", fix="engine.device=cpu, or precision=float32"
         )
     return device
 
