@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from llmtrainer.parallel.exact import (
     Node,
     added,
     block,
-    exact_norm,
     exact_reduce_scatter,
     nodes_of,
     total,
 )
+from llmtrainer.parallel.norm import exact_norm, rows_of
 from tests.worlds import row_batch, tiny_model
 
 
@@ -48,13 +49,11 @@ def test_the_tree_is_pairs_of_neighbours_however_its_shards_are_shared_out(shard
     for ranks in range(1, shards + 1):
         found: dict[Node, np.float32] = {}
         for rank in range(ranks):
-            sums = dict.fromkeys([], np.float32(0))
             mine = block(shards, rank, ranks)
             for node in nodes_of(mine):
                 of_node = range(node.index << node.level, (node.index + 1) << node.level)
                 assert set(of_node) <= set(mine)
-                sums[node] = pairs_summed([values[shard] for shard in of_node])
-            found |= sums
+                found[node] = pairs_summed([values[shard] for shard in of_node])
         assert total(shards, found, lambda left, right: left + right) == wanted, ranks
     assert sorted(shard for rank in range(3) for shard in block(shards, rank, 3)) == list(range(shards))
 
@@ -97,8 +96,6 @@ def step(shards: Sequence[int], uneven: bool = False) -> list[Batch]:
 
 
 def gradients_of(engine_sums: ExactSums, batches: Sequence[Batch], shards: Sequence[int]) -> list[Tensor]:
-    from dataclasses import replace
-
     policy = tiny_model()
     parameters = list(policy.parameters())
     for batch, shard in zip(batches, shards, strict=True):
@@ -141,10 +138,12 @@ def test_several_micro_batches_of_a_shard_are_one_leaf() -> None:
 def test_the_norm_is_that_of_all_numbers_and_takes_rows_as_they_come() -> None:
     gradients = [torch.randn(7, 33), torch.randn(12), torch.randn(3, 4, 5), torch.tensor(2.0)]
     wanted = float(np.sqrt(sum((item.double().numpy() ** 2).sum() for item in gradients)))
-    assert float(exact_norm(gradients, torch.device("cpu"))) == pytest.approx(wanted, rel=1e-6)
-    assert exact_norm([], torch.device("cpu")) == 0.0
+    assert float(exact_norm(lambda dtype: rows_of(gradients, dtype))) == pytest.approx(wanted, rel=1e-6)
+    assert exact_norm(lambda dtype: rows_of([], dtype)) == 0.0
     large = [torch.full((4, 4), 1e30), torch.zeros(3)]
-    assert float(exact_norm(large, torch.device("cpu"))) == pytest.approx(4e30, rel=1e-6)
+    assert float(exact_norm(lambda dtype: rows_of(large, dtype))) == pytest.approx(4e30, rel=1e-6)
+    for first in range(7):      # a row's norm does not depend on which rows are beside it
+        assert torch.equal(rows_of([gradients[0][first:]], None), rows_of(gradients[:1], None)[first:])
 
 
 def test_more_processes_than_shards_and_more_threads_than_one_are_refused() -> None:
