@@ -183,9 +183,12 @@ class ComparisonSource:
         lengths = np.array([len(item.rows[0]) for item in made])
         budget = max(self.tokens_per_batch, int(lengths.max()))
         return [
-            self._collated([made[place] for place in chosen.tolist()])
-            if len(chosen) else no_comparison(len(numbers) + self._rank, **self._signals)
-            for chosen in cut_step(lengths, budget, self._world_size, self._pair_cost)[self._rank]
+            replace(
+                self._collated([made[place] for place in chosen.tolist()])
+                if len(chosen) else no_comparison(len(numbers) + part, **self._signals),
+                shard=part,
+            )
+            for part, chosen in self._mine(cut_step(lengths, budget, self._share.of, self._pair_cost))
         ]  # fmt: skip
 
     def close(self) -> None:
@@ -195,8 +198,6 @@ class ComparisonSource:
     def _batches(self, step: int) -> list[Batch]:
         numbers = self.comparisons(step)
         places = np.concatenate([[0], np.cumsum(self.table.answers[numbers])])
-        cut = self._cut(numbers)
-        nothing: list[Numbers] = [np.zeros(0, dtype=np.int64)] * len(cut[0])
         return [
             # Every rank joins every collective: one that has run out of comparisons gets a token of padding.
             replace(
@@ -204,8 +205,13 @@ class ComparisonSource:
                 if len(chosen) else no_comparison(int(places[-1]) + part, **self._signals),
                 shard=part,
             )
-            for part in self._share.mine for chosen in (cut[part] if part < len(cut) else nothing)
+            for part, chosen in self._mine(self._cut(numbers))
         ]  # fmt: skip
+
+    def _mine(self, cut: list[list[Numbers]]) -> list[tuple[int, Numbers]]:
+        """Of the parts of a step, the micro-batches of this process's, each with the number of its part."""
+        nothing: list[Numbers] = [np.zeros(0, dtype=np.int64)] * len(cut[0])
+        return [(part, chosen) for part in self._share.mine for chosen in (cut[part] if part < len(cut) else nothing)]
 
     def _cut(self, numbers: list[int]) -> list[list[Numbers]]:
         return cut_step(self._lengths[numbers], self.tokens_per_batch, self._share.of, self._pair_cost)

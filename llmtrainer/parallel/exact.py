@@ -27,18 +27,18 @@ Leaf = list[Tensor | None]
 
 
 class Node(NamedTuple):
-    """Shards index * 2^level to (index + 1) * 2^level - 1, as far as there are so many."""
+    """Shards place * 2^level to (place + 1) * 2^level - 1, as far as there are so many."""
 
     level: int
-    index: int
+    place: int
 
     @property
     def parent(self) -> Node:
-        return Node(self.level + 1, self.index // 2)
+        return Node(self.level + 1, self.place // 2)
 
     def is_left_of(self, other: Node) -> bool:
         """Whether both have one parent, and this one is its left half."""
-        return self.level == other.level and self.index % 2 == 0 and self.index + 1 == other.index
+        return self.level == other.level and self.place % 2 == 0 and self.place + 1 == other.place
 
 
 def block(shards: int, rank: int, ranks: int) -> range:
@@ -62,9 +62,9 @@ def total(shards: int, nodes: Mapping[Node, Summand], add: Callable[[Summand, Su
     def sum_of(node: Node) -> Summand:
         if node in nodes:
             return nodes[node]
-        left, right = Node(node.level - 1, 2 * node.index), Node(node.level - 1, 2 * node.index + 1)
+        left, right = Node(node.level - 1, 2 * node.place), Node(node.level - 1, 2 * node.place + 1)
         # The last shards may be too few for a right half.
-        return add(sum_of(left), sum_of(right)) if right.index << right.level < shards else sum_of(left)
+        return add(sum_of(left), sum_of(right)) if right.place << right.level < shards else sum_of(left)
 
     return sum_of(Node((shards - 1).bit_length(), 0))
 

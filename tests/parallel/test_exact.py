@@ -51,7 +51,7 @@ def test_the_tree_is_pairs_of_neighbours_however_its_shards_are_shared_out(shard
         for rank in range(ranks):
             mine = block(shards, rank, ranks)
             for node in nodes_of(mine):
-                of_node = range(node.index << node.level, (node.index + 1) << node.level)
+                of_node = range(node.place << node.level, (node.place + 1) << node.level)
                 assert set(of_node) <= set(mine)
                 found[node] = pairs_summed([values[shard] for shard in of_node])
         assert total(shards, found, lambda left, right: left + right) == wanted, ranks
