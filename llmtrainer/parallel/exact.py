@@ -141,12 +141,22 @@ class ExactSums:
 
     def finish(self, parameters: Sequence[nn.Parameter]) -> None:
         """Where one process has all shards: the step's gradients in place of those of the last shard."""
+        self.require_shards()
         if self._shard is not None:
             self._put(self._shard, [parameter.grad for parameter in parameters])
             found = total(self.shards, dict(self._held), lambda left, right: list(map(added, left, right)))
             for parameter, gradient in zip(parameters, found, strict=True):
                 parameter.grad = gradient
         self.forget()
+
+    def require_shards(self) -> None:
+        """Refuse a step of micro-batches that do not say which shard they are of."""
+        if self._shard is not None and self.on_trial:
+            raise UserError(
+                "the rows of this step are not cut into virtual shards", where="engine.exact, data.kind",
+                why="a dataset of another's making has to cut its steps as `engine.share` says",
+                fix="engine.exact=false, or a data.kind of ours: documents, examples, preferences",
+            )
 
     def reduce(self, flat: Tensor, views: Sequence[Tensor], places: Sequence[int]) -> None:
         """The gradients of some parameters over all shards, in place of those of the last shard of this rank.
@@ -214,6 +224,7 @@ class ExactPieces(ExactSums):
             reducer.forget()
 
     def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.require_shards()
         self.forget()
 
     def _leave(self, shard: int, parameters: Sequence[nn.Parameter]) -> None:

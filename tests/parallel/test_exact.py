@@ -14,6 +14,7 @@ from torch import Tensor
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import EngineConfig
+from llmtrainer.optim.rules.adamw import AdamW
 from llmtrainer.parallel.engines.single import Single
 from llmtrainer.parallel.exact import (
     ExactSums,
@@ -22,6 +23,7 @@ from llmtrainer.parallel.exact import (
     block,
     exact_reduce_scatter,
     nodes_of,
+    require_plain,
     total,
 )
 from llmtrainer.parallel.norm import exact_norm, rows_of
@@ -152,6 +154,17 @@ def test_more_processes_than_shards_and_more_threads_than_one_are_refused() -> N
     for more, told in (({"threads": 2}, "2 threads add up"), ({"device": "meta"}, "nothing is computed")):
         with pytest.raises(UserError, match=told):
             EngineConfig.model_validate({"kind": "single", "exact": True, **more}).start("float32")
+
+
+def test_rows_that_do_not_say_their_shard_are_refused() -> None:
+    with pytest.raises(UserError, match="not cut into virtual shards"):
+        gradients_of(ExactSums(8), step(range(2)), [-1, -1])
+
+
+def test_the_fused_rule_is_refused_where_pieces_have_other_sizes() -> None:
+    require_plain(AdamW(implementation="foreach"))
+    with pytest.raises(UserError, match="rounds the last elements"):
+        require_plain(AdamW())
 
 
 def test_without_exact_an_engine_has_the_share_of_its_rank() -> None:

@@ -147,6 +147,7 @@ class DdpEngine(SingleEngine):
         self.world.leave()
 
     def _finish(self, exact: ExactSums) -> None:
+        exact.require_shards()
         exact.forget()      # what backward's last buckets left in the parameters is the sum
 
     def _update(self) -> None:
