@@ -185,8 +185,8 @@ class SingleEngine:
 
     def _entered(self, batch: Batch) -> Batch:
         """The micro-batch, whose shard has begun if it is trained."""
-        trains = self._exact is not None and torch.is_grad_enabled()
-        return self._exact.enter(batch, self._parameters) if self._exact is not None and trains else batch
+        exact = self._exact if torch.is_grad_enabled() else None
+        return batch if exact is None else exact.enter(batch, self._parameters)
 
     def backward(self, loss: Tensor) -> None:
         self._norm = None
@@ -333,8 +333,7 @@ def find_device(name: str, precision: str) -> torch.device:
         torch.empty((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"there is no device `{name}` here",
-            where="engine.device",
+            f"there is no device `{name}` here", where="engine.device",
             why=str(error).splitlines()[0],
             fix="engine.device=auto",
         ) from error
