@@ -14,7 +14,7 @@ from pathlib import Path
 from llmtrainer.base.events import steps
 from tests.processes import free_port
 
-SECONDS = 240.0
+SECONDS = 600.0
 """After which a run is given up."""
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens")
 """What is compared of every step, besides each Term by its name."""
@@ -45,12 +45,13 @@ def curve_of(recipe: Path, commands: Sequence[Command], run: Path) -> Curve:
     ]
 
 
-def apart(one: Curve, other: Curve) -> float:
-    """The farthest two numbers of the same step and name, relative to the larger of 1 and the first."""
+def apart(one: Curve, other: Curve, but: Sequence[str] = ()) -> float:
+    """The farthest two numbers of the same step and name, relative to the larger of 1 and the first. `but`: names that
+    may differ."""
     assert [sorted(step) for step in one] == [sorted(step) for step in other], "other steps, or other names"
     return max(
         abs(step[name] - again[name]) / max(1.0, abs(step[name]))
-        for step, again in zip(one, other, strict=True) for name in step
+        for step, again in zip(one, other, strict=True) for name in step if name not in but
     )
 
 
