@@ -19,3 +19,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--corruptions", type=int, default=20, help="checkpoints damaged (make storm: 100)")
     parser.addoption("--faults", type=int, default=200, help="crashes inside a checkpoint (make storm: 500)")
     parser.addoption("--injected", type=int, default=8, help="faults in jobs of several ranks (make faults: 40)")
+    parser.addoption("--exact-steps", type=int, default=5, help="of exact runs; 60 with ten real kills (make storm)")

@@ -72,3 +72,5 @@ TRL_FLOAT32_LOSS = 1e-7
 """Against what TRL works out in float32 whatever it is given."""
 FOLLOWED_WEIGHT = 1e-6
 """Weights of a reference that follows its policy, against the formula, float32."""
+FLOAT64_INVARIANT = 1e-10
+"""Losses, norms and Terms of three steps under another arrangement, float64: relative to the larger of 1 and them."""

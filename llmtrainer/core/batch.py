@@ -88,6 +88,8 @@ class Batch:
     """Derived from (seed, step) by the trainer."""
     signals: dict[str, Tensor] = field(default_factory=dict)
     """What somebody knows before the forward pass, by name: `ref_logp_BT`, `advantage_BT`."""
+    shard: int = -1
+    """Which part of its step the rows are (core/share.py); -1: of no step, but a trial."""
     place_BT: Tensor | None = None
     """Place in the step of the sequence that each token belongs to, int64, where a row holds several that were cut
     apart from each other; None: the row's. Dropout is then a function of it and of the token's position."""

@@ -18,6 +18,7 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.pieces import Writers
 from llmtrainer.core.ranks import Ranks, Shown
 from llmtrainer.core.rollout import Answer, Verdict
+from llmtrainer.core.share import Share
 
 
 class TextStream(Protocol):
@@ -156,6 +157,11 @@ class Engine(Ranks, Shown, Protocol):
     """Who writes a checkpoint together; None where every process has everything, so that rank 0 writes alone."""
     updates_in_backward: bool
     """Whether weights change while the backward pass still runs: then nobody can decide afterwards not to."""
+
+    @property
+    def share(self) -> Share:
+        """Which part of every step's rows is this process's."""
+        ...
 
     @property
     def rescales(self) -> bool:

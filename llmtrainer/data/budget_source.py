@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.share import Share
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.collate import Row, collate, end_to_end, filler
 from llmtrainer.data.draws import Draws
@@ -46,19 +48,20 @@ class BudgetSource:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        share: Share | None = None,
         cache: Path | None = None,
         prefetch: bool = True,
         pair_cost: float = PAIR_COST,
     ) -> None:
         """`tokens_per_step` is what a step reads on average: it becomes the nearest number of sequences, the same in
-        every step. `cache` is the folder of the plan's tables. Raises UserError where a document is longer than
-        `sequence_length` or there is none."""
+        every step. `share` stands in place of rank and world size. `cache` is the folder of the plan's tables. Raises
+        UserError where a document is longer than `sequence_length` or there is none."""
         assert 0 <= rank < world_size
         assert (sequences_per_step is None) != (tokens_per_step is None), "one of the two says how large a step is"
         _require_sizes(sequence_length, sequences_per_step, tokens_per_batch, held_out, part)
         self.store = store
         self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
-        self._rank, self._world_size, self._pair_cost = rank, world_size, pair_cost
+        self._share, self._pair_cost = share or Share((rank,), world_size), pair_cost
         try:
             self._plan = plan(
                 store, sequence_length=sequence_length, policy="whole", seed=seed, held_out=held_out, part=part,
@@ -111,17 +114,23 @@ class BudgetSource:
 
     def _batches(self, step: int) -> list[Batch]:
         draws = self.draws(step)
+        cut = self._cut(draws)
+        nothing: list[Numbers] = [np.zeros(0, dtype=np.int64)] * len(cut[0])
         return [
-            # Every rank joins every collective: one that has run out of sequences gets a row of padding.
-            end_to_end([self._row(place, draws[place][1]) for place in places.tolist()])
-            if len(places) else collate([filler(self.rows_per_step + self._rank, self.store.gate_groups)])
-            for places in self._cut(draws)[self._rank]
+            replace(self._collated(draws, places, part), shard=part)
+            for part in self._share.mine for places in (cut[part] if part < len(cut) else nothing)
         ]  # fmt: skip
+
+    def _collated(self, draws: list[tuple[int, int]], places: Numbers, part: int) -> Batch:
+        if len(places):
+            return end_to_end([self._row(place, draws[place][1]) for place in places.tolist()])
+        # Every rank joins every collective: one that has run out of sequences gets a row of padding.
+        return collate([filler(self.rows_per_step + part, self.store.gate_groups)])
 
     def _cut(self, draws: list[tuple[int, int]]) -> list[list[Numbers]]:
         documents = [self._document(row) for _, row in draws]
         read = np.array([self.store.length(document) - 1 for document in documents], dtype=np.int64)
-        return cut_step(read, self.tokens_per_batch, self._world_size, self._pair_cost)
+        return cut_step(read, self.tokens_per_batch, self._share.of, self._pair_cost)
 
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)

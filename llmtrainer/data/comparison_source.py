@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.share import Share
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, no_comparison, read_tokens
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.draws import Draws
@@ -86,14 +87,14 @@ class ComparisonSource:
     def __init__(
         self, store: Store, *, pairs_per_step: int, tokens_per_batch: int, seed: int, held_out: float = 0.0,
         part: Part = "train", shuffle: bool = True, share_prompt: bool = True, rank: int = 0, world_size: int = 1,
-        prefetch: bool = True, pair_cost: float = PAIR_COST,
+        share: Share | None = None, prefetch: bool = True, pair_cost: float = PAIR_COST,
     ) -> None:  # fmt: skip
-        """`held_out` is the share of comparisons kept from training, chosen by a hash of their number. Raises UserError
-        where there is none, or one does not fit a micro-batch."""
+        """`held_out` is the share of comparisons kept from training, chosen by a hash of their number. `share` stands
+        in place of rank and world size. Raises UserError where there is none, or one does not fit a micro-batch."""
         assert 0 <= rank < world_size and pairs_per_step > 0
         self.store, self.share_prompt, self.tokens_per_batch = store, share_prompt, tokens_per_batch
         self.table = ComparisonTable(store)
-        self._rank, self._world_size, self._pair_cost = rank, world_size, pair_cost
+        self._share, self._pair_cost = share or Share((rank,), world_size), pair_cost
         numbers = np.arange(len(self.table))
         self._numbers = numbers[is_held_out(numbers, held_out) == (part == "held_out")]
         if not len(self._numbers):
@@ -182,9 +183,12 @@ class ComparisonSource:
         lengths = np.array([len(item.rows[0]) for item in made])
         budget = max(self.tokens_per_batch, int(lengths.max()))
         return [
-            self._collated([made[place] for place in chosen.tolist()])
-            if len(chosen) else no_comparison(len(numbers) + self._rank, **self._signals)
-            for chosen in cut_step(lengths, budget, self._world_size, self._pair_cost)[self._rank]
+            replace(
+                self._collated([made[place] for place in chosen.tolist()])
+                if len(chosen) else no_comparison(len(numbers) + part, **self._signals),
+                shard=part,
+            )
+            for part, chosen in self._mine(cut_step(lengths, budget, self._share.of, self._pair_cost))
         ]  # fmt: skip
 
     def close(self) -> None:
@@ -196,13 +200,21 @@ class ComparisonSource:
         places = np.concatenate([[0], np.cumsum(self.table.answers[numbers])])
         return [
             # Every rank joins every collective: one that has run out of comparisons gets a token of padding.
-            self._collated([self.table.read(numbers[place], int(places[place])) for place in chosen.tolist()])
-            if len(chosen) else no_comparison(int(places[-1]) + self._rank, **self._signals)
-            for chosen in self._cut(numbers)[self._rank]
+            replace(
+                self._collated([self.table.read(numbers[place], int(places[place])) for place in chosen.tolist()])
+                if len(chosen) else no_comparison(int(places[-1]) + part, **self._signals),
+                shard=part,
+            )
+            for part, chosen in self._mine(self._cut(numbers))
         ]  # fmt: skip
 
+    def _mine(self, cut: list[list[Numbers]]) -> list[tuple[int, Numbers]]:
+        """Of the parts of a step, the micro-batches of this process's, each with the number of its part."""
+        nothing: list[Numbers] = [np.zeros(0, dtype=np.int64)] * len(cut[0])
+        return [(part, chosen) for part in self._share.mine for chosen in (cut[part] if part < len(cut) else nothing)]
+
     def _cut(self, numbers: list[int]) -> list[list[Numbers]]:
-        return cut_step(self._lengths[numbers], self.tokens_per_batch, self._world_size, self._pair_cost)
+        return cut_step(self._lengths[numbers], self.tokens_per_batch, self._share.of, self._pair_cost)
 
     def _placed(self, numbers: list[int]) -> list[AnswerRows]:
         places = np.concatenate([[0], np.cumsum(self.table.answers[numbers])]).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.share import Share
 from llmtrainer.data.collate import Row, collate, filler
 from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
@@ -43,18 +45,21 @@ class DiskSource:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        share: Share | None = None,
         worker: int = 0,
         workers: int = 1,
         cache: Path | None = None,
         prefetch: bool = True,
     ) -> None:
-        """`cache` is the folder of the plan's tables. Raises UserError if no row can be made of the data."""
+        """`share` stands in place of rank and world size. `cache` is the folder of the plan's tables. Raises UserError
+        if no row can be made of the data."""
         assert 0 <= rank < world_size and 0 <= worker < workers
         _require_sizes(sequence_length, rows_per_step, tokens_per_batch, held_out, part)
         self.store = store
         self.sequence_length, self.rows_per_step, self.documents = sequence_length, rows_per_step, documents
         self.rows_per_batch = tokens_per_batch // sequence_length
-        self._first, self._stride = rank + world_size * worker, world_size * workers
+        self._share = share or Share((rank,), world_size)
+        self._worker, self._workers = worker, workers
         self._plan = plan(
             store, sequence_length=sequence_length, policy=policy, seed=seed,
             held_out=held_out, part=part, cache=cache,
@@ -85,8 +90,9 @@ class DiskSource:
         return self._draws.of_step(step)
 
     def places(self) -> range:
-        """The places of a step that are this rank's (and worker's)."""
-        return range(self._first, self.rows_per_step, self._stride)
+        """The places of a step that are this rank's (and worker's), where it has one part of it."""
+        (part,) = self._share.mine
+        return self._places(part)
 
     def row(self, step: int, place: int) -> dict[str, list[Any]]:
         """One row as the model sees it, see `Row.shown`."""
@@ -98,15 +104,22 @@ class DiskSource:
 
     def _batches(self, step: int) -> list[Batch]:
         draws = self.draws(step)
-        rows = [self._row(place, *draws[place]) for place in self.places()]
-        most = len(range(0, self.rows_per_step, self._stride))    # rows of the rank that has the most
-        batches = -(-most // self.rows_per_batch)
+        return [replace(batch, shard=part) for part in self._share.mine for batch in self._part(draws, part)]
+
+    def _part(self, draws: list[tuple[int, int]], part: int) -> list[Batch]:
+        places = self._places(part) if part < self._share.of else range(0)
+        rows = [self._row(place, *draws[place]) for place in places]
+        batches = -(-len(self._places(0, worker=0)) // self.rows_per_batch)    # of the part that has the most rows
         cuts = [len(rows) * index // batches for index in range(batches + 1)]
         return [
             # Every rank joins every collective: one that has run out of rows gets a row of padding.
-            collate(rows[start:stop] or [filler(self.rows_per_step + self._first)])
+            collate(rows[start:stop] or [filler(self.rows_per_step + part)])
             for start, stop in itertools.pairwise(cuts)
         ]
+
+    def _places(self, part: int, worker: int | None = None) -> range:
+        first = part + self._share.of * (self._worker if worker is None else worker)
+        return range(first, self.rows_per_step, self._share.of * self._workers)
 
     def _row(self, place: int, epoch: int, row: int) -> Row:
         pieces = self._plan.pieces(row, epoch)

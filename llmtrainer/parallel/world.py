@@ -59,6 +59,12 @@ class World:
         dist.all_gather(found, padded)
         return [one[: int(size)] for one, size in zip(found, sizes, strict=True)]
 
+    def sum_of(self, numbers: Tensor) -> Tensor:
+        """A vector added up over all ranks, in its place."""
+        self.collectives += 1
+        dist.all_reduce(numbers)
+        return numbers
+
     def in_turn(self, work: Callable[[], Made]) -> Made:
         """Do what makes files once: rank 0 does it first, then one process of every other machine, then all others,
         who find what was made. Where machines share a disk, so do theirs."""

@@ -36,6 +36,7 @@ from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.average import MovingAverage
 from llmtrainer.training.dataset import Opened, Rows, Setting
 from llmtrainer.training.evaluation import Evaluations, write_samples
+from llmtrainer.training.exactness import exact_facts
 from llmtrainer.training.feed import Feed, feed_of
 from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
@@ -94,7 +95,7 @@ def assemble(
     average = average_of(recipe, policy, resumption, warn)
     # 5. Who gives it rows, and who says what is known of them.
     feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
-    facts |= {**told, **feed.facts}
+    facts |= {**told, **feed.facts, **exact_facts(recipe, engine, precision, told, rows, resumption, warn)}
     # 6. How long, and at which rate.
     length = schedule_length(recipe, resumption, warn)
     # 7. What is watched and kept.

@@ -35,7 +35,8 @@ class BesideSource:
         mine = self.main.batches(step)
         known = {name: value for batch in mine for name, value in batch.signals.items()}
         others = [_moved(_knowing(batch, known)) for batch in self.other.batches(step)]
-        return [*(_marked(batch, 0.0) for batch in mine), *(_marked(batch, 1.0) for batch in others)]
+        both = [*(_marked(batch, 0.0) for batch in mine), *(_marked(batch, 1.0) for batch in others)]
+        return sorted(both, key=lambda batch: batch.shard)    # what belongs to one part of the step, side by side
 
     def close(self) -> None:
         self.main.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,16 +36,22 @@ class PointOfReference:
 
     def __call__(self, source: ComparisonSource, step: int, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step of `source`, knowing z0."""
-        nats, sequences = 0.0, 0
+        share, read = self.engine.share, source.mismatched(step)
+        each, sequences = len(read) // len(share.mine), 0
+        # Micro-batch by micro-batch, each said by the process that has it: a sum over ranks would round otherwise with
+        # another number of them.
+        nats = {f"{part} {place}": 0.0 for part in range(share.of) for place in range(each)}
         with torch.no_grad(), at_rest(self.policy):
-            for batch in source.mismatched(step):
+            for number, batch in enumerate(read):
                 batch = annotated(batch.to(self.engine.device), self.annotators)
                 logp_BT = self.read(batch, ("logp",)).logp_BT
                 assert logp_BT is not None
-                nats += float(batch.sum_by_sequence(log_ratio(logp_BT, batch)).sum())
+                if batch.sequences:
+                    told = float(batch.sum_by_sequence(log_ratio(logp_BT, batch)).sum())
+                    nats[f"{batch.shard} {number % each}"] = told
                 sequences += batch.sequences
-        found = self.engine.sum({"nats": nats, "sequences": float(sequences)})
-        point = max(0.0, found["nats"] / found["sequences"])
+        found = self.engine.sum({**nats, "sequences": float(sequences)})
+        point = max(0.0, math.fsum(found[name] for name in nats) / found["sequences"])
         return [batch.with_signals({KL: torch.full((batch.sequences,), point)}) for batch in batches]
 
 

@@ -22,6 +22,7 @@ from llmtrainer.core.protocols import Made, Rule
 from llmtrainer.parallel.courier import Courier
 from llmtrainer.parallel.early import AtTheEnd, EarlySteps, require_early
 from llmtrainer.parallel.engines.single import Single, SingleEngine
+from llmtrainer.parallel.exact import ExactSums
 from llmtrainer.parallel.hook import Bucket, Hook
 from llmtrainer.parallel.hooks.none import NoHook
 from llmtrainer.parallel.world import World
@@ -74,6 +75,7 @@ class Ddp(Single):
             "find_unused": self.find_unused_parameters, "overlap": self.overlap_reduce,
             "hook": self.hook, "early": self.step_in_backward, "compile": self.compile,
             "cuda_graphs": self.cuda_graphs and not told, "told": told, "arrangement": self.arrangement(),
+            "exact": self.sums(world.rank, world.size),
         }
 
 
@@ -101,6 +103,7 @@ class DdpEngine(SingleEngine):
         self._named = dict(policy.named_parameters())
         self._name_of: dict[Tensor, str] = {parameter: name for name, parameter in self._named.items()}
         module = cast(nn.Module, self._forward)
+        self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         # Its new name is not known to the oldest torch that we run on.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._replica = DistributedDataParallel(
@@ -127,7 +130,7 @@ class DdpEngine(SingleEngine):
         if not torch.is_grad_enabled():
             return super().forward(batch, wants)
         try:
-            out: Outputs = self._replica(batch.to(self.device), wants)
+            out: Outputs = self._replica(self._entered(batch).to(self.device), wants)
         except RuntimeError as error:
             raise _explained(error) from error
         return out
@@ -182,6 +185,10 @@ class DdpEngine(SingleEngine):
         super().close()
         self.world.leave()
 
+    def _finish(self, exact: ExactSums) -> None:
+        exact.require_shards()
+        exact.forget()      # what backward's last buckets left in the parameters is the sum
+
     def _update(self) -> None:
         if self._early is None:
             super()._update()
@@ -209,6 +216,12 @@ class DdpEngine(SingleEngine):
             scale = 1.0 if self._loss_scale is None else self._loss_scale.scale
             tensors = tuple(bucket.gradients())
             return self._courier.carry(Bucket(bucket.buffer(), names, tensors, self._updates, scale))
+        if self._exact is not None:
+            places = [self._places[id(parameter)] for parameter in bucket.parameters()]
+            self._exact.reduce(bucket.buffer(), bucket.gradients(), places)
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 

@@ -22,7 +22,9 @@ from llmtrainer.core.pieces import first_row, is_piece, own, whole
 from llmtrainer.core.precision import DTYPES
 from llmtrainer.core.protocols import Made, Rule
 from llmtrainer.parallel.early import EarlySteps, require_early
-from llmtrainer.parallel.engines.single import Single, SingleEngine, arrange, detached, global_norm
+from llmtrainer.parallel.engines.single import Single, SingleEngine, arrange, detached
+from llmtrainer.parallel.exact import ExactPieces, ExactSums, require_plain
+from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
 from llmtrainer.parallel.optimizer_state import PREFIX
 from llmtrainer.parallel.world import World
 from llmtrainer.parallel.writing import Pieces, on_mesh
@@ -76,13 +78,25 @@ class Fsdp2(Single):
             )
         if self.step_in_backward:
             require_early(precision)
+            if self.exact:
+                raise UserError(
+                    "exact sums are ready when the last shard is", where="engine.step_in_backward, engine.exact",
+                    why="fsdp2 adds up pieces shard by shard, and none of them is the step's gradient before",
+                    fix="engine.step_in_backward=false, or engine.exact=false",
+                )
         device, told = self._ready(precision)
         world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
         return Fsdp2Engine(
             device, precision, world=world, reshard=self.reshard_after_forward, prefetch=self.prefetch,
             travel=DTYPES[precision] if self.gather == "compute" else None, early=self.step_in_backward,
             told=told, arrangement=self.arrangement(),
+            exact=self.sums(world.rank, world.size),
         )
+
+    def sums(self, rank: int = 0, ranks: int = 1) -> ExactSums | None:
+        # Alone, torch sends nothing, and the gradients of a shard are there as they are elsewhere.
+        kind = ExactSums if ranks == 1 else ExactPieces
+        return kind(self.virtual_shards, rank, ranks) if self.exact else None
 
 
 class Fsdp2Engine(SingleEngine):
@@ -107,6 +121,8 @@ class Fsdp2Engine(SingleEngine):
         _require_elementwise(rule)
         if self.updates_in_backward:
             _require_even(policy)
+        if self._exact is not None:
+            require_plain(rule)
         masters = {parameter.dtype for group in groups for parameter in group["params"]}
         assert masters in ({torch.float32}, {torch.float64}), f"{masters} are no masters of one type"
         self._rule, self._policy, self._forward = rule, policy, policy
@@ -146,6 +162,8 @@ class Fsdp2Engine(SingleEngine):
             # Sums and not means: the loss is divided by what all ranks counted together. gloo knows no others.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+            if isinstance(self._exact, ExactPieces):
+                unit.set_custom_reduce_scatter(self._exact.reducer())    # type: ignore[arg-type]  # whose base is private
             if not self.updates_in_backward:
                 # Processes may leave out different parameters, and must send the same sizes all the same.
                 unit.set_reduce_scatter_unused_params(True)
@@ -182,8 +200,11 @@ class Fsdp2Engine(SingleEngine):
             self._early.begin(learning_rate)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
-        self._units[-1].set_requires_gradient_sync(last)
-        self._unsent = not last
+        apart = not last and self._exact is None      # exact sums are of every micro-batch by itself
+        self._units[-1].set_requires_gradient_sync(not apart)
+        self._unsent = apart
+        if isinstance(self._exact, ExactPieces):
+            self._exact.ends = last
         return nullcontext()
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
@@ -273,7 +294,30 @@ class Fsdp2Engine(SingleEngine):
             piece.grad = None if gradient is None or name in unused else own(gradient)
         return [piece.grad for piece in self._parameters if piece.grad is not None]
 
+    def _entered(self, batch: Batch) -> Batch:
+        if self._exact is None or not torch.is_grad_enabled():
+            return batch
+        return self._exact.enter(batch, list(self._sharded.values()))
+
+    def _finish(self, exact: ExactSums) -> None:
+        exact.finish(list(self._sharded.values()))
+
+    def _rows(self, dtype: torch.dtype | None) -> Tensor:
+        """The norms of all rows of all gradients, whoever has them: each has one owner, and elsewhere counts 0."""
+        found = []
+        for name, parameter in self._sharded.items():
+            gradient = self._pieces[name].grad
+            if gradient is not None:
+                each = 1 if parameter.ndim < 3 else parameter.shape[1:-1].numel()
+                rows = torch.zeros(parameter.shape[0] * each, dtype=torch.float64, device=self.device)
+                mine = rows_of([gradient], dtype)
+                rows[first_row(parameter) * each :][: len(mine)] = mine
+                found.append(rows)
+        return self.world.sum_of(torch.cat(found)) if found else torch.zeros(0, dtype=torch.float64)
+
     def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
+        if self._exact is not None:
+            return exact_norm(self._rows)
         mine = global_norm([gradient for gradient in gradients if gradient.numel()], self.device)
         return self._root_of_sum(float(mine) ** 2)
 

@@ -20,7 +20,10 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.pieces import Writers
 from llmtrainer.core.protocols import EngineConfig, Made, Rule
+from llmtrainer.core.share import Share
+from llmtrainer.parallel.exact import ExactSums, require_exact
 from llmtrainer.parallel.loss_scale import LossScale
+from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
 from llmtrainer.parallel.optimizer_state import PREFIX, read_state, write_state
 
 UPDATES = "engine.updates"
@@ -48,6 +51,13 @@ class Single(EngineConfig):
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of torch; left out, torch decides. Sums may round differently with another number."""
 
+    exact: bool = False
+    """Learn the same to the last bit however many processes take part, and however often the run is stopped and goes on
+    with another number of them: sums are taken in one fixed order, with one thread a process."""
+
+    virtual_shards: int = Field(default=8, ge=1)
+    """Into how many parts `exact` cuts every step: as many processes may take part at most. Other parts, other bits."""
+
     def start(self, precision: str) -> SingleEngine:
         if process.world_size() > 1:
             raise UserError(
@@ -58,7 +68,7 @@ class Single(EngineConfig):
         device, told = self._ready(precision)
         return SingleEngine(
             device, precision, compile=self.compile, cuda_graphs=self.cuda_graphs and not told, told=told,
-            arrangement=self.arrangement(),
+            arrangement=self.arrangement(), exact=self.sums(),
         )
 
     def arrangement(self) -> Arrangement:
@@ -67,11 +77,18 @@ class Single(EngineConfig):
         fused = self.compile and asked.kernels == "auto" and torch.cuda.is_available()
         return asked._replace(kernels="torch") if fused else asked
 
+    def sums(self, rank: int = 0, ranks: int = 1) -> ExactSums | None:
+        """How gradients are added up, where that is asked for."""
+        return ExactSums(self.virtual_shards, rank, ranks) if self.exact else None
+
     def _ready(self, precision: str) -> tuple[torch.device, tuple[str, ...]]:
         """This process's device, with threads and arithmetic set, and fallbacks for people."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         device = find_device(self.device, precision)
+        if self.exact:
+            require_exact(device, self.threads)
+            torch.set_num_threads(1)
+        elif self.threads is not None:
+            torch.set_num_threads(self.threads)
         if device.type == "cpu":
             keep_freed_memory()
         if device.type == "cuda" and device.index is not None:
@@ -97,9 +114,10 @@ class SingleEngine:
 
     def __init__(
         self, device: torch.device, precision: str, *, compile: bool = False, cuda_graphs: bool = False,
-        told: tuple[str, ...] = (), arrangement: Arrangement = _UNASKED,
+        told: tuple[str, ...] = (), arrangement: Arrangement = _UNASKED, exact: ExactSums | None = None,
     ) -> None:
         self.device = device
+        self._exact = exact
         self._arrangement = arrangement
         self._compile, self._graphs = compile, cuda_graphs
         self._told = told
@@ -112,6 +130,10 @@ class SingleEngine:
     @property
     def rescales(self) -> bool:
         return self._loss_scale is not None
+
+    @property
+    def share(self) -> Share:
+        return Share((self.rank,), self.world_size) if self._exact is None else self._exact.share
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         """Move the policy to the device, arrange how it computes there, and build the optimizer over `groups` (see
@@ -162,7 +184,12 @@ class SingleEngine:
         if self._graphs:
             # From here on, a graph may write over what it returned for the micro-batch before.
             torch.compiler.cudagraph_mark_step_begin()
-        return self._forward(batch.to(self.device), wants)
+        return self._forward(self._entered(batch).to(self.device), wants)
+
+    def _entered(self, batch: Batch) -> Batch:
+        """The micro-batch, whose shard has begun if it is trained."""
+        exact = self._exact if torch.is_grad_enabled() else None
+        return batch if exact is None else exact.enter(batch, self._parameters)
 
     def backward(self, loss: Tensor) -> None:
         self._norm = None
@@ -176,6 +203,8 @@ class SingleEngine:
         """
         assert self._norm is None, "these gradients are already clipped"
         assert max_norm is None or max_norm > 0.0, max_norm
+        if self._exact is not None:
+            self._finish(self._exact)
         gradients = self._gradients()
         if self._loss_scale is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / self._loss_scale.scale)
@@ -208,6 +237,12 @@ class SingleEngine:
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._norm = None
+        if self._exact is not None:
+            self._exact.forget()
+
+    def _finish(self, exact: ExactSums) -> None:
+        """The step's gradients over all shards, in the parameters."""
+        exact.finish(self._parameters)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         return {name: float(number) for name, number in numbers.items()}
@@ -273,7 +308,9 @@ class SingleEngine:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
-        return global_norm(gradients, self.device)
+        if self._exact is None:
+            return global_norm(gradients, self.device)
+        return exact_norm(lambda dtype: rows_of(gradients, dtype))
 
     def _update(self) -> None:
         self._optimizer.step()
@@ -295,27 +332,6 @@ def detached(out: Outputs) -> Outputs:
     return Outputs(**found)
 
 
-def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """L2 norm over all gradients, a float64 scalar: squares of large float32 gradients do not overflow.
-
-    On a CPU the last axis is reduced in the gradients' own type and only what is left in float64: a ninth of the
-    time, and the same to nine digits. Where such squares could leave their type's range, it is not done so.
-    """
-    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    if not gradients:
-        return torch.zeros((), dtype=wide, device=device)
-    if device.type == "cpu":
-        rows = [torch.linalg.vector_norm(gradient, dim=-1) if gradient.ndim else gradient for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row, dtype=wide) for row in rows]))
-        if _NARROW_NORMS[0] < float(norm) < _NARROW_NORMS[1]:
-            return norm
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=wide)))
-
-
-_NARROW_NORMS = (1e-12, 1e18)
-"""Norms whose squares, and those of what makes them up, are ordinary float32 numbers."""
-
-
 def find_device(name: str, precision: str) -> torch.device:
     """The device `name` means on this machine. Raises UserError if it is not there or cannot compute so."""
     if name == "auto":
@@ -327,22 +343,15 @@ def find_device(name: str, precision: str) -> torch.device:
         torch.empty((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"there is no device `{name}` here",
-            where="engine.device",
+            f"there is no device `{name}` here", where="engine.device",
             why=str(error).splitlines()[0],
             fix="engine.device=auto",
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(
-            f"nothing is computed on device `{name}`",
-            where="engine.device",
-            fix="engine.device=auto",
-        )
+        raise UserError(f"nothing is computed on device `{name}`", where="engine.device", fix="engine.device=auto")
     if device.type == "mps" and precision == "float64":
         raise UserError(
-            "MPS has no float64",
-            where="precision, engine.device",
-            fix="engine.device=cpu, or precision=float32",
+            "MPS has no float64", where="precision, engine.device", fix="engine.device=cpu, or precision=float32"
         )
     return device
 

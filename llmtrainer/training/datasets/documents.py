@@ -101,7 +101,7 @@ class Documents(Dataset):
         store, engine = Store(path), setting.engine
         train = DiskSource(
             store, rows_per_step=self.rows_per_step, tokens_per_batch=self.tokens_per_batch, shuffle=self.shuffle,
-            part="train", rank=engine.rank, world_size=engine.world_size, **self._cut(setting),
+            part="train", share=engine.share, **self._cut(setting),
         )  # fmt: skip
         return Opened(train, lambda: self._measured(store, setting))
 

@@ -72,7 +72,7 @@ class Examples(PreparedFiles):
         per_step = self.tokens_per_step or (None if self.sequences_per_step else 32_768)
         train = BudgetSource(
             store, sequences_per_step=self.sequences_per_step, tokens_per_step=per_step, part="train",
-            shuffle=self.shuffle, rank=engine.rank, world_size=engine.world_size, held_out=self.held_out,
+            shuffle=self.shuffle, share=engine.share, held_out=self.held_out,
             **self._budget(store, setting),
         )  # fmt: skip
         return Opened(

@@ -86,7 +86,7 @@ class Preferences(PreparedFiles):
         chat = self.chat(setting.folder)
         train = ComparisonSource(
             store, pairs_per_step=self.pairs_per_step, held_out=self.held_out, shuffle=self.shuffle,
-            **self._cut(setting),
+            share=setting.engine.share, **self._cut(setting),
         )  # fmt: skip
         signals = [GROUP, ROW]
         signals += [LIKED, KL] if store.holds(LABELS) else []
