@@ -94,12 +94,6 @@ def opening(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.begin is None else [tokenizer.begin]
 
 
-class Cache(Protocol):
-    """Keys and values of the tokens already read, per row."""
-
-    lengths_B: Tensor
-
-
 class Policy(Protocol):
     """The one trainable module."""
 

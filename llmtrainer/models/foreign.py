@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -21,7 +21,6 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import foreign_score, paths, scalar
-from llmtrainer.models.attention import Path as AttentionPath
 from llmtrainer.models.foreign_cache import KeyRows, Rows, Seen, attend_columns
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import TokenPages
@@ -36,7 +35,7 @@ _NOW: ContextVar[_Reading] = ContextVar("reading")
 class _Reading:
     """One forward pass: what its tokens may see, for every attention layer that asks."""
 
-    def __init__(self, batch: Batch | Seen, path: AttentionPath, compute: torch.dtype) -> None:
+    def __init__(self, batch: Batch | Seen, path: Callable[..., Tensor], compute: torch.dtype) -> None:
         self.path, self.compute = path, compute
         self.batch = batch
         self._visible: dict[int | None, Any] = {}
@@ -44,8 +43,8 @@ class _Reading:
 
     def visible(self, window: int | None) -> Any:
         if window not in self._visible:
-            of = Seen.through if isinstance(self.batch, Seen) else Visible.of
-            self._visible[window] = of(self.batch, window)
+            batch = self.batch
+            self._visible[window] = batch.through(window) if isinstance(batch, Seen) else Visible.of(batch, window)
         return self._visible[window]
 
 

@@ -70,10 +70,11 @@ class Pieces(WholeTensors):
             save_file(alike, folder / f"{stem}.safetensors", {"format": "pt"})
 
     def _write_pieces(self, pieces: Mapping[str, Tensor], folder: Path) -> None:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        # torch re-exports these without saying so.
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)    # type: ignore[attr-defined]
         try:
-            dcp.save(dict(pieces), storage_writer=writer, process_group=self._group)
-        except dcp.CheckpointException as error:
+            dcp.save(dict(pieces), storage_writer=writer, process_group=self._group)    # type: ignore[attr-defined]
+        except dcp.CheckpointException as error:    # type: ignore[attr-defined]
             raise _first(error) from error
         for file in folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"):
             settle_header(file)

@@ -30,7 +30,7 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models import kernels, paths
 from llmtrainer.models.stored import Policy
 from llmtrainer.optim.groups import group
-from llmtrainer.parallel.engines.single import find_device
+from llmtrainer.parallel.device import find_device
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from llmtrainer.training.average import MovingAverage

@@ -18,7 +18,7 @@ from llmtrainer.models.peft_format import CONFIG as ADAPTER_CONFIG
 from llmtrainer.models.peft_format import head_of, is_adapter, load_adapter, read_config
 from llmtrainer.models.stored import Policy
 from llmtrainer.models.weights import load_policy
-from llmtrainer.parallel.engines.single import find_device
+from llmtrainer.parallel.device import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.average import FOLDER

@@ -18,8 +18,7 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import EngineConfig, Rule
 from llmtrainer.optim import rules
 from llmtrainer.optim.groups import group
-from llmtrainer.parallel import loss_scale
-from llmtrainer.parallel.engines import single
+from llmtrainer.parallel import device, loss_scale
 from llmtrainer.parallel.engines.single import Single, SingleEngine
 from tests.tolerances import CLIPPED_NORM_RELATIVE, FLOAT64_GRADIENT_RELATIVE, SCALED_GRADIENT_RELATIVE
 
@@ -458,7 +457,7 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 def test_compiling_without_a_compiler_is_refused_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(single.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
         Single(device="cpu", compile=True).start("float32")
     Single(device="cpu").start("float32")
@@ -467,7 +466,7 @@ def test_compiling_without_a_compiler_is_refused_before_the_first_step(
 def test_compile_goes_through_torch_and_keeps_the_parameters_names(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda module, mode: compiled.append(module) or module)
-    monkeypatch.setattr(single.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
     engine, policy = started({"kind": "adamw"}, compile=True)
     train(engine, 0, 1)
     assert compiled == [policy] and "optimizer.head.weight.exp_avg" in engine.state()

@@ -26,6 +26,14 @@ from llmtrainer.parallel.engines.single import Single, SingleEngine, arrange, de
 from llmtrainer.parallel.exact import ExactPieces, ExactSums, require_plain
 from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
 from llmtrainer.parallel.optimizer_state import PREFIX
+from llmtrainer.parallel.units import (
+    OwnRows,
+    blocks_of,
+    forget_unsent,
+    parameter_of,
+    require_elementwise,
+    require_even,
+)
 from llmtrainer.parallel.world import World
 from llmtrainer.parallel.writing import Pieces, on_mesh
 
@@ -118,9 +126,9 @@ class Fsdp2Engine(SingleEngine):
         """Whether gradients wait for the last micro-batch of their step."""
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
-        _require_elementwise(rule)
+        require_elementwise(rule)
         if self.updates_in_backward:
-            _require_even(policy)
+            require_even(policy)
         if self._exact is not None:
             require_plain(rule)
         masters = {parameter.dtype for group in groups for parameter in group["params"]}
@@ -157,7 +165,7 @@ class Fsdp2Engine(SingleEngine):
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=types, reshard_after_forward=self._reshard)
         fully_shard(policy, mesh=mesh, mp_policy=types, reshard_after_forward=False)
-        units = [unit for unit in (*blocks, policy) if isinstance(unit, FSDPModule)]
+        units: list[FSDPModule] = [unit for unit in (*blocks, policy) if isinstance(unit, FSDPModule)]
         for unit in units:
             # Sums and not means: the loss is divided by what all ranks counted together. gloo knows no others.
             unit.set_gradient_divide_factor(1.0)
@@ -236,7 +244,7 @@ class Fsdp2Engine(SingleEngine):
         super().discard()
         self._took_part.clear()
         if self._unsent:
-            _forget_unsent(self._units)
+            forget_unsent(self._units)
             self._unsent = False
         for parameter in self._sharded.values():
             parameter.grad = None
@@ -279,7 +287,7 @@ class Fsdp2Engine(SingleEngine):
         found = super().state()
         for name, value in found.items():
             if name.startswith(PREFIX) and value.ndim:
-                like: Any = self._sharded[_parameter_of(name)]      # a DTensor
+                like: Any = self._sharded[parameter_of(name)]      # a DTensor
                 found[name] = on_mesh(value, like, like.device_mesh)
         return found
 
@@ -327,7 +335,7 @@ class Fsdp2Engine(SingleEngine):
         return torch.tensor(total, dtype=torch.float64, device=self.device).sqrt()
 
     def _pieces_of(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _Pieces(state, self._sharded)
+        return OwnRows(state, self._sharded)
 
     def _stepping(self, name: str) -> Callable[[Tensor], None]:
         def step(parameter: Tensor) -> None:
@@ -358,69 +366,3 @@ class Fsdp2Engine(SingleEngine):
         still decay them."""
         used = self.world.sum({name: float(name in self._took_part) for name in self._sharded})
         return {name for name, count in used.items() if not count}
-
-
-class _Pieces(Mapping[str, Tensor]):
-    """Of the optimizer's whole tensors, this process's rows: each is cut when it is asked for."""
-
-    def __init__(self, state: Mapping[str, Tensor], sharded: Mapping[str, Tensor]) -> None:
-        self._state, self._sharded = state, sharded
-
-    def __getitem__(self, name: str) -> Tensor:
-        value, parameter = self._state[name], self._sharded.get(_parameter_of(name))
-        if parameter is None or value.shape != parameter.shape:
-            return value    # a scalar, or what is refused for its shape
-        return value.narrow(0, first_row(parameter), own(parameter).shape[0])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-
-def _forget_unsent(units: Sequence[FSDPModule]) -> None:
-    """Drop gradients of micro-batches whose step ends without its last one. torch keeps them for the next step."""
-    for unit in units:
-        for group in unit._get_fsdp_state()._fsdp_param_groups:
-            for each in group.fsdp_params:
-                each.unsharded_accumulated_grad = None
-                if hasattr(each, "_unsharded_param"):
-                    each.unsharded_param.grad = None
-
-
-def _parameter_of(name: str) -> str:
-    """`optimizer.<parameter>.<what>` -> <parameter>."""
-    return name.removeprefix(PREFIX).rpartition(".")[0]
-
-
-def blocks_of(policy: nn.Module) -> list[nn.Module]:
-    """What the policy names as its blocks, in order, by a method `blocks` of one of its modules. Each must be called
-    for all that is computed with its parameters. UserError where none are named."""
-    found = [block for module in policy.modules() for block in getattr(module, "blocks", list)()]
-    if not found:
-        raise UserError(
-            f"{type(policy).__name__} does not say what its blocks are", where="engine.kind=fsdp2",
-            why="blocks are what is gathered and let go; models of transformers' own classes name none here",
-            fix="engine.kind=zero1, which divides the optimizer's state of any model",
-        )
-    return found
-
-
-def _require_even(policy: nn.Module) -> None:
-    """Refuse a policy whose parameters may take part on one process and not on another."""
-    if getattr(getattr(policy, "adapter", None), "gated", False):
-        raise UserError(
-            "a gated mixture needs all gradients of a step", where="engine.step_in_backward, model.adapter.kind",
-            why="which adapters a step leaves out on every process is known at its end",
-            fix="engine.step_in_backward=false",
-        )
-
-
-def _require_elementwise(rule: Rule) -> None:
-    if not rule.elementwise:
-        raise UserError(
-            f"`{rule.kind}` looks at whole tensors, and each process has some rows of them",
-            where="optim.rule.kind, engine.kind=fsdp2", why="its updates would depend on the number of processes",
-            fix="engine.kind=zero1, which divides whole tensors; or optim.rule.kind=adamw",
-        )

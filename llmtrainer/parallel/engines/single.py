@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -21,6 +20,7 @@ from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.pieces import Writers
 from llmtrainer.core.protocols import EngineConfig, Made, Rule
 from llmtrainer.core.share import Share
+from llmtrainer.parallel.device import find_device, require_compiler, require_graphs
 from llmtrainer.parallel.exact import ExactSums, require_exact
 from llmtrainer.parallel.loss_scale import LossScale
 from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
@@ -332,30 +332,6 @@ def detached(out: Outputs) -> Outputs:
     return Outputs(**found)
 
 
-def find_device(name: str, precision: str) -> torch.device:
-    """The device `name` means on this machine. Raises UserError if it is not there or cannot compute so."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and process.world_size() > 1:
-        name = f"cuda:{process.local_rank()}"     # each process its own card
-    try:
-        device = torch.device(name)
-        torch.empty((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"there is no device `{name}` here", where="engine.device",
-            why=str(error).splitlines()[0],
-            fix="engine.device=auto",
-        ) from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"nothing is computed on device `{name}`", where="engine.device", fix="engine.device=auto")
-    if device.type == "mps" and precision == "float64":
-        raise UserError(
-            "MPS has no float64", where="precision, engine.device", fix="engine.device=cpu, or precision=float32"
-        )
-    return device
-
-
 def arrange(policy: nn.Module, asked: Arrangement) -> Arranged:
     """Have the policy compute as asked. Raises UserError if it cannot, and if it has no choice where one is asked."""
     seam: Callable[[Arrangement], Arranged] | None = getattr(policy, "arrange", None)
@@ -380,31 +356,3 @@ def compiled(policy: nn.Module, cuda_graphs: bool = False) -> Callable[..., Outp
         return torch.compile(policy, mode=mode)
     pieces(mode)
     return policy
-
-
-def require_graphs(device: torch.device, compile: bool, fallback: bool) -> tuple[str, ...]:
-    """Nothing, where CUDA graphs can run; what to tell, where they cannot and need not. Else a UserError."""
-    if not compile:
-        raise UserError(
-            "CUDA graphs are made of compiled pieces, and nothing is compiled", where="engine.cuda_graphs",
-            fix="engine.compile=true, or engine.cuda_graphs=false",
-        )
-    if device.type == "cuda":
-        return ()
-    if not fallback:
-        raise UserError(
-            "CUDA graphs cannot run here", where="engine.cuda_graphs", why=f"the device is {device}",
-            fix="engine.cuda_graphs=false, or engine.fallback=true to go without and be told",
-        )
-    return (f"compiled pieces run without CUDA graphs: the device is {device}",)
-
-
-def require_compiler(device: torch.device) -> None:
-    """Refuse to compile for a CPU without a C++ compiler, which torch.compile needs there."""
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UserError(
-            "torch.compile needs a C++ compiler, and there is none on the path",
-            where="engine.compile",
-            why="on a CPU, torch.compile writes C++",
-            fix="install g++ or clang++, or engine.compile=false",
-        )
