@@ -167,6 +167,11 @@ def test_the_fused_rule_is_refused_where_pieces_have_other_sizes() -> None:
         require_plain(AdamW())
 
 
+def test_a_hook_is_refused_because_it_would_replace_the_exact_sum() -> None:
+    with pytest.raises(UserError, match="the hook `bf16` adds gradients up in an order of its own"):
+        EngineConfig.model_validate({"kind": "ddp", "exact": True, "hook": {"kind": "bf16"}}).start("float32")
+
+
 def test_without_exact_an_engine_has_the_share_of_its_rank() -> None:
     assert Single(device="cpu").start("float32").share == ((0,), 1)
     assert Single(device="cpu").sums(1, 4) is None

@@ -67,6 +67,12 @@ class Ddp(Single):
         """What the engine is made of; meets the other processes."""
         if self.step_in_backward:
             require_early(precision)
+        if self.exact and not isinstance(self.hook, NoHook):
+            raise UserError(
+                f"the hook `{self.hook.kind}` adds gradients up in an order of its own",
+                where="engine.hook, engine.exact", why="what it rounds depends on the number of processes",
+                fix="engine.hook={kind: none}, or engine.exact=false",
+            )
         device, told = self._ready(precision)
         self.hook.require(precision, self.step_in_backward)
         world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
