@@ -232,8 +232,7 @@ class SingleEngine:
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """`optimizer.<parameter>.<what>` and `engine.<what>`. The optimizer's own tensors: the next step
-        changes them, so whoever writes them in the background copies them first."""
+        """`optimizer.<parameter>.<what>` and `engine.<what>`: tensors that the next step changes, not copies."""
         state = {UPDATES: torch.tensor(self._updates, dtype=torch.int64)}
         if self._loss_scale is not None:
             state |= self._loss_scale.state()
