@@ -7,7 +7,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check lint types contracts budgets test storm docs bench bench-install clean
+.PHONY: help install demo check lint types contracts budgets test storm faults invariance docs bench bench-install clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | sort | expand -t 12
@@ -51,12 +51,20 @@ check: lint types contracts budgets  ## lint, types, contracts, budgets
 test: check  ## check, then the whole suite
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
+invariance: $(VENV)/test.stamp  ## every objective under every re-arrangement, and seeded bugs; fifteen minutes
+	$(BIN)/python -m tests.invariants.table
+
 docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/architecture.md, from the code
 	$(BIN)/python tools/docs.py
 
-storm: $(VENV)/test.stamp  ## 100 processes killed with -9 while they save, 500 crashes inside a checkpoint
-	$(BIN)/python -m pytest -q tests/training/test_resume.py tests/training/test_checkpoint.py \
-	  -k "killed_at_random or crash_at_any" --kills 100 --faults 500
+storm: $(VENV)/test.stamp  ## 500 kills and 100 damaged checkpoints, one process and two; 50 kills of asynchronous rollouts
+	$(BIN)/python -m pytest -q tests/training/test_storm.py tests/training/test_checkpoint.py \
+	  -k "ends_like_a_quiet_one or crash_at_any" --kills 500 --corruptions 100 --faults 500
+	$(BIN)/python -m pytest -q tests/training/test_asynchronous.py -k killed_at_random --kills 100
+	$(BIN)/python -m pytest -q tests/parallel/test_exact.py --exact-steps 60
+
+faults: $(VENV)/test.stamp  ## 40 injected hangs and crashes, each told by rank and cause
+	$(BIN)/python -m pytest -q -s tests/parallel/test_faults.py --injected 40
 
 # Peers have environments of their own: litgpt and transformers want different releases of the same packages.
 benchmarks/.venv-%/stamp: benchmarks/%.txt | $(VENV)/python.stamp
@@ -73,6 +81,11 @@ bench: bench-install  ## ours and the peers on the same work; SMOLLM2=FOLDER nam
 	$(BIN)/python benchmarks/lora_long.py
 	$(BIN)/python benchmarks/dpo.py
 	$(BIN)/python benchmarks/grpo.py
+	$(BIN)/python benchmarks/asynchronous.py
+	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/exact.py
+	$(BIN)/python benchmarks/engines_memory.py
+	$(BIN)/python benchmarks/slow_link.py
 
 clean:  ## remove .venv and caches; runs/ and .llmtrainer/ stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
