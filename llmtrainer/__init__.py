@@ -51,6 +51,7 @@ _NAMES = {
     "Launching": "llmtrainer.apps.launch",
     "Supervision": "llmtrainer.apps.supervise",
     "Stopping": "llmtrainer.apps.stop",
+    "DeepspeedConfig": "llmtrainer.apps.deepspeed_config",
     "Examination": "llmtrainer.apps.doctor",
 }
 
