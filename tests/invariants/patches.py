@@ -95,9 +95,9 @@ def mean_of_means() -> None:
     own: list[Mapping[str, float]] = []
     terms_of = trainer.Trainer._terms
 
-    def terms(self: Any, batch: Batch) -> Any:
+    def terms(self: Any, batch: Batch, *more: Any) -> Any:
         own[:] = [count([batch])]
-        return terms_of(self, batch)
+        return terms_of(self, batch, *more)
 
     trainer.Trainer._terms = terms    # type: ignore[method-assign]
     trainer.loss_of = lambda terms, counts: loss_of(terms, own[0]) / counts["batches"]    # type: ignore
@@ -138,7 +138,8 @@ def one_document() -> None:
 
 
 def _as_one_document(batch: Batch) -> Batch:
-    return replace(batch, document_BT=torch.zeros_like(batch.document_BT))
+    one_BT = torch.zeros_like(batch.document_BT)
+    return replace(batch, document_BT=one_BT, sequence_BT=one_BT)
 
 
 def padding_counts() -> None:
