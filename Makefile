@@ -52,7 +52,7 @@ test: check  ## check, then the whole suite
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 invariance: $(VENV)/test.stamp  ## every objective under every re-arrangement, and seeded bugs; fifteen minutes
-	$(BIN)/python -m tests.invariants.table
+	$(BIN)/python -m tests.invariants.table --write docs
 
 docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/architecture.md, from the code
 	$(BIN)/python tools/docs.py
@@ -61,7 +61,7 @@ storm: $(VENV)/test.stamp  ## 500 kills and 100 damaged checkpoints, one process
 	$(BIN)/python -m pytest -q tests/training/test_storm.py tests/training/test_checkpoint.py \
 	  -k "ends_like_a_quiet_one or crash_at_any" --kills 500 --corruptions 100 --faults 500
 	$(BIN)/python -m pytest -q tests/training/test_asynchronous.py -k killed_at_random --kills 100
-	$(BIN)/python -m pytest -q tests/parallel/test_exact.py --exact-steps 60
+	$(BIN)/python -m pytest -q tests/training/test_exact_runs.py --exact-steps 60
 
 faults: $(VENV)/test.stamp  ## 40 injected hangs and crashes, each told by rank and cause
 	$(BIN)/python -m pytest -q -s tests/parallel/test_faults.py --injected 40
