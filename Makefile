@@ -60,7 +60,7 @@ docs: $(VENV)/test.stamp  ## docs/reference.md and the file list of docs/archite
 storm: $(VENV)/test.stamp  ## 500 kills and 100 damaged checkpoints, one process and two; 50 kills of asynchronous rollouts
 	$(BIN)/python -m pytest -q tests/training/test_storm.py tests/training/test_checkpoint.py \
 	  -k "ends_like_a_quiet_one or crash_at_any" --kills 500 --corruptions 100 --faults 500
-	$(BIN)/python -m pytest -q tests/training/test_asynchronous.py -k killed_at_random --kills 100
+	$(BIN)/python -m pytest -q tests/training/test_asynchronous.py -k killed_at_random --kills 500
 	$(BIN)/python -m pytest -q tests/training/test_exact_runs.py --exact-steps 60
 
 faults: $(VENV)/test.stamp  ## 40 injected hangs and crashes, each told by rank and cause

@@ -51,7 +51,7 @@ def forks(gate: Path) -> Iterator[Nursery]:
 
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--kills")) // 2
+    return int(request.config.getoption("--kills")) // 10
 
 
 @pytest.fixture
