@@ -228,7 +228,8 @@ def test_a_shared_trunk_has_both_heads_and_the_policy_still_writes(reward: Make,
 
 def test_a_dry_run_of_a_reward_model_passes(reward: Make) -> None:
     found = check(reward("run"))
-    assert [item.name for item in found.checks if item.ok] == ["data", "plan", "steps", "memory", "save", "evaluate", "resume"]
+    names = ["data", "plan", "steps", "memory", "save", "evaluate", "resume"]
+    assert [item.name for item in found.checks if item.ok] == names
 
 
 def test_how_a_step_is_cut_into_micro_batches_changes_no_loss(reward: Make, tmp_path: Path) -> None:
