@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from llmtrainer.objectives.causal_lm import CausalLM
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.early import EarlySteps
 from llmtrainer.parallel.engines.single import SingleEngine
-from tests.processes import Processes, processes  # noqa: F401  a fixture
+from tests.processes import SECONDS, Processes, processes  # noqa: F401  a fixture
 from tests.tolerances import FLOAT64_ENGINES_RELATIVE
 from tests.worlds import ragged_documents, row_batch, tiny_model
 
@@ -165,11 +166,24 @@ def order(settings: Settings) -> tuple[list[str], list[float]]:
     """What happens in the third step, in its order; all weights afterwards."""
     engine, policy = started(settings)
     told: list[str] = []
+    updated, watched = threading.Event(), list[bool]()
 
     def telling(word: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             told.append(word)
+            if word == "update":
+                updated.set()
             return run(*arguments, **named)
+
+        return call
+
+    def reducing(run: Callable[..., Any]) -> Callable[..., Any]:
+        """Holds the last bucket back until something was updated: which of two threads is faster decides nothing."""
+        def call(bucket: Any) -> Any:
+            if watched and settings.get("step_in_backward") and bucket.is_last():
+                updated.wait(SECONDS / 4)
+            told.append("reduce")
+            return run(bucket)
 
         return call
 
@@ -184,10 +198,12 @@ def order(settings: Settings) -> tuple[list[str], list[float]]:
     first.register_full_backward_hook(lambda *_: told.append("backward of the first block ends"))
     before = [getattr(owner, name) for owner, name, _ in replaced]
     for (owner, name, word), run in zip(replaced, before, strict=True):
-        setattr(owner, name, telling(word, run))
+        setattr(owner, name, reducing(run) if name == "_reduce" else telling(word, run))
     try:
-        for _ in range(3):
+        for number in range(3):
             told.clear()
+            updated.clear()
+            watched += [True] * (number == 2)    # torch lays its buckets out anew after the first step
             step(engine, 2)
         return list(told), weights(engine, policy)
     finally:

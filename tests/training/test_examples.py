@@ -27,7 +27,7 @@ from llmtrainer.training.datasets.examples import Examples
 from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
-from tests.training.test_resume import curve, hashes, process, train_until
+from tests.training.test_resume import curve, hashes, train_until
 
 RECIPE = """
 run: {folder}/run
@@ -134,6 +134,14 @@ def test_stopping_in_the_middle_of_an_epoch_changes_no_bit(recipe: Make, files: 
     assert hashes(files / "run", 9) == hashes(files / "whole", 9) and curve(files / "run") == curve(files / "whole")
 
 
+STEPS = """
+import sys
+import llmtrainer as lt
+with lt.open_trainer(lt.load(lt.Recipe, sys.argv[1], overrides=sys.argv[2:])) as trainer:
+    for info in trainer.steps(): print(info.progress.step, flush=True)
+"""
+
+
 def test_a_run_that_is_killed_in_the_middle_of_an_epoch_ends_like_one_that_never_was(
     recipe: Make, files: Path, world: Path
 ) -> None:
@@ -141,7 +149,8 @@ def test_a_run_that_is_killed_in_the_middle_of_an_epoch_ends_like_one_that_never
     settings = ("duration=36 steps", "save.every=1 steps", "evaluate.every=never")
     train(recipe(*settings, f"run={files / 'whole'}"))
     run = RunDir(files / "run")
-    with process(files / "recipe.yaml", *settings) as child:
+    command = [sys.executable, "-c", STEPS, str(files / "recipe.yaml"), *settings]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         lines = [child.stdout.readline() for _ in range(4)]
         child.send_signal(signal.SIGKILL)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -18,14 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
-from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.core.protocols import Rule
 from llmtrainer.parallel.courier import Courier
 from llmtrainer.parallel.early import AtTheEnd, EarlySteps, require_early
-from llmtrainer.parallel.engines.single import Single, SingleEngine
 from llmtrainer.parallel.exact import ExactSums
 from llmtrainer.parallel.hook import Bucket, Hook
 from llmtrainer.parallel.hooks.none import NoHook
-from llmtrainer.parallel.world import World
+from llmtrainer.parallel.joined import Joined, JoinedEngine
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 _NONE = NoHook()
 
 
-class Ddp(Single):
+class Ddp(Joined):
     """Data parallel (Li 2020, arXiv:2006.15704): each process has the whole model and its share of every step. What a
     step learns is what one process would learn from all of it; start one process a device with `llmtrainer launch`."""
 
@@ -57,9 +55,6 @@ class Ddp(Single):
     """Update a bucket's parameters as soon as its gradients are added up, while backward goes on. Not with optim.clip,
     which needs all gradients first, and not in float16."""
 
-    timeout_minutes: float = Field(default=30.0, gt=0.0)
-    """How long a process waits for the others in one step before the job ends with an error."""
-
     def start(self, precision: str) -> DdpEngine:
         return DdpEngine(**self._settings(precision))
 
@@ -75,7 +70,7 @@ class Ddp(Single):
             )
         device, told = self._ready(precision)
         self.hook.require(precision, self.step_in_backward)
-        world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
+        world = self._met(device)
         return {
             "device": device, "precision": precision, "world": world, "bucket_mib": self.bucket_mib,
             "find_unused": self.find_unused_parameters, "overlap": self.overlap_reduce,
@@ -85,19 +80,17 @@ class Ddp(Single):
         }
 
 
-class DdpEngine(SingleEngine):
-    """A SingleEngine whose gradients are those of all ranks: what follows backward is the same arithmetic on every
+class DdpEngine(JoinedEngine):
+    """A JoinedEngine whose gradients are those of all ranks: what follows backward is the same arithmetic on every
     rank, on the same numbers, so weights and optimizer stay equal without being exchanged."""
 
     def __init__(
-        self, device: torch.device, precision: str, *, world: World, bucket_mib: float, find_unused: bool,
-        hook: Hook = _NONE, overlap: bool = True, early: bool = False,
-        **settings: Any,    # those of SingleEngine
+        self, device: torch.device, precision: str, *, bucket_mib: float, find_unused: bool, hook: Hook = _NONE,
+        overlap: bool = True,
+        **settings: Any,    # those of JoinedEngine
     ) -> None:
         super().__init__(device, precision, **settings)
-        self.world, self.rank, self.world_size = world, world.rank, world.size
         self._bucket_mib, self._find_unused = bucket_mib, find_unused
-        self.updates_in_backward = early
         self._at_the_end = None if overlap else AtTheEnd(device)
         # Gradients as they are need nobody who carries them: sums in any order, one a bucket, cannot cross.
         self._courier = None if isinstance(hook, NoHook) else Courier(hook, device, self.rank, self.world_size)
@@ -125,10 +118,6 @@ class DdpEngine(SingleEngine):
             return arranged
         return arranged._replace(fallbacks=arranged.fallbacks + self._courier.exchange.fallbacks)
 
-    def begin(self, learning_rate: float) -> None:
-        if self._early is not None:
-            self._early.begin(learning_rate)
-
     def micro(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._replica.no_sync()
 
@@ -149,11 +138,7 @@ class DdpEngine(SingleEngine):
     def clip(self, max_norm: float | None) -> Tensor:
         if self._courier is not None:
             self._courier.exchange.collect(self._named)
-        if self._early is None:
-            return super().clip(max_norm)
-        assert max_norm is None, "refused with the recipe"
-        self._norm = torch.tensor(self._early.squares, dtype=torch.float64, device=self.device).sqrt()
-        return self._norm
+        return super().clip(max_norm)
 
     def discard(self) -> None:
         super().discard()
@@ -176,28 +161,14 @@ class DdpEngine(SingleEngine):
             self._courier.load_state(state)
             self._courier.exchange.release(self._named)
 
-    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        return self.world.sum(numbers)
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        return self.world.gather(values)
-
-    def in_turn(self, work: Callable[[], Made]) -> Made:
-        return self.world.in_turn(work)
-
     def close(self) -> None:
         if self._courier is not None:
             self._courier.close()
         super().close()
-        self.world.leave()
 
     def _finish(self, exact: ExactSums) -> None:
         exact.require_shards()
         exact.forget()      # what backward's last buckets left in the parameters is the sum
-
-    def _update(self) -> None:
-        if self._early is None:
-            super()._update()
 
     def _take(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Have a bucket of gradients added up, now or at the end of backward, and what follows from it done."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
-from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.core.protocols import Rule
 from llmtrainer.parallel.divided_state import Divided
-from llmtrainer.parallel.engines.single import UPDATES, Single, SingleEngine
-from llmtrainer.parallel.world import World
+from llmtrainer.parallel.engines.single import UPDATES
+from llmtrainer.parallel.joined import Joined, JoinedEngine
 from llmtrainer.parallel.zero_settings import Place, Zero, engine_settings, is_installed
 
 NAME = "engine.kind=deepspeed"
 
 
-class Deepspeed(Single):
+class Deepspeed(Joined):
     """ZeRO by DeepSpeed (Rajbhandari 2020, arXiv:1910.02054), `pip install 'llmtrainer[deepspeed]'`. Each process has
     its share of every step, as with ddp, and of what the stage divides. Weights and gradients stay float32; what is
     computed narrower is the model's business."""
@@ -62,9 +61,6 @@ class Deepspeed(Single):
     quantized_gradients: bool = False
     """ZeRO++: add gradients up as 4-bit numbers. Stage 3, CUDA; other last digits."""
 
-    timeout_minutes: float = Field(default=30.0, gt=0.0)
-    """How long a process waits for the others in one step before the job ends with an error."""
-
     def start(self, precision: str) -> DeepspeedEngine:
         self._require(precision)
         device, told = self._ready(precision)
@@ -74,9 +70,8 @@ class Deepspeed(Single):
             self.quantized_weights, self.quantized_gradients,
         )  # fmt: skip
         _require_device(zero, device)
-        world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
         return DeepspeedEngine(
-            device, precision, world=world, zero=zero, told=told, arrangement=self.arrangement()
+            device, precision, world=self._met(device), zero=zero, told=told, arrangement=self.arrangement()
         )
 
     def _require(self, precision: str) -> None:
@@ -104,16 +99,15 @@ class Deepspeed(Single):
             raise _refused("DeepSpeed is not installed", None, "DS_BUILD_OPS=0 pip install 'llmtrainer[deepspeed]'")
 
 
-class DeepspeedEngine(SingleEngine):
-    """A SingleEngine whose gradients, state and weights lie where DeepSpeed has put them. Its state has the form of
+class DeepspeedEngine(JoinedEngine):
+    """A JoinedEngine whose gradients, state and weights lie where DeepSpeed has put them. Its state has the form of
     every other engine's: whole tensors by parameter, so that a run goes on with any number of processes."""
 
     def __init__(
-        self, device: torch.device, precision: str, *, world: World, zero: Zero,
-        **settings: Any,    # those of SingleEngine
+        self, device: torch.device, precision: str, *, zero: Zero,
+        **settings: Any,    # those of JoinedEngine
     ) -> None:
         super().__init__(device, precision, **settings)
-        self.world, self.rank, self.world_size = world, world.rank, world.size
         self._zero = zero
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
@@ -160,22 +154,17 @@ class DeepspeedEngine(SingleEngine):
         self._divided.limit(max_norm, float(self._norm))
         return self._norm
 
-    def step(self, learning_rate: float) -> bool:
+    def _update(self) -> None:
         if self._divided is None:
-            return super().step(learning_rate)
-        assert self._norm is not None, "clip comes first, with max_norm=None if nothing is to be clipped"
-        if self._loss_scale is not None:
-            if not bool(self._norm.isfinite()):
-                self.discard()
-                self._loss_scale.overflowed()
-                return False
-            self._loss_scale.updated()
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate_multiplier"]
-        self._runtime.step()
-        self._updates += 1
-        self._norm = None
-        return True
+            super()._update()
+        else:
+            self._runtime.step()
+
+    def _updated(self) -> None:
+        if self._divided is None:
+            super()._updated()
+        else:
+            self._norm = None       # its step has cleared the gradients itself
 
     def discard(self) -> None:
         if self._divided is None:
@@ -183,15 +172,6 @@ class DeepspeedEngine(SingleEngine):
         else:
             self._divided.discard()
             self._norm = None
-
-    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        return self.world.sum(numbers)
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        return self.world.gather(values)
-
-    def in_turn(self, work: Callable[[], Made]) -> Made:
-        return self.world.in_turn(work)
 
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         with self.whole(policy):
@@ -230,10 +210,6 @@ class DeepspeedEngine(SingleEngine):
         finally:
             self._optimizer = divided
         self._divided.write(whole, self._updates)
-
-    def close(self) -> None:
-        super().close()
-        self.world.leave()
 
 
 class _Outside(nn.Module):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,10 +19,11 @@ from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.pieces import first_row, is_piece, own, whole
 from llmtrainer.core.precision import DTYPES
-from llmtrainer.core.protocols import Made, Rule
+from llmtrainer.core.protocols import Rule
 from llmtrainer.parallel.early import EarlySteps, require_early
-from llmtrainer.parallel.engines.single import Single, SingleEngine, arrange, detached
+from llmtrainer.parallel.engines.single import arrange, detached
 from llmtrainer.parallel.exact import ExactPieces, ExactSums, require_plain
+from llmtrainer.parallel.joined import Joined, JoinedEngine
 from llmtrainer.parallel.norm import exact_norm, global_norm, rows_of
 from llmtrainer.parallel.optimizer_state import PREFIX
 from llmtrainer.parallel.units import (
@@ -34,11 +34,10 @@ from llmtrainer.parallel.units import (
     require_elementwise,
     require_even,
 )
-from llmtrainer.parallel.world import World
 from llmtrainer.parallel.writing import Pieces, on_mesh
 
 
-class Fsdp2(Single):
+class Fsdp2(Joined):
     """Fully sharded data parallel (Zhao 2023, arXiv:2304.11277; ZeRO stage 3, arXiv:1910.02054): weights, gradients and
     optimizer state are divided, row by row. A block is gathered before it computes and let go afterwards. For models
     that do not fit a device; costs half again as many messages as ddp."""
@@ -61,9 +60,6 @@ class Fsdp2(Single):
     step_in_backward: bool = False
     """Update each parameter as soon as its gradient is added up, which is then let go: no two blocks' gradients are
     ever there together. Not with optim.clip, which needs all of them first, and not in float16."""
-
-    timeout_minutes: float = Field(default=30.0, gt=0.0)
-    """How long a process waits for the others in one step before the job ends with an error."""
 
     def start(self, precision: str) -> Fsdp2Engine:
         if not all(hasattr(FSDPModule, name) for name in ("reset_iter_state", "set_reduce_scatter_unused_params")):
@@ -93,7 +89,7 @@ class Fsdp2(Single):
                     fix="engine.step_in_backward=false, or engine.exact=false",
                 )
         device, told = self._ready(precision)
-        world = World(device, datetime.timedelta(minutes=self.timeout_minutes))
+        world = self._met(device)
         return Fsdp2Engine(
             device, precision, world=world, reshard=self.reshard_after_forward, prefetch=self.prefetch,
             travel=DTYPES[precision] if self.gather == "compute" else None, early=self.step_in_backward,
@@ -107,19 +103,16 @@ class Fsdp2(Single):
         return kind(self.virtual_shards, rank, ranks) if self.exact else None
 
 
-class Fsdp2Engine(SingleEngine):
-    """A SingleEngine on pieces: the rule updates this process's rows of every tensor as if they were all, so that it
+class Fsdp2Engine(JoinedEngine):
+    """A JoinedEngine on pieces: the rule updates this process's rows of every tensor as if they were all, so that it
     must be one that looks at each number alone."""
 
     def __init__(
-        self, device: torch.device, precision: str, *, world: World, reshard: bool, prefetch: int,
-        travel: torch.dtype | None, early: bool,
-        **settings: Any,    # those of SingleEngine
+        self, device: torch.device, precision: str, *, reshard: bool, prefetch: int, travel: torch.dtype | None,
+        **settings: Any,    # those of JoinedEngine
     ) -> None:
         super().__init__(device, precision, **settings)
-        self.world, self.rank, self.world_size = world, world.rank, world.size
         self._reshard, self._prefetch, self._travel = reshard, prefetch, travel
-        self.updates_in_backward = early
         self._whole = False
         """Whether every process has the whole policy just now."""
         self._unsent = False
@@ -203,10 +196,6 @@ class Fsdp2Engine(SingleEngine):
 
         return read
 
-    def begin(self, learning_rate: float) -> None:
-        if self._early is not None:
-            self._early.begin(learning_rate)
-
     def micro(self, last: bool) -> AbstractContextManager[None]:
         apart = not last and self._exact is None      # exact sums are of every micro-batch by itself
         self._units[-1].set_requires_gradient_sync(not apart)
@@ -226,20 +215,6 @@ class Fsdp2Engine(SingleEngine):
                 unit.reshard()
         return out
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        if self._early is None:
-            return super().clip(max_norm)
-        assert max_norm is None, "refused with the recipe"
-        self._norm = self._root_of_sum(self._early.squares)
-        return self._norm
-
-    def step(self, learning_rate: float) -> bool:
-        if self._early is None:
-            return super().step(learning_rate)
-        self._updates += 1
-        self.discard()
-        return True
-
     def discard(self) -> None:
         super().discard()
         self._took_part.clear()
@@ -250,15 +225,6 @@ class Fsdp2Engine(SingleEngine):
             parameter.grad = None
         if self._early is not None:
             self._early.end()
-
-    def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
-        return self.world.sum(numbers)
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        return self.world.gather(values)
-
-    def in_turn(self, work: Callable[[], Made]) -> Made:
-        return self.world.in_turn(work)
 
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         return {name: whole(parameter.detach()) for name, parameter in policy.named_parameters()}
@@ -290,9 +256,6 @@ class Fsdp2Engine(SingleEngine):
                 like: Any = self._sharded[parameter_of(name)]      # a DTensor
                 found[name] = on_mesh(value, like, like.device_mesh)
         return found
-
-    def close(self) -> None:
-        self.world.leave()
 
     def _gradients(self) -> list[Tensor]:
         unused = self._unused()
@@ -327,12 +290,11 @@ class Fsdp2Engine(SingleEngine):
         if self._exact is not None:
             return exact_norm(self._rows)
         mine = global_norm([gradient for gradient in gradients if gradient.numel()], self.device)
-        return self._root_of_sum(float(mine) ** 2)
+        return self._root(float(mine) ** 2)
 
-    def _root_of_sum(self, squares: float) -> Tensor:
-        """Of what every rank has of a sum of squares, the root of all of it."""
-        total = self.world.sum({"squares": squares})["squares"]
-        return torch.tensor(total, dtype=torch.float64, device=self.device).sqrt()
+    def _root(self, squares: float) -> Tensor:
+        """As JoinedEngine's, of squares that every rank has a part of."""
+        return super()._root(self.world.sum({"squares": squares})["squares"])
 
     def _pieces_of(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return OwnRows(state, self._sharded)

@@ -231,7 +231,7 @@ class SingleEngine:
             group["lr"] = learning_rate * group["rate_multiplier"]
         self._update()
         self._updates += 1
-        self.discard()
+        self._updated()
         return True
 
     def discard(self) -> None:
@@ -314,6 +314,10 @@ class SingleEngine:
 
     def _update(self) -> None:
         self._optimizer.step()
+
+    def _updated(self) -> None:
+        """Clear the gradients that an update has used."""
+        self.discard()
 
     def _owns(self, name: str) -> bool:
         """Whether this process keeps the optimizer's state of a parameter."""
