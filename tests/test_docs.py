@@ -11,17 +11,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.warm import CLIENT, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh-CN.md")]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 MARK = re.compile(r"(file|fails|not run): (.+)")
-COMMAND = 'llmtrainer() { "$PYTHON" -m llmtrainer "$@"; }\n'
+COMMAND = 'llmtrainer() { "$PYTHON" -I -S "$CLIENT" "$SERVER" llmtrainer "$@"; }\n'
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,26 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def run(block: Block, place: Path) -> subprocess.CompletedProcess[str]:
-    bash, python = ["bash", "-eu", "-c", COMMAND + block.code], [sys.executable, "-c", block.code]
-    program = bash if block.language == "bash" else python
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warm(tmp_path_factory.mktemp("warm")) as address:
+        yield address
+
+
+def run(block: Block, place: Path, server: Path) -> subprocess.CompletedProcess[str]:
+    program = ["bash", "-eu", "-c", COMMAND + block.code]
+    if block.language == "python":
+        (place / "block.py").write_text(block.code)
+        program = [sys.executable, "-I", "-S", str(CLIENT), str(server), "block.py"]
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error",
+        "CLIENT": str(CLIENT), "SERVER": str(server),
+    }  # fmt: skip
     return subprocess.run(program, cwd=place, env=environment, text=True, capture_output=True, timeout=300)
 
 
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
-def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path, server: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for number, block in enumerate(blocks(page), start=1):
         told = f"{page.name}, block {number}:\n{block.code}"
@@ -59,7 +73,7 @@ def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
             assert block.mark == "file", f"{told}\nis neither written to a file nor marked"
             (tmp_path / block.value).write_text(block.code)
             continue
-        done = run(block, tmp_path)
+        done = run(block, tmp_path, server)
         expected = int(block.value) if block.mark == "fails" else 0
         assert done.returncode == expected, f"{told}\n{done.returncode}\n{done.stdout}\n{done.stderr}"
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import re
 import types
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -33,11 +35,10 @@ class Text(str):
 def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The mapping a YAML document holds, its bare scalars still Text, and the origin `name:line` of every value
     by dotted name. Refuses duplicate keys, tags and everything that is no mapping."""
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        root = YAML(typ="safe", pure=True).compose(text)
+        root = _composed(text)
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"`{name}` is no YAML: {error.problem}", where=f"{name}{line}") from None
@@ -50,6 +51,14 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(value, dict):
         raise UserError(f"`{name}` holds no keys", where=f"{name}:1", fix="write `key: value`, one a line")
     return value, origins
+
+
+@lru_cache(maxsize=8)
+def _composed(text: str) -> Any:
+    """ruamel's tree of a document, which nobody may change: a recipe is read several times, at 0.1 ms a line."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).compose(text)
 
 
 def read_yaml_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -99,6 +108,12 @@ def read_flow(text: str, dotted: str, origin: str) -> tuple[Any, dict[str, str]]
 
 def write_yaml(data: dict[str, Any]) -> str:
     """Block YAML of plain values that `read_yaml` reads back, each text quoted where it would be something else."""
+    return _written(json.dumps(data))
+
+
+@lru_cache(maxsize=8)
+def _written(data: str) -> str:
+    """From JSON: a recipe is written where a run begins, and its text is asked for by whatever says what made it."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import SafeRepresenter
 
@@ -112,7 +127,7 @@ def write_yaml(data: dict[str, Any]) -> str:
     yaml.sort_base_mapping_type_on_output = False   # type: ignore[assignment]   # ruamel leaves it untyped
     yaml.width = 2**20      # no folding: a folded text is hard to search for
     yaml.allow_unicode = True
-    yaml.dump(data, stream)
+    yaml.dump(json.loads(data), stream)
     return stream.getvalue()
 
 

@@ -54,6 +54,8 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Launch
 
     def run(body: str, nproc: int = 2, **settings: object) -> Launched:
         script = tmp_path / "rank.py"
+        for old in tmp_path.glob("given-*.json"):
+            old.unlink()
         script.write_text(RANK.format(place=str(tmp_path), body=body))
         monkeypatch.setattr(launching.Line, "arguments", lambda line: [*line.options, str(script)])
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
