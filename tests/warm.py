@@ -2,11 +2,13 @@
 each.
 
 `llmtrainer` on a page is tests/warm_command.py, which hands its words, folder, environment and the three standard
-streams to the server and ends with the code that comes back.
+streams to the server and ends with the code that comes back. What `launch` starts is forked too.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -16,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,8 +36,10 @@ def warm(folder: Path) -> Iterator[Path]:
         stdout=subprocess.PIPE, env={**os.environ, "PYTHONWARNINGS": "error"},
     ) as server:    # fmt: skip
         assert server.stdout is not None and server.stdout.readline() == b"ready\n"
-        yield address
-        server.terminate()
+        try:
+            yield address
+        finally:
+            server.terminate()
 
 
 def serve(address: str) -> None:
@@ -43,6 +48,10 @@ def serve(address: str) -> None:
 
     wait_passively()
     _load()
+    gc.freeze()     # or the first collection of every fork would write to, and so copy, all of it
+    python = Path(f"{address}-python")
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {CLIENT} {address} "$@"\n')
+    python.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
         door.listen()
@@ -64,7 +73,17 @@ def serve(address: str) -> None:
             caller.send(f"{code}\n".encode())
         os._exit(0)
     caller.close()
-    _become(json.loads(request), streams)
+    try:
+        _become(json.loads(request), streams, str(python))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)      # Python would take down every module, which copies all of memory once more
 
 
 def _load() -> None:
@@ -76,22 +95,28 @@ def _load() -> None:
                 importlib.import_module(found.name)
 
 
-def _become(request: dict[str, Any], streams: list[int]) -> None:
-    """This process is, from now on, the one that was asked for; an ordinary end of Python follows."""
+def _become(request: dict[str, Any], streams: list[int], python: str) -> None:
+    """This process is, from now on, the one that was asked for."""
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    program, *words = request["words"]
-    sys.argv = [program, *words]
-    if program != "llmtrainer":
-        sys.path.insert(0, "")
-        runpy.run_path(program, run_name="__main__")
-        return
-    from llmtrainer.apps.cli import run
+    program, *words = (word for word in request["words"] if word != "-u")
+    if program == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif program == "llmtrainer":
+        from llmtrainer.apps.cli import run
 
-    run()
+        if words and words[0] == "launch":
+            sys.executable = python
+        sys.argv = [program, *words]
+        run()
+    else:
+        assert program.endswith(".py"), f"{program} is not loaded beforehand"
+        sys.argv, sys.path[:0] = [program, *words], [""]
+        runpy.run_path(program, run_name="__main__")
