@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
 import pytest
@@ -25,7 +26,7 @@ class Processes:
     def run(self, count: int, work: Callable[..., Found], *arguments: Any) -> list[Found]:
         """What `work(*arguments)` returns in each process, by rank; `work` is a function of a module. The environment
         is torchrun's. Raises what the first process to fail raised."""
-        pool = self._pools.setdefault(count, ProcessPoolExecutor(count, get_context("spawn")))
+        pool = self._pools.setdefault(count, ProcessPoolExecutor(count, forks()))
         port = free_port()
         # Each process takes one: it waits for the others before it can be done with its own.
         futures = [pool.submit(_joined, rank, count, port, work, arguments) for rank in range(count)]
@@ -52,6 +53,13 @@ def processes() -> Iterator[Processes]:
     started = Processes()
     yield started
     started.close()
+
+
+def forks() -> ForkServerContext:
+    """Starts processes that need not load torch first."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.imported"])
+    return context
 
 
 def free_port() -> int:

@@ -8,11 +8,9 @@ streams to the server and ends with the code that comes back. What `launch` star
 from __future__ import annotations
 
 import atexit
-import gc
 import importlib
 import json
 import os
-import pkgutil
 import runpy
 import signal
 import socket
@@ -47,8 +45,7 @@ def serve(address: str) -> None:
     from llmtrainer.base.process import wait_passively
 
     wait_passively()
-    _load()
-    gc.freeze()     # or the first collection of every fork would write to, and so copy, all of it
+    importlib.import_module("tests.imported")
     python = Path(f"{address}-python")
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {CLIENT} {address} "$@"\n')
     python.chmod(0o755)
@@ -84,15 +81,6 @@ def serve(address: str) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)      # Python would take down every module, which copies all of memory once more
-
-
-def _load() -> None:
-    import llmtrainer
-
-    for found in pkgutil.walk_packages(llmtrainer.__path__, "llmtrainer."):
-        if not found.name.endswith("__main__"):
-            with suppress(ImportError):     # of an extra that is not here
-                importlib.import_module(found.name)
 
 
 def _become(request: dict[str, Any], streams: list[int], python: str) -> None:

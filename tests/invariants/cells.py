@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from llmtrainer.base.events import steps
-from tests.processes import free_port
+from tests.processes import forks, free_port
 
 SECONDS = 600.0
 """After which a run is given up."""
@@ -61,9 +61,9 @@ def _is_term(name: str) -> bool:
 
 def _start(recipe: Path, command: Command, run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    port, context = free_port(), get_context("forkserver")
+    port, context, environment = free_port(), forks(), dict(os.environ)
     started = [
-        context.Process(target=_live, args=(rank, command, port, str(recipe), str(run)))
+        context.Process(target=_live, args=(rank, command, port, str(recipe), str(run), environment))
         for rank in range(command.processes)
     ]
     for process in started:
@@ -82,7 +82,9 @@ def _ended(process: ForkServerProcess) -> int | None:
     return process.exitcode
 
 
-def _live(rank: int, command: Command, port: int, recipe: str, run: str) -> None:
+def _live(rank: int, command: Command, port: int, recipe: str, run: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)      # the server may have begun before it was so
+    warnings.simplefilter("ignore")
     log = os.open(Path(run) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -104,15 +106,12 @@ def _live(rank: int, command: Command, port: int, recipe: str, run: str) -> None
 @contextmanager
 def nursery(folder: Path) -> Iterator[None]:
     """Processes that are started within have everything imported, and keep what they compile in one place."""
-    import multiprocessing
-
     mine = {
-        "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "PYTHONWARNINGS": "ignore",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled")),
     }
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
-    multiprocessing.set_forkserver_preload(["tests.invariants.imported"])
     try:
         yield
     finally:
