@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -163,9 +164,18 @@ def torchrun_line(launching: Launching, command: list[str]) -> Line:
             f"--node-rank={launching.node_rank}", "--rdzv-backend=static", f"--rdzv-endpoint={host}:{port}",
             f"--rdzv-conf=timeout={max(int(launching.wait), 1)}",
         ]
-    options += ["--rdzv-id=llmtrainer", "--monitor-interval=0.1", f"--shutdown-timeout={SECONDS_TO_END}"]
+    options += ["--rdzv-id=llmtrainer", "--monitor-interval=0.1"]
+    if _torchrun_knows("--shutdown-timeout"):
+        options.append(f"--shutdown-timeout={SECONDS_TO_END}")
     # One process writes to the terminal; what others print would be mixed into its bars.
     return Line(nproc, tuple(options), tuple(command))
+
+
+def _torchrun_knows(option: str) -> bool:
+    """Whether this torch has it; looked up in its file, because loading torch takes seconds."""
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None, "a dependency"
+    return f'"{option}"' in Path(torch.origin).with_name("distributed").joinpath("run.py").read_text(encoding="utf-8")
 
 
 def _require_place(launching: Launching) -> None:

@@ -18,7 +18,8 @@ def find_device(name: str, precision: str) -> torch.device:
         name = f"cuda:{process.local_rank()}"     # each process its own card
     try:
         device = torch.device(name)
-        torch.empty((), device=device)
+        found = torch.empty((), device=device).device   # with its number, which futures of CUDA ask for
+        device = found if device.type == "cuda" else device
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"there is no device `{name}` here", where="engine.device",

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from torch.distributed.run import get_args_parser
 
 import llmtrainer
 from llmtrainer.apps import launch as launching
@@ -104,6 +106,19 @@ def test_one_machine_meets_at_a_free_port_and_several_where_they_were_told(capsy
 def test_what_cannot_be_launched_is_refused_before_anything_starts(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         launch(Launching.model_validate(settings))
+
+
+def test_torchrun_is_given_only_options_that_this_torch_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = {option for action in get_args_parser()._actions for option in action.option_strings}
+    line = torchrun_line(Launching(command=("train", "r.yaml"), nproc=2), ["train", "r.yaml"])
+    assert {word.partition("=")[0] for word in line.options if word.startswith("--")} <= options
+    assert any(word.startswith("--shutdown-timeout=") for word in line.options)
+    (tmp_path / "distributed").mkdir()
+    (tmp_path / "distributed/run.py").write_text('parser.add_argument("--monitor-interval")\n')
+    older = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(launching, "find_spec", lambda name: older)
+    line = torchrun_line(Launching(command=("train", "r.yaml"), nproc=2), ["train", "r.yaml"])
+    assert not any("shutdown" in word for word in line.options)
 
 
 def test_every_rank_gets_its_share_of_the_cores_unless_the_user_said_how_many(
