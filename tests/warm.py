@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +32,7 @@ def warm(folder: Path) -> Iterator[Path]:
     address = folder / "warm"
     with subprocess.Popen(
         [sys.executable, "-c", "import sys; from tests.warm import serve; serve(sys.argv[1])", str(address)],
-        stdout=subprocess.PIPE, env={**os.environ, "PYTHONWARNINGS": "error"},
+        stdout=subprocess.PIPE, cwd=CLIENT.parent.parent,
     ) as server:    # fmt: skip
         assert server.stdout is not None and server.stdout.readline() == b"ready\n"
         try:
@@ -93,6 +94,8 @@ def _become(request: dict[str, Any], streams: list[int], python: str) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if request["environment"].get("PYTHONWARNINGS") == "error":     # which Python reads when it begins
+        warnings.simplefilter("error")
     program, *words = (word for word in request["words"] if word != "-u")
     if program == "-m":
         sys.argv = words

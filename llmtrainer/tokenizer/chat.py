@@ -149,12 +149,14 @@ class Chat:
         rows: list[TokenRow] = []
         stop = len(example.messages)
         while True:
-            if open_turns and stop - 1 > open_turns[-1] and example.messages[stop - 1].role == ASSISTANT and (
-                texts.parts(stop - 1)
-            ):
-                stop = open_turns[-1] + 1    # what stands behind is not learned, and could not be read in one text
-            if open_turns and open_turns[-1] == stop - 1 and texts.parts(stop - 1):
-                rendered, learned = self._behind_prompt(texts, stop - 1)
+            last = stop - 1
+            parts = example.messages[last].role == ASSISTANT and texts.parts(last)
+            if open_turns and last > open_turns[-1] and parts:
+                last = open_turns[-1]    # what stands behind is not learned, and could not be read in one text
+                stop, parts = last + 1, texts.parts(last)
+            if parts and (not open_turns or open_turns[-1] == last):
+                rendered, learned = self._behind_prompt(texts, last)
+                learned = learned if open_turns else {}
             else:
                 rendered = self._ended(example.messages[:stop], example.tools)
                 learned = self._learned(texts, stop, rendered, open_turns)

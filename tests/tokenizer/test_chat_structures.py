@@ -80,7 +80,7 @@ def spans(made: Chat, messages: tuple[Message, ...]) -> list[tuple[str, list[str
     """Each row's text up to its first learned id, and what is learned in it."""
     found = []
     for row in made.rows(Example(messages)):
-        first = next(place for place, weight in enumerate(row.weights) if weight)
+        first = next((place for place, weight in enumerate(row.weights) if weight), len(row.tokens))
         found.append((made.tokenizer.decode(row.tokens[:first]), learned(made.tokenizer, row)))
     return found
 
@@ -153,6 +153,7 @@ def test_a_system_text_that_is_shown_only_while_asking_stands_in_every_prompt(
     assert spans(made, (SYSTEM, *turns("a", "b", "c", "d"))) == wanted
     unlearned = Message("assistant", "f", weight=0.0)
     assert spans(made, (SYSTEM, *turns("a", "b", "c", "d"), Message("user", "e"), unlearned)) == wanted
+    assert spans(made, (SYSTEM, Message("user", "e"), unlearned)) == [("<|bos|>[INST] s\n\ne[/INST] f<|endoftext|>", [])]
 
 
 def test_a_system_text_in_the_first_question_is_read_there(named: FileTokenizer, tmp_path: Path) -> None:
