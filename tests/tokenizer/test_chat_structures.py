@@ -153,7 +153,8 @@ def test_a_system_text_that_is_shown_only_while_asking_stands_in_every_prompt(
     assert spans(made, (SYSTEM, *turns("a", "b", "c", "d"))) == wanted
     unlearned = Message("assistant", "f", weight=0.0)
     assert spans(made, (SYSTEM, *turns("a", "b", "c", "d"), Message("user", "e"), unlearned)) == wanted
-    assert spans(made, (SYSTEM, Message("user", "e"), unlearned)) == [("<|bos|>[INST] s\n\ne[/INST] f<|endoftext|>", [])]
+    whole = "<|bos|>[INST] s\n\ne[/INST] f<|endoftext|>"
+    assert spans(made, (SYSTEM, Message("user", "e"), unlearned)) == [(whole, [])]
 
 
 def test_a_system_text_in_the_first_question_is_read_there(named: FileTokenizer, tmp_path: Path) -> None:
