@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -48,8 +49,9 @@ class Processes:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
+    """Of one module: engines leave threads behind, and hundreds of those slow down everything that follows."""
     started = Processes()
     yield started
     started.close()
@@ -82,3 +84,4 @@ def _joined(rank: int, count: int, port: int, work: Callable[..., Found], argume
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()    # engines refer to themselves, and each has threads that wait for messages

@@ -88,8 +88,12 @@ class World:
         return values
 
     def leave(self) -> None:
-        if self._owns and dist.is_initialized():
+        if not dist.is_initialized():
+            return
+        if self._owns:
             dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(self._patient)
 
 
 def _meet(device: torch.device, rank: int, size: int, timeout: datetime.timedelta) -> None:

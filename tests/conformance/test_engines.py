@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any
 
@@ -63,6 +64,7 @@ def alone(number: int, precision: str) -> torch.Tensor:
 def apart(kind: str) -> list[float]:
     """In each process: the farthest number from those of one process, for every objective, relative to the largest."""
     found = []
+    dist.init_process_group("gloo")     # for all engines, which leave it to each other
     for number, settings in enumerate(TRIED):
         config = EngineConfig.model_validate({"kind": kind, "device": "cpu", **SETTINGS.get(kind, {})})
         precision = "float32" if kind in FLOAT32 else "float64"
@@ -70,6 +72,9 @@ def apart(kind: str) -> list[float]:
         mine = torch.tensor(trained(engine, settings, CUTS, precision), dtype=torch.float64)
         whole = alone(number, precision) if engine.rank == 0 else torch.empty_like(mine)
         dist.broadcast(whole, src=0)
+        engine.close()
+        del engine
+        gc.collect()    # with it go the threads that waited for its messages
         found.append(float((mine - whole).abs().max() / whole.abs().max()))
     return found
 
