@@ -29,7 +29,7 @@ class World:
             _meet(device, self.rank, self.size, timeout)
         self.collectives = 0
         """Sums and meetings of the host so far; those of gradients are the engine's."""
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._patient: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Each number added up over all ranks, in float64. Every rank calls it with the same names.
@@ -92,8 +92,9 @@ class World:
             return
         if self._owns:
             dist.destroy_process_group()
-        else:
+        elif self._patient is not None:
             dist.destroy_process_group(self._patient)
+        self._patient = None    # its threads wait for messages as long as anybody refers to it
 
 
 def _meet(device: torch.device, rank: int, size: int, timeout: datetime.timedelta) -> None:
