@@ -63,6 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings = prepare(Path(scratch), wish.data, {
             "warm": 2, "steps": count, "compile": not wish.eager, "tokens_per_batch": ROWS * LENGTH,
+            "device": wish.device,
         })
         work = f"Llama 27.8M, {ROWS} x {LENGTH} tokens a step, a checkpoint every {count} steps"
         result = turns.in_turn(work, "tokens/s", {"never": Path(executable)}, __file__, settings, wish)
