@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -84,4 +83,3 @@ def _joined(rank: int, count: int, port: int, work: Callable[..., Found], argume
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        gc.collect()    # engines refer to themselves, and each has threads that wait for messages
