@@ -25,7 +25,7 @@ _WAITING_FILES = (
     "threading.py", "queue.py", "_base.py", "connection.py", "synchronize.py", "selectors.py", "queues.py",
 )  # fmt: skip
 _WAITING_CODE = re.compile(r"\.(acquire|join|wait|get|put|result|recv|communicate|poll)\(|\bwith\b.*(lock|mutex|guard)")
-_NO_SPACE = ("no space left on device", "errno 28", "disk quota exceeded", "errno 122")
+_NO_SPACE = ("no space left on device", "the disk is full", "errno 28", "disk quota exceeded", "errno 122")
 _NO_MEMORY = ("memoryerror", "can't allocate memory", "out of memory", "outofmemory", "cannot allocate memory",
               "not enough memory")  # fmt: skip
 _OUR_OWN = ("heartbeat", "checkpoint", "pt_")

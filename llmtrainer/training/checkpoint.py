@@ -35,15 +35,22 @@ def write(
         _together(writers, lambda: _named(partial, folder, facts) if first else None)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(folder.parent).free
-        raise UserError(
-            f"the disk is full: checkpoint {folder.name} could not be written",
-            where=str(folder.parent),
-            why=f"{free / 2**20:,.0f} MiB are free; the older checkpoints are untouched, the run can go on from them",
-            fix="free some space and run the same command again, or keep fewer: save.keep_newest=1 save.keep_best=0",
-        ) from error
+        told_if_full(error, folder.parent, f"checkpoint {folder.name} could not be written")
+        raise
+
+
+def told_if_full(error: OSError, folder: Path, what: str) -> None:
+    """Raises UserError if `error` says that the disk of `folder` is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    raise UserError(
+        f"the disk is full: {what}",
+        where=str(folder),
+        why=f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free; the older checkpoints are untouched, the run "
+        "can go on from them",
+        fix="free some space and run the same command again, or keep fewer: save.keep_newest=1 save.keep_best=0",
+    ) from error
 
 
 def _together(writers: Writers | None, work: Callable[[], None]) -> None:

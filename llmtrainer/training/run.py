@@ -18,6 +18,7 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.parallel.recorder import last_collectives
 from llmtrainer.training.assemble import Assembled, assemble
+from llmtrainer.training.checkpoint import told_if_full
 from llmtrainer.training.console import TrainingView, Unseen
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.tracking import Trackers
@@ -67,7 +68,7 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
     run = RunDir(Path(recipe.run))
     first = rank() == 0
     with (
-        run.locked() if first else nullcontext(), EventLog(run.events if first else None) as log,
+        _full_disk_told(run), run.locked() if first else nullcontext(), EventLog(run.events if first else None) as log,
         StopRequests(run.control) as stop, TrainingView(recipe.duration) if first else Unseen() as view,
         Heartbeat(run.control / "heartbeats", rank(), world_size(), last_collectives) as heart,
     ):  # fmt: skip
@@ -94,6 +95,17 @@ def _opened(recipe: Recipe) -> Iterator[tuple[RunDir, Assembled, StopRequests]]:
                 trainer.close()
             finally:
                 trackers.close()
+
+
+@contextmanager
+def _full_disk_told(run: RunDir) -> Iterator[None]:
+    """Say a full disk in words, whatever was being written: even a checkpoint that is no longer kept needs space to be
+    renamed."""
+    try:
+        yield
+    except OSError as error:
+        told_if_full(error, run.path, f"{error.filename or 'a file of this run'} could not be written")
+        raise
 
 
 def _write_recipe(run: RunDir, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -63,6 +64,26 @@ def test_evaluating_and_saving_between_steps_changes_nothing(recipe: Make, tmp_p
     train(recipe("evaluate.every=1 steps", "save.every=1 steps"))
     train(recipe("evaluate.every=never", "save.every=never", "save.background=false", f"run={tmp_path / 'bare'}"))
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "bare", 12)
+
+
+def test_a_disk_too_full_to_rename_what_is_no_longer_kept_is_told_and_costs_nothing(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("duration=4 steps", "save.every=1 steps", "save.keep_newest=1", "save.keep_best=0")
+    whole = train(recipe(*words, f"run={tmp_path / 'whole'}"))
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if str(target).endswith(".deleted"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", full)
+        with pytest.raises(UserError, match=r"the disk is full: .*step-00000001 could not be written"):
+            train(recipe(*words))
+    assert train(recipe(*words)).step == whole.step
+    assert hashes(tmp_path / "run", whole.step) == hashes(tmp_path / "whole", whole.step)
 
 
 def test_a_finished_run_is_left_alone_and_tells_its_last_figures(recipe: Make) -> None:
