@@ -6,8 +6,6 @@ FLOAT64_ENGINES_RELATIVE = 1e-12
 """Weights and norms after a few steps on several processes against one, float64, relative to the largest."""
 FLOAT32_ENGINES_RELATIVE = 1e-6
 """The same in float32, for engines that know no float64."""
-FLOAT32_OBJECTIVES_RELATIVE = 2e-6
-"""The same for every objective: rounding of its sums in float32; all but one are within 1e-6."""
 FLOAT64_SENT_TOTAL = 1e-12
 """What fifty compressed steps sent and still owe against what they were given, float64, relative to the largest."""
 FLOAT32_SUM_RELATIVE = 1e-5

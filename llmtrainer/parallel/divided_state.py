@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmtrainer.core.protocols import Rule
-from llmtrainer.parallel.optimizer_state import PREFIX
+from llmtrainer.parallel.optimizer_state import PREFIX, UNTOUCHED
 
 
 class Divided:
@@ -22,6 +22,11 @@ class Divided:
             name: _shape(parameter) for group in groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }  # fmt: skip
+        self._kept: set[str] = set()
+        self._held: dict[str, Tensor] = {}
+        # DeepSpeed's updates are of flat tensors: what is to stay in one of them is put back before it is sent.
+        zero.optimizer.register_step_pre_hook(lambda *_: self._hold())
+        zero.optimizer.register_step_post_hook(lambda *_: self._put_back())
 
     @property
     def scale(self) -> float:
@@ -62,14 +67,45 @@ class Divided:
             delattr(self._zero, name)
         assert self._zero.overflow, "DeepSpeed made a step that was to be left out"
 
-    def read(self) -> dict[str, Tensor]:
-        """`optimizer.<parameter>.<what>`, whole. Every rank asks."""
+    def keep(self, names: set[str]) -> None:
+        """Leave these parameters as they are in the next update."""
+        self._kept = names
+
+    def _hold(self) -> None:
+        pieces = {name: self._piece(parameter) for name, parameter in self._named().items() if name in self._kept}
+        self._held = {name: piece.clone() for name, piece in pieces.items() if piece is not None}
+
+    def _put_back(self) -> None:
+        named, held = self._named(), self._held
+        self._held = {}
+        for name, values in held.items():
+            if self._stage == 3:
+                from deepspeed.utils import safe_set_local_fp32_param
+
+                safe_set_local_fp32_param(named[name], values)
+            elif (piece := self._piece(named[name])) is not None:
+                piece.copy_(values)
+
+    def _piece(self, parameter: nn.Parameter) -> Tensor | None:
+        """This process's share of a parameter's master; None if it has none."""
+        if self._stage < 3:
+            place = parameter._hp_mapping       # type: ignore[attr-defined]  # DeepSpeed's
+            return None if place is None else place.get_hp_fragment().detach()
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return safe_get_local_fp32_param(parameter)
+
+    def read(self, untouched: set[str]) -> dict[str, Tensor]:
+        """`optimizer.<parameter>.<what>`, whole; `untouched`: of these there is none. Every rank asks."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link()
         kept = next(iter(self._zero.optimizer.state.values()))
         found = {}
         for name, parameter in self._named().items():
+            if name in untouched:
+                found[f"{PREFIX}{name}.{UNTOUCHED}"] = torch.ones((), dtype=torch.bool)
+                continue
             for what, value in kept.items():
                 whole = value.detach().clone() if not value.ndim else safe_get_full_optimizer_state(parameter, what)
                 found[f"{PREFIX}{name}.{what}"] = whole.reshape(self._shapes[name]) if value.ndim else whole
@@ -83,14 +119,17 @@ class Divided:
             groups.append({**group, "params": empty})
         return rule.build(groups)
 
-    def write(self, whole: Optimizer, updates: int) -> None:
-        """Take the weights as they are now, and the state from an optimizer of whole tensors."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+    def clear(self) -> None:
+        """Take the weights as they are now, and no state."""
         self._zero.refresh_fp32_params()
         self._zero.optimizer.state.clear()
-        if not updates:
-            return
+
+    def write(self, whole: Optimizer) -> set[str]:
+        """Take the weights as they are now, and the state from an optimizer of whole tensors. Returns the parameters
+        that have none."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.clear()
         named = {
             name: dict(whole.state[parameter]) for group in whole.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
@@ -105,6 +144,7 @@ class Divided:
             for what, value in named[name].items():
                 if value.ndim:
                     safe_set_full_optimizer_state(parameter, value.to(torch.float32), what)
+        return {name for name, state in named.items() if not state}
 
     def _named(self) -> dict[str, nn.Parameter]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class JoinedEngine(SingleEngine):
         self.updates_in_backward = early
         self._early: EarlySteps | None = None
         """Makes the updates, where they are made during backward; `prepare` builds it."""
+        self._took_part: set[str] = set()
+        """Parameters that have got a gradient in this step on this rank, where somebody notes it."""
 
     def begin(self, learning_rate: float) -> None:
         if self._early is not None:
@@ -67,6 +69,16 @@ class JoinedEngine(SingleEngine):
     def _update(self) -> None:
         if self._early is None:
             super()._update()
+
+    def _noting(self, name: str) -> Callable[[Tensor], None]:
+        """A hook of a parameter that backward has come to. It knows nothing of the engine: the tensor would keep it."""
+        part = self._took_part
+        return lambda parameter: part.add(name)
+
+    def _unused(self, names: Iterable[str]) -> set[str]:
+        """Those that took no part in this step on any rank."""
+        used = self.world.sum({name: float(name in self._took_part) for name in names})
+        return {name for name, count in used.items() if not count}
 
     def _root(self, squares: float) -> Tensor:
         """The norm of the gradients whose squares add up to this on every rank."""

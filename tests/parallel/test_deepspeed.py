@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Engine, EngineConfig, Rule
 from llmtrainer.optim.groups import group
 from llmtrainer.parallel.world import PATIENCE, World
@@ -140,3 +141,66 @@ def test_a_run_goes_on_in_another_engine_and_back(processes: Processes, tmp_path
     for one, other in ((deepspeed, {"kind": "ddp"}), ({"kind": "ddp"}, deepspeed)):
         found = processes.run(2, continued, one, other, str(tmp_path / "state"))[0]
         assert float((found - weights).abs().max() / weights.abs().max()) <= FLOAT32_ENGINES_RELATIVE
+
+
+class Spare(TinyPolicy):
+    """A policy with a parameter that takes part in some steps only, or in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.linspace(0.5, 1.5, 7))
+        self.asked = False
+
+    def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
+        out = super().forward(batch, wants)
+        assert out.logp_BT is not None
+        return Outputs(logp_BT=out.logp_BT * self.spare.mean()) if self.asked else out
+
+
+def idle(settings: dict[str, Any], begins: int | None, file: str) -> dict[str, Any]:
+    """Steps with a parameter that takes part from a step on, and decay; what is saved, and steps after it."""
+    World(torch.device("cpu"), PATIENCE)
+    found: dict[str, Any] = {}
+    for life in ("first", "second"):
+        engine = EngineConfig.model_validate({"device": "cpu", **settings}).start("float32")
+        policy = Spare()
+        rule = Rule.model_validate({"kind": "adamw", "weight_decay": 0.1, "epsilon": 1e-2})
+        engine.prepare(policy, rule, group(policy.named_parameters(), ()))
+        if life == "second":
+            with engine.whole(policy):
+                resume(engine, policy, file, state=False)
+            resume(engine, policy, file, weights=False)
+        try:
+            for number in range(3):
+                policy.asked = begins is not None and number >= begins
+                step(engine, number)
+        except UserError as error:
+            return {"error": str(error)}
+        state, weights = engine.state(), engine.weights(policy)
+        if life == "first" and engine.rank == 0:
+            save(state | {f"weight.{name}": value for name, value in weights.items()}, file)
+        if engine.world_size > 1:
+            engine.world.meet()
+        found[life] = {name: value.clone() for name, value in weights.items()}, sorted(state)
+    return found
+
+
+@needs_deepspeed
+@TRIED
+def test_what_takes_part_in_no_step_is_left_alone_as_by_one_process(
+    layout: dict[str, Any], processes: Processes, tmp_path: Path  # noqa: F811
+) -> None:
+    """DeepSpeed makes it a gradient of zeros, by which it would decay."""
+    alone_one = processes.run(1, idle, {"kind": "single"}, None, str(tmp_path / "alone"))[0]
+    for found in processes.run(2, idle, {"kind": "deepspeed", **layout}, None, str(tmp_path / "state")):
+        for life, (weights, names) in found.items():
+            assert torch.equal(weights["spare"], Spare().spare)
+            assert names == alone_one[life][1] and "optimizer.spare.untouched" in names
+            for name, value in alone_one[life][0].items():
+                assert float((weights[name] - value).abs().max() / value.abs().max()) <= FLOAT32_ENGINES_RELATIVE
+
+
+@needs_deepspeed
+def test_what_takes_part_in_some_steps_only_is_refused(processes: Processes, tmp_path: Path) -> None:  # noqa: F811
+    for found in processes.run(2, idle, {"kind": "deepspeed", "stage": 2}, 1, str(tmp_path / "state")):
+        assert "take part in some steps and not in others" in found["error"] and "spare" in found["error"]

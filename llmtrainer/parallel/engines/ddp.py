@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -112,8 +113,10 @@ class DdpEngine(JoinedEngine):
         self._early = EarlySteps(rule, groups) if self.updates_in_backward else None
         if self._early is not None:
             self._optimizer = self._early.optimizer
+        # What DDP holds in C++ no garbage collection sees: an engine that it held would never be freed, nor its model.
+        engine = weakref.proxy(self)
         # Unannotated: torch compares annotations with types, and here they are text.
-        self._replica.register_comm_hook(None, lambda state, bucket: self._take(bucket))
+        self._replica.register_comm_hook(None, lambda state, bucket: engine._take(bucket))
         if self._courier is None:
             return arranged
         return arranged._replace(fallbacks=arranged.fallbacks + self._courier.exchange.fallbacks)

@@ -109,6 +109,8 @@ class DeepspeedEngine(JoinedEngine):
     ) -> None:
         super().__init__(device, precision, **settings)
         self._zero = zero
+        self._idle: set[str] | None = None
+        """Parameters that no step has changed, from stage 1 on; None before the first."""
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         if self._zero.stage and not rule.elementwise:
@@ -126,6 +128,12 @@ class DeepspeedEngine(JoinedEngine):
         )
         self._forward = self._runtime if model is policy else lambda *given: Outputs(**self._runtime(*given))
         self._divided = Divided(self._runtime.optimizer, self._zero.stage, self._groups) if self._zero.stage else None
+        self._named = {
+            name: parameter for group in groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }  # fmt: skip
+        for name, parameter in self._named.items():
+            parameter.register_post_accumulate_grad_hook(self._noting(name))
         return arranged
 
     @contextmanager
@@ -147,12 +155,30 @@ class DeepspeedEngine(JoinedEngine):
 
     def clip(self, max_norm: float | None) -> Tensor:
         """As every engine's; from stage 1 on by DeepSpeed, in the update itself."""
-        if self._divided is None:
-            return super().clip(max_norm)
         assert self._norm is None, "these gradients are already clipped"
+        # DeepSpeed has made them gradients of zeros, by which a rule would still decay them.
+        unused = self._unused(self._named)
+        if self._divided is None:
+            for name in unused:
+                self._named[name].grad = None
+            return super().clip(max_norm)
+        self._require_idle(unused)
+        self._divided.keep(unused)
         self._norm = self._divided.norm()
         self._divided.limit(max_norm, float(self._norm))
         return self._norm
+
+    def _require_idle(self, unused: set[str]) -> None:
+        """Refuse parameters that take part in some steps only: each of them would have a number of updates of its own,
+        and DeepSpeed counts one for all."""
+        changed = set() if self._idle is None else self._idle ^ unused
+        if changed:
+            raise UserError(
+                f"{len(changed):,} parameters take part in some steps and not in others", where=NAME,
+                why=f"DeepSpeed counts one number of updates for all; for example {min(changed)}",
+                fix="engine.kind=fsdp2, engine.stage=0, or freeze them: model.freeze=['PATTERN']",
+            )
+        self._idle = unused
 
     def _update(self) -> None:
         if self._divided is None:
@@ -165,8 +191,10 @@ class DeepspeedEngine(JoinedEngine):
             super()._updated()
         else:
             self._norm = None       # its step has cleared the gradients itself
+            self._took_part.clear()
 
     def discard(self) -> None:
+        self._took_part.clear()
         if self._divided is None:
             super().discard()
         else:
@@ -196,7 +224,7 @@ class DeepspeedEngine(JoinedEngine):
         state = {UPDATES: torch.tensor(self._updates, dtype=torch.int64)}
         if self._loss_scale is not None:
             state |= self._loss_scale.state()
-        return state | (self._divided.read() if self._updates else {})
+        return state | (self._divided.read(self._idle or set()) if self._updates else {})
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         if self._divided is None:
@@ -209,7 +237,16 @@ class DeepspeedEngine(JoinedEngine):
             whole = self._optimizer
         finally:
             self._optimizer = divided
-        self._divided.write(whole, self._updates)
+        if self._updates:
+            self._idle = self._divided.write(whole)
+        else:
+            self._idle = None
+            self._divided.clear()
+
+
+    def close(self) -> None:
+        self._runtime.destroy()     # whose hooks and lists keep the model else
+        super().close()
 
 
 class _Outside(nn.Module):

@@ -142,8 +142,6 @@ class Fsdp2Engine(JoinedEngine):
         self._optimizer = rule.build(of_pieces) if self._early is None else self._early.optimizer
         for name, parameter in self._sharded.items() if self._early is not None else ():
             parameter.register_post_accumulate_grad_hook(self._stepping(name))
-        self._took_part: set[str] = set()
-        """Parameters that have got a gradient in this step, on this rank."""
         self._watched: set[nn.Module] = set()
         return arranged
 
@@ -258,7 +256,8 @@ class Fsdp2Engine(JoinedEngine):
         return found
 
     def _gradients(self) -> list[Tensor]:
-        unused = self._unused()
+        # FSDP2 has made them gradients of zeros, by which a rule would still decay them.
+        unused = self._unused(self._sharded)
         for name, parameter in self._sharded.items():
             piece, gradient = self._pieces[name], parameter.grad
             piece.data = own(parameter.detach())    # torch may have moved it
@@ -300,11 +299,13 @@ class Fsdp2Engine(JoinedEngine):
         return OwnRows(state, self._sharded)
 
     def _stepping(self, name: str) -> Callable[[Tensor], None]:
+        early, piece = self._early, self._pieces[name]
+        assert early is not None
+
         def step(parameter: Tensor) -> None:
-            assert self._early is not None and parameter.grad is not None
-            piece = self._pieces[name]
+            assert parameter.grad is not None
             piece.data = own(parameter.detach())
-            if self._early.update([(piece, own(parameter.grad))]):
+            if early.update([(piece, own(parameter.grad))]):
                 parameter.grad = None
 
         return step
@@ -319,12 +320,3 @@ class Fsdp2Engine(JoinedEngine):
         for name, parameter in self._policy.named_parameters():
             if id(parameter) in own_ones and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._noting(name))
-
-    def _noting(self, name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: self._took_part.add(name)
-
-    def _unused(self) -> set[str]:
-        """Parameters that took no part on any rank: FSDP2 has made them gradients of zeros, by which a rule would
-        still decay them."""
-        used = self.world.sum({name: float(name in self._took_part) for name in self._sharded})
-        return {name for name, count in used.items() if not count}
