@@ -155,20 +155,16 @@ class Engine(Ranks, Shown, Protocol):
     @property
     def share(self) -> Share:
         """Which part of every step's rows is this process's."""
-        ...
 
     @property
     def rescales(self) -> bool:
         """Whether `step` itself handles a gradient that overflowed (float16)."""
-        ...
 
     def prepare(self, policy: nn.Module, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> Arranged:
         """Move the policy to its device, arrange how it computes, and build the optimizer."""
-        ...
 
     def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
         """The forward pass of a policy that is only read, arranged as the trained one's: a reference, a teacher."""
-        ...
 
     def begin(self, learning_rate: float) -> None: ...
 
@@ -180,31 +176,27 @@ class Engine(Ranks, Shown, Protocol):
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Global gradient norm before clipping, after un-scaling; the gradients are clipped in place."""
-        ...
 
     def step(self, learning_rate: float) -> bool:
         """Update the weights and clear the gradients. False if the step was skipped (fp16 overflow)."""
-        ...
 
     def discard(self) -> None:
         """Clear the gradients without an update."""
-        ...
+
+    def own_gradients(self, policy: nn.Module) -> list[Tensor | None]:
+        """Of each parameter, what this process has of its gradient; whole, where it waits for a last micro-batch."""
 
     def in_turn(self, work: Callable[[], Made]) -> Made:
         """Do what makes files that all ranks read: rank 0 alone first, then the others, who find what was made."""
-        ...
 
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         """The parameters of the prepared policy by name, whole, wherever their pieces are. Every rank asks."""
-        ...
 
     def whole(self, policy: nn.Module) -> AbstractContextManager[None]:
         """Until the block ends, every process has the whole policy and may read it alone. Every rank enters."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer and engine state as named tensors, by parameter name: with `writers`, this process's part."""
-        ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
 

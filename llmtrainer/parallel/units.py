@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -32,14 +33,30 @@ class OwnRows(Mapping[str, Tensor]):
         return len(self._state)
 
 
+def unsent(units: Sequence[FSDPModule]) -> dict[int, Tensor]:
+    """Whole gradients that wait for the last micro-batch of their step, by the id of the parameter in pieces."""
+    found = {}
+    for each in divided(units):
+        own_one = each.unsharded_param.grad if hasattr(each, "_unsharded_param") else None
+        waiting = each.unsharded_accumulated_grad if own_one is None else own_one
+        if waiting is not None:
+            found[id(each.sharded_param)] = waiting
+    return found
+
+
 def forget_unsent(units: Sequence[FSDPModule]) -> None:
     """Drop gradients of micro-batches whose step ends without its last one. torch keeps them for the next step."""
+    for each in divided(units):
+        each.unsharded_accumulated_grad = None
+        if hasattr(each, "_unsharded_param"):
+            each.unsharded_param.grad = None
+
+
+def divided(units: Sequence[FSDPModule]) -> Iterator[Any]:
+    """Torch's own record of each parameter that it has divided."""
     for unit in units:
         for group in unit._get_fsdp_state()._fsdp_param_groups:
-            for each in group.fsdp_params:
-                each.unsharded_accumulated_grad = None
-                if hasattr(each, "_unsharded_param"):
-                    each.unsharded_param.grad = None
+            yield from group.fsdp_params
 
 
 def parameter_of(name: str) -> str:

@@ -23,14 +23,14 @@ def culprit(
     """
     named = list(policy.named_parameters())
     value = _first_bad(parameter.detach() for _, parameter in named)
-    gradient = _first_bad(parameter.grad for _, parameter in named)
+    gradient = _first_bad(engine.own_gradients(policy))
     told = [each.tolist() for each in engine.gather(torch.tensor([not own_loss_finite, value, gradient]))]
     places = {rank: place for rank, (_, place, _) in enumerate(told) if place >= 0}
     if not places:
         places = {rank: place for rank, (bad, _, place) in enumerate(told) if bad}
     if not places and engine.world_size > 1:
         apart()
-        gradient = _first_bad(parameter.grad for _, parameter in named)
+        gradient = _first_bad(engine.own_gradients(policy))
         apart_by_rank = [int(each) for each in engine.gather(torch.tensor([gradient]))]
         places = {rank: place for rank, place in enumerate(apart_by_rank) if place >= 0}
     if not places:

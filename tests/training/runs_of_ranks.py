@@ -11,6 +11,7 @@ import torch
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
+from llmtrainer.parallel.units import divided
 from llmtrainer.training.cache_reference import cache_reference
 from llmtrainer.training.logp_cache import LogpCache
 from llmtrainer.training.recipe import Recipe
@@ -46,7 +47,12 @@ def poisoned(file: Path, overrides: tuple[str, ...], where: str, how: str) -> st
         if trainer.parts.engine.rank == 1 and how == "weight":
             parameter.data[0, 0] = math.nan
         if trainer.parts.engine.rank == 1 and how == "gradient":
-            parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+            # Of a parameter in pieces, backward knows the whole one that its unit computes with.
+            (gathered,) = [
+                each.unsharded_param for unit in getattr(trainer.parts.engine, "_units", ()) for each in divided([unit])
+                if each.sharded_param is parameter
+            ] or [parameter]
+            gathered.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
         try:
             trainer.step()
         except UserError as error:

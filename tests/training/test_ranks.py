@@ -138,12 +138,21 @@ def apart(found: Any, expected: Any, where: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_two_processes_run_as_one(name: str, files: Files, processes: Processes) -> None:  # noqa: F811
-    file, more = files(name), MORE.get(name, ())
+def test_two_processes_run_as_one_and_go_on_with_the_same_bits(
+    name: str, files: Files, processes: Processes  # noqa: F811
+) -> None:
+    file, more = files(name), (*MORE.get(name, ()), "optim.schedule.length=3 steps")
     one = ran(file, more)
-    two = processes.run(2, ran, file, (*more, *TWO, f"run={file.parent}/two", f"cache={file.parent}/cache-two"))
+    together = (*more, *TWO, f"cache={file.parent}/cache-two")
+    two = processes.run(2, ran, file, (*together, f"run={file.parent}/two"))
     for found in two:
         assert apart(found, one) == []
+    processes.run(2, ran, file, (*together, f"run={file.parent}/again", "duration=2 steps"))
+    again = processes.run(2, ran, file, (*together, f"run={file.parent}/again"))
+    for found, whole in zip(again, two, strict=True):
+        assert [len(found["steps"]), len(whole["steps"])] == [1, 3]
+        # As text, where what is no number equals itself.
+        assert repr(found) == repr(whole | {key: whole[key][2:] for key in ("steps", "answers")})
     first, second = (
         [json.loads(line) for line in (file.parent / run / "events.jsonl").read_text().splitlines()]
         for run in ("one", "two")
@@ -151,12 +160,13 @@ def test_two_processes_run_as_one(name: str, files: Files, processes: Processes)
     assert [event["kind"] for event in first] == [event["kind"] for event in second], "each event is written once"
 
 
-@pytest.mark.parametrize("how", ["weight", "gradient"])
+@pytest.mark.parametrize(("kind", "how"), [("ddp", "weight"), ("ddp", "gradient"), ("fsdp2", "gradient")])
 def test_a_number_that_is_none_on_one_rank_stops_both_with_its_rank_step_and_parameter(
-    how: str, files: Files, processes: Processes  # noqa: F811
+    kind: str, how: str, files: Files, processes: Processes  # noqa: F811
 ) -> None:
+    """Under fsdp2 a bad weight is every rank's: all of them gather it."""
     bad = "model.layers.1.mlp.up_proj.weight"
-    for told in processes.run(2, poisoned, files("sft"), TWO, bad, how):
+    for told in processes.run(2, poisoned, files("sft"), TWO if kind == "ddp" else (f"engine.kind={kind}",), bad, how):
         assert "not a number" in told and "step 2" in told and f"rank 1, first bad parameter: {bad}" in told, told
 
 

@@ -33,6 +33,7 @@ from llmtrainer.parallel.units import (
     parameter_of,
     require_elementwise,
     require_even,
+    unsent,
 )
 from llmtrainer.parallel.writing import Pieces, on_mesh
 
@@ -223,6 +224,10 @@ class Fsdp2Engine(JoinedEngine):
             parameter.grad = None
         if self._early is not None:
             self._early.end()
+
+    def own_gradients(self, policy: nn.Module) -> list[Tensor | None]:
+        kept = unsent(self._units)
+        return [kept.get(id(parameter), parameter.grad) for parameter in policy.parameters()]
 
     def weights(self, policy: nn.Module) -> dict[str, Tensor]:
         return {name: whole(parameter.detach()) for name, parameter in policy.named_parameters()}

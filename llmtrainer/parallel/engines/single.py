@@ -240,6 +240,9 @@ class SingleEngine:
         if self._exact is not None:
             self._exact.forget()
 
+    def own_gradients(self, policy: nn.Module) -> list[Tensor | None]:
+        return [parameter.grad for parameter in policy.parameters()]
+
     def _finish(self, exact: ExactSums) -> None:
         """The step's gradients over all shards, in the parameters."""
         exact.finish(self._parameters)
