@@ -26,6 +26,7 @@ needs_deepspeed = pytest.mark.skipif(
 LAYOUTS: list[dict[str, Any]] = [
     {"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3, "whole_below": 0},
     {"stage": 2, "offload_optimizer": "cpu"}, {"stage": 3, "whole_below": 0, "offload_optimizer": "cpu"},
+    {"stage": 3, "whole_below": 0, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
 ]  # fmt: skip
 TRIED = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(str(value) for value in layout.values()))
 
