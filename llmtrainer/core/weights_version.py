@@ -31,4 +31,5 @@ def _sums(weight: Tensor) -> bytes:
     flat = weight.contiguous().flatten().view(torch.uint8)
     whole, rest = flat.tensor_split([len(flat) // (8 * _COLUMNS) * 8 * _COLUMNS])
     sum_N = whole.view(torch.int64).view(-1, _COLUMNS).sum(1)
-    return bytes(sum_N.cpu().numpy().tobytes() + rest.cpu().numpy().tobytes())
+    # A list and not an array: FSDP2 must be able to let go of memory that numpy would hold on to.
+    return sum_N.cpu().numpy().tobytes() + bytes(rest.tolist())

@@ -27,7 +27,6 @@ from llmtrainer.core.batch import (
 )
 from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
-from llmtrainer.core.pieces import is_piece
 from llmtrainer.core.protocols import Annotator, Engine, Source
 from llmtrainer.core.reward import every
 from llmtrainer.core.weights_version import weights_version
@@ -103,7 +102,10 @@ def feed_of(
         return Feed(every, annotators, facts, {}, dict, starts_at, point=point)
     if resumption is not None:
         source.load_state(resumption.state(ROLLOUTS))
-        # In the middle of a rollout the next answers are written later: here what decides about them counts as read.
+    assert rows.prompts is not None
+    if resumption is not None or rows.prompts.prompts_per_step < engine.world_size:
+        # In the middle of a rollout the next answers are written later, and a rank without a prompt writes none: here
+        # what decides about them counts as read.
         environment = () if recipe.rollout.environment is None else (recipe.rollout.environment,)
         rollout = (
             recipe.rollout, recipe.rollout.sampling, recipe.rollout.sampler, *recipe.rollout.rewards, *environment
@@ -147,11 +149,6 @@ def source_of(
     assert rows.prompts is not None
     if not writes:
         require_taught(recipe.objective)
-    if any(map(is_piece, policy.parameters())):
-        raise UserError(
-            "answers are written by a model that is whole on its process", where="engine.kind=fsdp2",
-            why="each process has a piece of every tensor", fix="engine.kind=zero1, or engine.kind=single",
-        )
     settings = recipe.rollout
     require_shareable(settings, engine)
     if settings.share_prompt and settings.group_size > 1:
@@ -181,7 +178,7 @@ def source_of(
         rows.prompts, gathering, recipe.objective, settings,
         tokens_per_batch=recipe.data.tokens_per_batch, seed=recipe.seed, vocabulary=policy.vocabulary, look=look,
         reference=None if frozen is None else lambda batch, wants: frozen.say(batch, wants),
-        version=version, tell=tell, ranks=engine,
+        version=version, tell=tell, ranks=engine, whole=partial(engine.whole, policy),
         following=following(None if frozen is None else frozen.model, policy, settings.mix_reference), ahead=ahead,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +51,12 @@ class RolloutSource:
         tokens_per_batch: int, seed: int, vocabulary: int,
         look: Look, reference: Look | None, version: Callable[[], str], tell: Callable[[Mapping[str, Any]], None],
         following: Following | None = None, ahead: Callable[[int], Ahead] | None = None, ranks: Ranks = ALONE,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         """gathering: writes answers here; None: nobody does. look, reference: what the policy and the reference say
         now. version: hash of the policy's weights. tell: shows what a rollout came to. ahead: makes, of the
-        number of steps of a rollout, the process that writes what is learned; None: it is written here."""
+        number of steps of a rollout, the process that writes what is learned; None: it is written here. whole: until
+        its block ends, this process has the whole policy and may read it alone."""
         assert gathering is not None or ahead is not None
         self._earns = ADVANTAGE in objective.reads
         (require_rewards if self._earns else require_no_rewards)(settings)
@@ -61,6 +64,7 @@ class RolloutSource:
         self._seed, self._vocabulary = seed, vocabulary
         self._look, self._reference, self._version, self._tell = look, reference, version, tell
         self._tokens_per_batch, self._following, self._ranks = tokens_per_batch, following, ranks
+        self._whole = whole
         self._answers = prompts.prompts_per_step * settings.group_size
         self.rows_per_step = settings.answers_per_step or self._answers
         """Answers of one step over all ranks."""
@@ -130,10 +134,11 @@ class RolloutSource:
             found = self._ahead.take(number)
         else:
             assert self._gathering is not None
-            self._gathering.sampler.sync()
-            found = self._gathering.gathered(number, self._cursor)
-            # Before anything is learned from them: other weights than the trained must not have written answers.
-            require_version(found.held.written, self._version())
+            with self._whole():
+                self._gathering.sampler.sync()
+                found = self._gathering.gathered(number, self._cursor)
+                # Before anything is learned from them: other weights than the trained must not have written answers.
+                require_version(found.held.written, self._version())
         self._cursor = found.drawn.stop
         return found
 

@@ -51,7 +51,7 @@ class Case:
 
     @property
     def writes(self) -> bool:
-        """Whether the policy writes its rows itself, in one process."""
+        """Whether the policy writes its rows itself."""
         return self.data["kind"] == "prompts"
 
 
@@ -119,11 +119,10 @@ def arrangements(case: Case) -> Iterator[tuple[str, tuple[Command, ...]]]:
     # What is most uneven: a few micro-batches, of which some are larger.
     yield "micro split", one(few)
     yield "accumulation", one(least)
-    if not case.writes:
-        for processes in (1, 2, 4):
-            yield f"processes {processes}", one("engine.kind=ddp", few, processes=processes)
-        for kind in engines():
-            yield f"engine {kind}", one(f"engine.kind={kind}", processes=2)
+    for processes in (1, 2, 4):
+        yield f"processes {processes}", one("engine.kind=ddp", few, processes=processes)
+    for kind in engines():
+        yield f"engine {kind}", one(f"engine.kind={kind}", processes=2)
     if case.name == "causal_lm, chats" or case.name == "distill":
         yield "packed or padded", one(patches=("unpacked",))
     if case.data["kind"] not in ("documents", "examples") and case.name != "kto":

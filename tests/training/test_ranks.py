@@ -160,6 +160,16 @@ def test_two_processes_run_as_one_and_go_on_with_the_same_bits(
     assert [event["kind"] for event in first] == [event["kind"] for event in second], "each event is written once"
 
 
+@pytest.mark.parametrize("name", ["grpo", "ppo", "talks", "own_answers"])
+def test_processes_with_a_piece_of_the_model_each_write_the_answers_that_one_writes(
+    name: str, files: Files, processes: Processes  # noqa: F811
+) -> None:
+    file, more = files(name), MORE.get(name, ())
+    one = ran(file, more)
+    for found in processes.run(2, ran, file, (*more, "engine.kind=fsdp2", f"run={file.parent}/two")):
+        assert apart(found, one) == []
+
+
 @pytest.mark.parametrize(("kind", "how"), [("ddp", "weight"), ("ddp", "gradient"), ("fsdp2", "gradient")])
 def test_a_number_that_is_none_on_one_rank_stops_both_with_its_rank_step_and_parameter(
     kind: str, how: str, files: Files, processes: Processes  # noqa: F811
