@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ import pytest
 Found = TypeVar("Found")
 SECONDS = 120.0
 """After which processes that wait for each other are given up."""
+
+SECONDS_BEHIND = 3.0
+"""How long after a failure others are waited for, which may have failed with it or before it."""
 
 
 class Processes:
@@ -31,7 +35,12 @@ class Processes:
         # Each process takes one: it waits for the others before it can be done with its own.
         futures = [pool.submit(_joined, rank, count, port, work, arguments) for rank in range(count)]
         done, waiting = wait(futures, SECONDS, FIRST_EXCEPTION)
-        failed = next((future for future in done if future.exception() is not None), None)
+        if any(future.exception() is not None for future in done):
+            # A process that died says more than the one that missed it first.
+            done |= wait(waiting, SECONDS_BEHIND).done
+        failures = [future for future in done if future.exception() is not None]
+        failed = next((one for one in failures if isinstance(one.exception(), BrokenProcessPool)), None)
+        failed = failed or next(iter(failures), None)
         if failed is not None or waiting:
             self._end(count)
         assert failed is not None or not waiting, f"{len(waiting)} of {count} processes still wait after {SECONDS} s"

@@ -18,10 +18,7 @@ class Divided:
 
     def __init__(self, zero: Any, stage: int, groups: Sequence[Mapping[str, Any]]) -> None:
         self._zero, self._stage, self._groups = zero, stage, groups
-        self._shapes = {
-            name: _shape(parameter) for group in groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }  # fmt: skip
+        self._shapes = {name: _shape(parameter) for name, parameter in named_in(groups).items()}
         self._kept: set[str] = set()
         self._held: dict[str, Tensor] = {}
         # DeepSpeed's updates are of flat tensors: what is to stay in one of them is put back before it is sent.
@@ -72,11 +69,12 @@ class Divided:
         self._kept = names
 
     def _hold(self) -> None:
-        pieces = {name: self._piece(parameter) for name, parameter in self._named().items() if name in self._kept}
+        named = named_in(self._groups)
+        pieces = {name: self._piece(named[name]) for name in self._kept}
         self._held = {name: piece.clone() for name, piece in pieces.items() if piece is not None}
 
     def _put_back(self) -> None:
-        named, held = self._named(), self._held
+        named, held = named_in(self._groups), self._held
         self._held = {}
         for name, values in held.items():
             if self._stage == 3:
@@ -102,7 +100,7 @@ class Divided:
         self._link()
         kept = next(iter(self._zero.optimizer.state.values()))
         found = {}
-        for name, parameter in self._named().items():
+        for name, parameter in named_in(self._groups).items():
             if name in untouched:
                 found[f"{PREFIX}{name}.{UNTOUCHED}"] = torch.ones((), dtype=torch.bool)
                 continue
@@ -130,27 +128,18 @@ class Divided:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.clear()
-        named = {
-            name: dict(whole.state[parameter]) for group in whole.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }  # fmt: skip
+        named = {name: dict(whole.state[parameter]) for name, parameter in named_in(whole.param_groups).items()}
         sample = next(state for state in named.values() if state)
         for flat in self._flats():
             self._zero.optimizer.state[flat] = {
                 what: torch.zeros_like(flat) if value.ndim else value.clone() for what, value in sample.items()
             }
         self._link()
-        for name, parameter in self._named().items():
+        for name, parameter in named_in(self._groups).items():
             for what, value in named[name].items():
                 if value.ndim:
                     safe_set_full_optimizer_state(parameter, value.to(torch.float32), what)
         return {name for name, state in named.items() if not state}
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter for group in self._groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }  # fmt: skip
 
     def _flats(self) -> list[Tensor]:
         """This process's share of the masters, a flat tensor a group."""
@@ -162,6 +151,14 @@ class Divided:
         if self._stage < 3:
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
+
+
+def named_in(groups: Sequence[Mapping[str, Any]]) -> dict[str, nn.Parameter]:
+    """The parameters of an optimizer's groups by name."""
+    return {
+        name: parameter for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }  # fmt: skip
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -49,7 +49,7 @@ def poisoned(file: Path, overrides: tuple[str, ...], where: str, how: str) -> st
         if trainer.parts.engine.rank == 1 and how == "gradient":
             # Of a parameter in pieces, backward knows the whole one that its unit computes with.
             (gathered,) = [
-                each.unsharded_param for unit in getattr(trainer.parts.engine, "_units", ()) for each in divided([unit])
+                each.unsharded_param for each in divided(getattr(trainer.parts.engine, "_units", ()))
                 if each.sharded_param is parameter
             ] or [parameter]
             gathered.register_hook(lambda gradient: torch.full_like(gradient, math.nan))

@@ -16,7 +16,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Rule
-from llmtrainer.parallel.divided_state import Divided
+from llmtrainer.parallel.divided_state import Divided, named_in
 from llmtrainer.parallel.engines.single import UPDATES
 from llmtrainer.parallel.joined import Joined, JoinedEngine
 from llmtrainer.parallel.zero_settings import Place, Zero, engine_settings, is_installed
@@ -128,10 +128,7 @@ class DeepspeedEngine(JoinedEngine):
         )
         self._forward = self._runtime if model is policy else lambda *given: Outputs(**self._runtime(*given))
         self._divided = Divided(self._runtime.optimizer, self._zero.stage, self._groups) if self._zero.stage else None
-        self._named = {
-            name: parameter for group in groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }  # fmt: skip
+        self._named = named_in(groups)
         for name, parameter in self._named.items():
             parameter.register_post_accumulate_grad_hook(self._noting(name))
         return arranged
@@ -242,7 +239,6 @@ class DeepspeedEngine(JoinedEngine):
         else:
             self._idle = None
             self._divided.clear()
-
 
     def close(self) -> None:
         self._runtime.destroy()     # whose hooks and lists keep the model else
