@@ -362,9 +362,10 @@ class EngineConfig(Kind):
     device: str = "auto"
     """auto takes cuda where there is one, else mps, else cpu; or cpu, cuda, cuda:1, mps."""
 
-    attention: Literal["auto", "blocks", "sdpa", "reference", "flex", "varlen"] = "auto"
+    attention: Literal["auto", "blocks", "sdpa", "reference", "flex", "varlen", "fused"] = "auto"
     """How attention is computed: blocks of plain products, torch's sdpa, the definition (reference), or, on CUDA,
-    flex_attention or flash kernels over packed documents (varlen). auto: blocks on a CPU, else sdpa."""
+    flex_attention, flash kernels over packed documents (varlen), or for each batch varlen or sdpa, whichever takes it
+    without a mask (fused). auto: blocks on a CPU, fused on CUDA in 16 bits, else sdpa."""
 
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """Who computes norms, rotary positions and gated MLPs. auto: Liger's kernels on CUDA where they are installed

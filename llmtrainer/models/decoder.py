@@ -20,11 +20,11 @@ from llmtrainer.core.randomness import derive, dropout, embedding_noise
 from llmtrainer.models import kernels, paths, proof, scalar
 from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
 from llmtrainer.models.cache import Cache
-from llmtrainer.models.cache import Weights as ReadingWeights
 from llmtrainer.models.few_rows import with_few_shapes
 from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import Pages
+from llmtrainer.models.reading_weights import ReadingWeights
 from llmtrainer.models.rotary import Rotary
 from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         """The residual stream after the last block: [B, T, D]."""
         T, batch = batch.tokens_BT.shape[1], with_few_shapes(batch, self.compute)
         visible = Visible.of(batch, self._window)
-        attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
+        attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device, self.compute)]
         wide = torch.promote_types(self.compute, torch.float32)
         rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0

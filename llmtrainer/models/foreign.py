@@ -262,7 +262,7 @@ class Foreign(nn.Module):
         return whole.index_copy(0, places, found.flatten(0, 1)[real]).unflatten(0, batch.tokens_BT.shape)
 
     def _read_rows(self, batch: Batch, logits: bool) -> Tensor:
-        path = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device)]
+        path = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device, self.compute)]
         named: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
         if self._takes_positions:
             named["position_ids"] = batch.position_BT.long().clamp(max=self.context_length - 1)

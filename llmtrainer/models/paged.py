@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrainer.models.cache import read_into
+from llmtrainer.models.reading import read_into
+from llmtrainer.models.replay import OneEach, recordings
 
 if TYPE_CHECKING:
-    from llmtrainer.models.cache import Weights
+    from llmtrainer.models.reading_weights import ReadingWeights
 
 
 class Pages:
@@ -23,7 +24,7 @@ class Pages:
     rows: nothing is ever written there.
     """
 
-    def __init__(self, weights: Weights, count: int, size: int, longest: int) -> None:
+    def __init__(self, weights: ReadingWeights, count: int, size: int, longest: int) -> None:
         self.weights, self.size = weights, size
         self.longest = longest
         """Tokens that a row may come to have: some rotary positions depend on it."""
@@ -34,6 +35,7 @@ class Pages:
         self.held = [_zeros(shape, weights.compute, self.device) for _ in weights.layers]
         """Keys and values side by side: [blocks, 2, K, size, C] of each layer."""
         self._room = torch.empty(0, dtype=weights.compute, device=self.device)
+        self._recordings = recordings(self.device)
 
     def copy(self, source: int, target: int) -> None:
         """One block becomes what another is."""
@@ -45,18 +47,40 @@ class Pages:
     ) -> Tensor:
         """Put the first `lengths_B` of each row's tokens behind the `before` tokens in the blocks of its table;
         logits [B, V] of what follows them, float32 or wider."""
-        return read_into(_Rows(self, tables, before), tokens_BT.to(self.device), lengths_B)
+        if self._recordings is None or tokens_BT.shape[1] > 1 or not bool((lengths_B == 1).all()):
+            width = max(map(len, tables))
+            return read_into(_Rows(self, tables, before, width), tokens_BT.to(self.device), lengths_B)
+        B = len(tables)
+        # Behind the rows some that repeat the last one, and write once more what it writes: few sizes are recorded.
+        same = [*range(B), *[B - 1] * (_more_rows(B) - B)]
+        width = min(_power_of_two(max(map(len, tables))), -(-self.longest // self.size))
+        rows = _Rows(self, [tables[row] for row in same], [before[row] for row in same], width)
+        step = OneEach(rows, tokens_BT[same, 0].to(self.device), rows.capacity)
+        return self._recordings.read(rows, step)[:B]
 
     def gathered(self, layer: int, block_N: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values of some blocks, one after the other for each head. The next call writes over them."""
         held = self.held[layer]
         flat = held.view(-1, held.shape[-2] * held.shape[-1])
+        if self.device.type != "cpu":    # whose allocator gives the same memory to every layer
+            keys, values = flat.index_select(0, block_N).view(2, *shape).unbind(0)
+            return keys, values
         needed = len(block_N) * flat.shape[1]
         if len(self._room) < needed:
             self._room = held.new_empty(needed + needed // 4)
         torch.index_select(flat, 0, block_N, out=self._room[:needed].view(len(block_N), -1))
         keys, values = self._room[:needed].view(2, *shape).unbind(0)
         return keys, values
+
+
+def _power_of_two(number: int) -> int:
+    """The next one from `number` on."""
+    return 1 << (number - 1).bit_length()
+
+
+def _more_rows(number: int) -> int:
+    """1, 2, 4, and from there on multiples of 8."""
+    return _power_of_two(number) if number <= 8 else -(-number // 8) * 8
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -70,9 +94,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class _Rows:
     """The rows of one `read`, as the cache's own reading sees them."""
 
-    def __init__(self, pages: Pages, tables: Sequence[Sequence[int]], before: Sequence[int]) -> None:
+    def __init__(
+        self, pages: Pages, tables: Sequence[Sequence[int]], before: Sequence[int], width: int
+    ) -> None:
+        """width: blocks that are looked at of each row, at least as many as the longest table has."""
         self.pages, self.weights, self.longest = pages, pages.weights, pages.longest
-        width = max(map(len, tables))
         self.capacity = width * pages.size
         self.lengths_B = torch.tensor(before, device=pages.device)
         self.table_BW = torch.tensor([[*table, *[0] * (width - len(table))] for table in tables], device=pages.device)
@@ -94,6 +120,9 @@ class _Rows:
         held = self.pages.held[layer]
         flat = held.view(-1, held.shape[-1])
         return flat, flat
+
+    def places(self) -> list[Tensor]:
+        return [self.block_N]
 
     def whole(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.pages.gathered(layer, self.block_N, self.shape)

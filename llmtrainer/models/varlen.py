@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +18,25 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 """(q_NHC, k_NKC, v_NKC, first places of documents and the end, tokens of the longest, window or -1) -> out_NHC."""
 
 
+DTYPES = (torch.bfloat16, torch.float16)
+"""What flash kernels multiply."""
+
+
+def takes(channels: int) -> bool:
+    """Whether flash kernels have heads of this size."""
+    return channels % 8 == 0 and channels <= 256
+
+
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps this path from running here; None: nothing."""
     if device.type != "cuda":
         return f"flash kernels run on CUDA, not on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return f"flash kernels multiply bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if not _torch_has_it() and importlib.util.find_spec("flash_attn") is None:
         return (
-            f"torch {torch.__version__} has no varlen_attn with windows and grouped heads, and flash-attn is not "
-            "installed: pip install 'llmtrainer[flash]'"
+            f"torch {torch.__version__} has no varlen_attn with windows, and flash-attn is not installed: "
+            "pip install 'llmtrainer[flash]'"
         )
     return None
 
@@ -67,10 +77,13 @@ def kernel() -> Kernel:
     if _torch_has_it():
         from torch.nn.attention import varlen
 
+        # Where grouped heads have no argument of their own, the kernel takes them unasked (seen with torch 2.11).
+        asked = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+
         def run(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, window: int) -> Tensor:
+            grouped: dict[str, Any] = {"enable_gqa": True} if asked and q.shape[1] != k.shape[1] else {}
             out = varlen.varlen_attn(
-                q, k, v, bounds, bounds, longest, longest, window_size=_window(window),
-                enable_gqa=q.shape[1] != k.shape[1],
+                q, k, v, bounds, bounds, longest, longest, window_size=_window(window), **grouped
             )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
@@ -98,4 +111,4 @@ def _torch_has_it() -> bool:
         return False
     from torch.nn.attention import varlen
 
-    return {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+    return "window_size" in inspect.signature(varlen.varlen_attn).parameters

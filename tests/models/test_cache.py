@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrainer.models import cache as cache_module
-from llmtrainer.models import prepacked
+from llmtrainer.models import prepacked, reading
 from llmtrainer.models.decoder import Decoder
 from tests.models.rows import rows
 from tests.models.test_decoder import decoder, logits
@@ -173,7 +172,7 @@ def test_both_ways_to_attend_with_one_query_are_the_reference() -> None:
     hidden[0, ..., 7:], hidden[2, ..., :3] = -torch.inf, -torch.inf
     scores = torch.einsum("bkgc,bksc->bkgs", q_BKGC, k_BKSC) / 8**0.5 + hidden
     expected = torch.einsum("bkgs,bksc->bkgc", scores.softmax(-1), v_BKSC)
-    for attend in (cache_module._fused, cache_module._by_products):
+    for attend in (reading._fused, reading._by_products):
         torch.testing.assert_close(attend(q_BKGC, k_BKSC, v_BKSC, hidden), expected, rtol=0, atol=FLOAT64_LOGITS)
 
 

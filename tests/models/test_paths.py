@@ -56,7 +56,8 @@ def require_near(path: str, batch: Batch, window: int | None, dtype: torch.dtype
 @pytest.mark.parametrize("window", [None, 17], ids=str)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("path", [name for name in paths.PATHS if name not in ("reference", "varlen")])
+@pytest.mark.parametrize("path", [name for name in paths.PATHS if name not in ("reference", "varlen", "fused")])
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_every_path_that_runs_on_a_device_equals_the_definition_there(
     path: str, device: str, batch: Batch, window: int | None
 ) -> None:
@@ -64,6 +65,30 @@ def test_every_path_that_runs_on_a_device_equals_the_definition_there(
     if lack is not None:
         pytest.skip(f"not run here: {lack}")
     require_near(path, batch, window, torch.float32, torch.device(device))
+
+
+@needs_cuda
+@pytest.mark.parametrize("window", [None, 17], ids=str)
+@pytest.mark.parametrize("batch", [*BATCHES.values(), rows([[200], [200]])], ids=[*BATCHES, "plain"])
+def test_fused_kernels_equal_the_definition_for_every_kind_of_batch(batch: Batch, window: int | None) -> None:
+    lack = paths.missing("fused", CUDA, torch.bfloat16)
+    if lack is not None:
+        pytest.skip(f"not run here: {lack}")
+    require_near("fused", batch, window, torch.bfloat16, CUDA)
+
+
+@needs_cuda
+def test_flash_kernels_give_the_same_gradients_twice_where_that_is_asked_for() -> None:
+    lack = paths.missing("varlen", CUDA, torch.bfloat16)
+    if lack is not None:
+        pytest.skip(f"not run here: {lack}")
+    batch = rows([[700, 900, 400, 48]] * 2).to(CUDA)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (run("varlen", batch, None, *heads(batch, torch.bfloat16, CUDA, 64)) for _ in range(4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @needs_cuda
@@ -183,7 +208,23 @@ def test_a_path_that_cannot_run_is_refused_with_what_is_missing_and_what_can(
     assert chosen == default and said in sentence and f"`{path}`" in sentence
 
 
-def test_auto_is_the_devices_own_path() -> None:
+def test_auto_is_the_devices_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "_torch_has_it", lambda: True)
     assert paths.choose("auto", CPU, torch.float32, False) == ("blocks", ())
+    assert paths.choose("auto", CPU, torch.bfloat16, False) == ("blocks", ())
     assert paths.choose("auto", CUDA, torch.float32, False) == ("sdpa", ())
+    assert paths.choose("auto", CUDA, torch.bfloat16, False) == ("fused", ())
     assert paths.choose("flex", CUDA, torch.float32, False) == ("flex", ())
+    monkeypatch.setattr(varlen, "_torch_has_it", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    chosen, (sentence,) = paths.choose("auto", CUDA, torch.bfloat16, False)
+    assert chosen == "sdpa" and "mask" in sentence and "pip install 'llmtrainer[flash]'" in sentence
+
+
+def test_fused_takes_for_each_batch_the_kernel_that_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name, module in (("attend_sdpa", attention), ("attend_varlen", varlen)):
+        monkeypatch.setattr(module, name, lambda *qkv, name=name: taken.append(name) or qkv[0])
+    for batch, C in ((PACKED, 16), (rows([[30], [40]]), 16), (BATCHES["shared prompt"], 16), (PACKED, 12)):
+        paths.attend_fused(*heads(batch, C=C), Visible.of(batch, None))
+    assert taken == ["attend_varlen", "attend_sdpa", "attend_sdpa", "attend_sdpa"]

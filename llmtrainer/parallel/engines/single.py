@@ -71,12 +71,6 @@ class Single(EngineConfig):
             arrangement=self.arrangement(), exact=self.sums(),
         )
 
-    def arrangement(self) -> Arrangement:
-        asked = super().arrangement()
-        # A compiler fuses torch's norms and rotations with what is around them, and cannot look into Liger's.
-        fused = self.compile and asked.kernels == "auto" and torch.cuda.is_available()
-        return asked._replace(kernels="torch") if fused else asked
-
     def sums(self, rank: int = 0, ranks: int = 1) -> ExactSums | None:
         """How gradients are added up, where that is asked for."""
         return ExactSums(self.virtual_shards, rank, ranks) if self.exact else None
@@ -139,7 +133,7 @@ class SingleEngine:
         """Move the policy to the device, arrange how it computes there, and build the optimizer over `groups` (see
         optim/groups.py)."""
         policy.to(self.device)
-        arranged = arrange(policy, self._arrangement)
+        arranged = arrange(policy, self._arrangement, self._compile)
         arranged = arranged._replace(fallbacks=self._told + arranged.fallbacks)
         parameters = [parameter for group in groups for parameter in group["params"]]
         dtypes = {parameter.dtype for parameter in parameters}
@@ -165,7 +159,7 @@ class SingleEngine:
 
     def _arranged(self, policy: nn.Module) -> Callable[..., Outputs]:
         policy.to(self.device)
-        arrange(policy, self._arrangement)
+        arrange(policy, self._arrangement, self._compile)
         if not self._compile:
             policy.requires_grad_(False)
             return policy
@@ -339,11 +333,12 @@ def detached(out: Outputs) -> Outputs:
     return Outputs(**found)
 
 
-def arrange(policy: nn.Module, asked: Arrangement) -> Arranged:
+def arrange(policy: nn.Module, asked: Arrangement, compile: bool = False) -> Arranged:
     """Have the policy compute as asked. Raises UserError if it cannot, and if it has no choice where one is asked."""
     seam: Callable[[Arrangement], Arranged] | None = getattr(policy, "arrange", None)
     if seam is not None:
-        return seam(asked)
+        # A compiler fuses torch's norms and rotations with what is around them, and cannot look into Liger's.
+        return seam(asked._replace(kernels="torch") if compile and asked.kernels == "auto" else asked)
     for name, value in asked._asdict().items():
         if value != getattr(_UNASKED, name):
             raise UserError(
