@@ -236,7 +236,10 @@ def prepare(folder: Path, data: str | None, settings: Figures) -> Figures:
             "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.95], "epsilon": 1e-8},
             "schedule": {"kind": "constant", "peak": RATE, "warmup": "0 steps"}, "clip": 1.0,
         },
-        "engine": {"kind": "single", "device": settings["device"], "compile": settings["compile"]},
+        "engine": {
+            "kind": "single", "device": settings["device"], "compile": settings["compile"],
+            "cuda_graphs": settings["device"] == "cuda",
+        },
         "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
     }  # fmt: skip
     from ruamel.yaml import YAML

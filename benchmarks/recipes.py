@@ -22,7 +22,9 @@ def written(folder: Path, name: str, wish: Any, rate: float, **parts: Any) -> st
             "rule": {"kind": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.999], "epsilon": 1e-8},
             "schedule": {"kind": "constant", "peak": rate, "warmup": "0 steps"}, "clip": 1.0,
         },
-        "engine": {"kind": "single", "device": wish.device, "compile": not wish.eager},
+        "engine": {
+            "kind": "single", "device": wish.device, "compile": not wish.eager, "cuda_graphs": wish.device == "cuda",
+        },
         "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"}, **parts,
     }  # fmt: skip
     path = folder / f"{name}.yaml"

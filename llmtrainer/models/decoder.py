@@ -5,80 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llmtrainer.core import vocab_head
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.graphs import Record
 from llmtrainer.core.products import prefers_turned
 from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import derive, dropout, embedding_noise
 from llmtrainer.models import kernels, paths, proof, scalar
-from llmtrainer.models.attention import Attention, AttentionShape, Path, RotaryTable
+from llmtrainer.models.attention import Attention, Path, RotaryTable
+from llmtrainer.models.block import Block, Drop, Stack, finish, finish_with_dropout, project, shape_of
 from llmtrainer.models.cache import Cache
 from llmtrainer.models.few_rows import with_few_shapes
-from llmtrainer.models.layers import Embedding, GatedMLP, Linear, RMSNorm
+from llmtrainer.models.layers import GatedMLP, Linear, RMSNorm
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import Pages
 from llmtrainer.models.reading_weights import ReadingWeights
+from llmtrainer.models.recompute import Recompute, again, call
+from llmtrainer.models.recorded import RecordedStack
 from llmtrainer.models.rotary import Rotary
 from llmtrainer.models.scalar import ScalarHead
 from llmtrainer.models.visible import Visible
 
 if TYPE_CHECKING:
     from llmtrainer.models.families.llama import Llama
-
-Drop = Callable[[Tensor, int], Tensor]
-"""Dropout of a tensor at a numbered site of the network."""
-
-
-class Recompute(NamedTuple):
-    """Which activations are computed again in backward instead of being kept."""
-
-    every: int = 1
-    """Of every so-manyth block, the first included."""
-    what: Literal["layer", "mlp"] = "layer"
-    """The whole block, or what follows its attention."""
-
-
-def call(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return function(*inputs)
-
-
-class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, family: Llama, *, master: torch.dtype) -> None:
-        super().__init__()
-        D, epsilon = family.hidden_size, family.norm_epsilon
-        self.input_layernorm = RMSNorm(D, epsilon, master=master)
-        self.self_attn = Attention(shape_of(family), master=master)
-        self.post_attention_layernorm = RMSNorm(D, epsilon, master=master)
-        self.mlp = GatedMLP(D, family.mlp_size, bias=family.mlp_bias, master=master)
-
-    def forward(self, work: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
-        """Do what is computed with its parameters; a call of the module, so that an engine can bring them first."""
-        return work(x_BTD)
-
-
-class Stack(nn.Module):
-    """Embedding, blocks and the last norm, under the names the field has given them."""
-
-    def __init__(self, family: Llama, vocabulary: int, *, master: torch.dtype) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(vocabulary, family.hidden_size, master=master)
-        self.layers = nn.ModuleList(Block(family, master=master) for _ in range(family.layers))
-        self.norm = RMSNorm(family.hidden_size, family.norm_epsilon, master=master)
-
-    def blocks(self) -> Iterator[Block]:
-        for block in self.layers:
-            assert isinstance(block, Block)
-            yield block
-
 
 class Decoder(nn.Module):
     """A dense decoder. Its parameters are masters: float32, or float64 where it computes in float64."""
@@ -113,6 +68,7 @@ class Decoder(nn.Module):
         self._rotary = Rotary(family.rotary_size, family.rope_theta, family.rope_scaling)
         self._pieces = _PLAIN
         self._unproven = False
+        self._recorded: RecordedStack | None = None
         self.adapter: Adapter | None = None
         """What stands beside its matrices, put there by `Adapter.insert`; None: nothing."""
         self.neftune = 0.0
@@ -198,9 +154,9 @@ class Decoder(nn.Module):
 
     def residual(self, batch: Batch) -> Tensor:
         """The residual stream after the last block: [B, T, D]."""
-        T, batch = batch.tokens_BT.shape[1], with_few_shapes(batch, self.compute)
+        T = batch.tokens_BT.shape[1]
+        batch = with_few_shapes(batch, self.compute, always=self._recorded is not None)
         visible = Visible.of(batch, self._window)
-        attend = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device, self.compute)]
         wide = torch.promote_types(self.compute, torch.float32)
         rotary = self._rotary.of_documents(batch.position_BT, batch.tokens_BT.shape[1], wide)
         rate = self._dropout if self.training else 0.0
@@ -210,19 +166,35 @@ class Decoder(nn.Module):
             return dropout(x_BTD, rate, batch.dropout_key, place, site, position_BT)
 
         beside = self._beside(batch)
-        x_BTD = self.model.embed_tokens(batch.tokens_BT).to(self.residual_type)
-        if self.neftune and self.training:
+        noisy = self.neftune > 0.0 and self.training
+        varies = rate > 0.0 or beside is not None or noisy or self._unproven
+        if self._recorded is not None and torch.is_grad_enabled() and not varies:
+            x_BTD = self._recorded(batch.tokens_BT, visible, rotary)
+            return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
+        x_BTD = self._embedded(batch.tokens_BT)
+        if noisy:
             x_BTD = embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, place, position_BT)
-        x_BTD = drop(x_BTD, 0)
+        x_BTD = self._stacked(drop(x_BTD, 0), visible, rotary, drop if rate else None, beside)
+        return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
+
+    def _embedded(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.embed_tokens(tokens_BT).to(self.residual_type)  # type: ignore[no-any-return]
+
+    def _stacked(
+        self, x_BTD: Tensor, visible: Visible, rotary: RotaryTable, drop: Drop | None = None,
+        beside: Beside | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Through all blocks."""
+        attend = paths.PATHS[self.path or paths.default_for(x_BTD.device, self.compute)]
         if self._unproven and torch.is_grad_enabled():
             self._prove_pieces(x_BTD, attend, visible, rotary)
         for index, block in enumerate(self.model.blocks()):
-            layer = partial(self._layer, block, index, attend, visible, rotary, drop if rate else None, beside)
+            layer = partial(self._layer, block, index, attend, visible, rotary, drop, beside)
             if self.recompute is not None and index % self.recompute.every == 0:
                 kept_less = partial(layer, after_attention=again)
                 layer = partial(again, layer) if self.recompute.what == "layer" else kept_less
             x_BTD = block(layer, x_BTD)
-        return x_BTD if x_BTD.shape[1] == T else x_BTD[:, :T]
+        return x_BTD
 
     def _layer(
         self, block: Block, index: int, attend: Path, visible: Visible, rotary: RotaryTable, drop: Drop | None,
@@ -232,10 +204,10 @@ class Decoder(nn.Module):
         if beside is None:
             attended = attend(*pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned), visible)
         else:
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False, beside), visible)
+            attended = attend(*project(block, x_BTD, *rotary, self.compute, False, beside), visible)
         if drop is None and beside is None:
             return after_attention(pieces.finish, block, x_BTD, attended, self.compute, pieces.turned)
-        return after_attention(_finish_with_dropout, block, index, x_BTD, attended, self.compute, drop, beside)
+        return after_attention(finish_with_dropout, block, index, x_BTD, attended, self.compute, drop, beside)
 
     def _beside(self, batch: Batch) -> Beside | None:
         """What this batch tells adapters; None where they need to know nothing."""
@@ -268,10 +240,24 @@ class Decoder(nn.Module):
         self.recompute = None if every is None else Recompute(every, asked.recompute)
         return Arranged({"attention": path, "kernels": whose}, told + more)
 
-    def compile_pieces(self, mode: str | None = None) -> None:
-        """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
+    def record(self, recorder: Record) -> tuple[str, ...]:
+        """Record forward and backward of the stack from the next batches on, and tell what is computed without.
 
-        mode: torch.compile's, for the pieces of blocks; the head overwrites its logits, so graphs are not for it.
+        After `arrange`, with what is trained decided. Raises UserError where attention cannot be recorded.
+        """
+        path = self.path or paths.default_for(self.head_weight.device, self.compute)
+        paths.require_recordable(path)
+        parts = [self.model.embed_tokens, self.model.layers]
+        if any(map(_trains, parts)):
+            self._recorded = RecordedStack(
+                lambda tokens_BT, visible, rotary: self._stacked(self._embedded(tokens_BT), visible, rotary),
+                parts, path, self.family.channels, recorder,
+            )  # fmt: skip
+        random = self._dropout or self.neftune or any(isinstance(x, LowRank) and x.rate for x in self.modules())
+        return ("micro-batches with dropout or noise run without CUDA graphs",) if random else ()
+
+    def compile_pieces(self) -> None:
+        """Compile what lies between attention and attention, and the head's arithmetic, at the next forward.
 
         Attention itself stays as it is: which keys it needs differs from batch to batch, and nothing is
         compiled again for that. Other last digits than without; needs a C++ compiler on a CPU.
@@ -280,7 +266,7 @@ class Decoder(nn.Module):
         # Sizes are dynamic from the start: kernels then depend on no history of shapes, and a resumed run has
         # the bits of one that was not interrupted.
         self._pieces = _Pieces(
-            torch.compile(_project, dynamic=True, mode=mode), torch.compile(_finish, dynamic=True, mode=mode),
+            torch.compile(project, dynamic=True), torch.compile(finish, dynamic=True),
             proof.proven(vocab_head.compiled(turned), self.compute), turned,
         )
         self._unproven = True
@@ -292,16 +278,16 @@ class Decoder(nn.Module):
         block = next(filter(_trains, blocks), blocks[0])
         x_BTD = x_BTD.detach().requires_grad_(x_BTD.requires_grad)
         with torch.no_grad():
-            attended = attend(*_project(block, x_BTD, *rotary, self.compute, False), visible)
+            attended = attend(*project(block, x_BTD, *rotary, self.compute, False), visible)
         attended.requires_grad_(x_BTD.requires_grad or _trains(block.self_attn))
         leaves = [x for x in (x_BTD, attended, *block.parameters()) if x.requires_grad]
         proof.require_same(
             "what precedes attention", lambda: pieces.project(block, x_BTD, *rotary, self.compute, pieces.turned),
-            lambda: _project(block, x_BTD, *rotary, self.compute, False), leaves, self.compute,
+            lambda: project(block, x_BTD, *rotary, self.compute, False), leaves, self.compute,
         )  # fmt: skip
         proof.require_same(
             "what follows attention", lambda: [pieces.finish(block, x_BTD, attended, self.compute, pieces.turned)],
-            lambda: [_finish(block, x_BTD, attended, self.compute, False)], leaves, self.compute,
+            lambda: [finish(block, x_BTD, attended, self.compute, False)], leaves, self.compute,
         )  # fmt: skip
 
     def cache(self, rows: int, capacity: int) -> Cache:
@@ -344,41 +330,6 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _project(
-    block: Block, x_BTD: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, turned: bool,
-    beside: Beside | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first part of a block: queries, keys and values. `turned`: see core/products.py."""
-    return block.self_attn.project(block.input_layernorm(x_BTD, compute), (cos, sin), turned, beside)
-
-
-def _finish(block: Block, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, turned: bool) -> Tensor:
-    """The rest of a block, without dropout. `turned`: see core/products.py."""
-    x_BTD = x_BTD + block.self_attn.o_proj(attended_BTHC.flatten(2))
-    return x_BTD + block.mlp(block.post_attention_layernorm(x_BTD, compute), turned)
-
-
-def _finish_with_dropout(
-    block: Block, index: int, x_BTD: Tensor, attended_BTHC: Tensor, compute: torch.dtype, drop: Drop | None,
-    beside: Beside | None,
-) -> Tensor:  # fmt: skip
-    """The rest of a block with dropout of its own, of its adapters, or both."""
-    drop = drop or _kept
-    x_BTD = x_BTD + drop(block.self_attn.o_proj(attended_BTHC.flatten(2), beside), 2 * index + 1)
-    normed = block.post_attention_layernorm(x_BTD, compute)
-    return x_BTD + drop(block.mlp(normed, beside=beside), 2 * index + 2)
-
-
-def _kept(x_BTD: Tensor, site: int) -> Tensor:
-    return x_BTD
-
-
-def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """The function's value, of which nothing is kept for backward but the inputs: it is computed again there.
-    Nothing in a block draws random numbers, so the second time gives the same bits."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-
-
 class _Pieces(NamedTuple):
     project: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype, bool], tuple[Tensor, Tensor, Tensor]]
     finish: Callable[[Block, Tensor, Tensor, torch.dtype, bool], Tensor]
@@ -386,12 +337,4 @@ class _Pieces(NamedTuple):
     turned: bool
 
 
-_PLAIN = _Pieces(_project, _finish, vocab_head.PLAIN, False)
-
-
-def shape_of(family: Llama) -> AttentionShape:
-    return AttentionShape(
-        hidden_size=family.hidden_size, heads=family.heads, kv_heads=family.kv_heads or family.heads,
-        head_size=family.channels, bias=family.attention_bias, output_bias=family.output_bias,
-        query_key_norm=family.query_key_norm, norm_epsilon=family.norm_epsilon,
-    )
+_PLAIN = _Pieces(project, finish, vocab_head.PLAIN, False)

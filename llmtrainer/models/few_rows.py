@@ -11,15 +11,17 @@ from llmtrainer.core.batch import GATES, Batch
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
 
 
-def with_few_shapes(batch: Batch, compute: torch.dtype) -> Batch:
-    """What a stack reads: the batch, or one whose row [1, T] ends in padding, so that T is one of few.
+def with_few_shapes(batch: Batch, compute: torch.dtype, always: bool = False) -> Batch:
+    """What a stack reads: the batch, or one whose row [1, T] ends in padding, so that T is one of few. `always`: also
+    where a shape costs nothing by itself.
 
     Rows end to end are as long as what they hold; several rows are padded to a common length already, and rows of
     text have one length throughout a run. No token sees padding, so each comes to what it would without. Signals
     that a stack does not read are left out.
     """
     B, T = batch.tokens_BT.shape
-    more = rounded(T) - T if B == 1 and costs_by_shape(batch.tokens_BT.device, compute) else 0
+    few = always or costs_by_shape(batch.tokens_BT.device, compute)
+    more = rounded(T) - T if B == 1 and few else 0
     if not more:
         return batch
     behind = (0, more)

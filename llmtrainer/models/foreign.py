@@ -312,7 +312,7 @@ class Foreign(nn.Module):
             told += (f"{type(self.model).__name__} does more than a product behind its head: logits exist whole",)
         return Arranged({"attention": f"{path} inside {type(self.model).__name__}"}, told)
 
-    def compile_pieces(self, mode: str | None = None) -> None:
+    def compile_pieces(self) -> None:
         raise UserError(
             "a class of transformers is not compiled here", where="engine.compile",
             why="our attention inside it decides by each batch what is computed", fix="engine.compile=false",

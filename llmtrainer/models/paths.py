@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,26 @@ from llmtrainer.models.visible import Visible
 def attend_fused(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible) -> Tensor:
     """Each batch by the fused kernel that takes it as it is: documents end to end by `varlen`, which neither makes a
     mask nor looks at what it hides; a document a row, and prompts with several answers, by `sdpa`."""
-    whole = visible.plain or visible.branching or not varlen.takes(q_BTHC.shape[-1])
-    return (attention.attend_sdpa if whole else varlen.attend_varlen)(q_BTHC, k_BTKC, v_BTKC, visible)
+    documents = needed("fused", visible, q_BTHC.shape[-1]) == "documents"
+    return (varlen.attend_varlen if documents else attention.attend_sdpa)(q_BTHC, k_BTKC, v_BTKC, visible)
+
+
+Needed = Literal["nothing", "mask", "documents"]
+
+
+def needed(name: str, visible: Visible, channels: int) -> Needed:
+    """What one of RECORDED reads of a batch, in heads of so many channels: `Visible.mask_BTT`, the bounds of its
+    documents, or nothing but that each query sees all before it."""
+    if name == "fused":
+        end_to_end = not visible.plain and not visible.branching and varlen.takes(channels)
+        name = "varlen" if end_to_end else "sdpa"
+    if name == "sdpa" and visible.plain:
+        return "nothing"
+    return "documents" if name == "varlen" else "mask"
+
+
+RECORDED = ("sdpa", "reference", "varlen", "fused")
+"""Paths that wait for no tensor once they have what `needed` says."""
 
 
 PATHS: dict[str, Path] = {
@@ -62,3 +82,13 @@ def choose(asked: str, device: torch.device, dtype: torch.dtype, fallback: bool)
             fix=f"engine.attention={chosen}, or engine.fallback=true to take that one and be told",
         )
     return chosen, (f"attention runs by `{chosen}` instead of `{asked}`: {lack}",)
+
+
+def require_recordable(name: str) -> None:
+    """Raises UserError where a path cannot be recorded as a CUDA graph."""
+    if name not in RECORDED:
+        raise UserError(
+            f"attention by `{name}` cannot be recorded as a CUDA graph", where="engine.cuda_graphs",
+            why="which blocks it works through differs from batch to batch",
+            fix=f"engine.attention=auto, or one of {', '.join(RECORDED)}; or engine.cuda_graphs=false",
+        )

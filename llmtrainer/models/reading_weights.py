@@ -13,7 +13,8 @@ from llmtrainer.models.prepacked import Product
 
 if TYPE_CHECKING:
     from llmtrainer.models.attention import Attention
-    from llmtrainer.models.decoder import Block, Decoder
+    from llmtrainer.models.block import Block
+    from llmtrainer.models.decoder import Decoder
     from llmtrainer.models.layers import Linear, RMSNorm
 
 

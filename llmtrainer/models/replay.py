@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmtrainer.core.graphs import Graphs, Record
 from llmtrainer.models.reading import Store, attend_one, through, turns
-
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Work on fixed memory -> what does the same work again, into the same result."""
 
 
 class OneEach:
@@ -81,23 +79,4 @@ class Recordings:
 
 def recordings(device: torch.device) -> Recordings | None:
     """Where steps are worth being recorded; None elsewhere."""
-    return Recordings(_Graphs()) if device.type == "cuda" else None
-
-
-class _Graphs:
-    """CUDA graphs that share their memory: no two of them run at the same time, and results are copied."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = work()
-        self._pool = graph.pool()
-
-        def again() -> Tensor:
-            graph.replay()
-            return out
-
-        return again
+    return Recordings(Graphs()) if device.type == "cuda" else None

@@ -40,6 +40,14 @@ class Visible:
     def of(cls, batch: Batch, window: int | None) -> Visible:
         return cls(batch.document_BT, batch.sequence_BT, batch.position_BT, window)
 
+    def reading_only(self, mask_BTT: Tensor | None) -> Visible:
+        """The same answers, but a mask from elsewhere: for kernels that are recorded now, and later read other numbers
+        at the same place."""
+        same = Visible(self.document_BT, self.sequence_BT, self.position_BT, self.window)
+        known = {"plain": self.plain, "branching": self.branching}
+        same.__dict__.update(known if mask_BTT is None else {**known, "mask_BTT": mask_BTT})
+        return same
+
     @cached_property
     def mask_BTT(self) -> Tensor:
         """bool [B, query, key]."""

@@ -35,13 +35,8 @@ def find_device(name: str, precision: str) -> torch.device:
     return device
 
 
-def require_graphs(device: torch.device, compile: bool, fallback: bool) -> tuple[str, ...]:
+def require_graphs(device: torch.device, fallback: bool) -> tuple[str, ...]:
     """Nothing, where CUDA graphs can run; what to tell, where they cannot and need not. Else a UserError."""
-    if not compile:
-        raise UserError(
-            "CUDA graphs are made of compiled pieces, and nothing is compiled", where="engine.cuda_graphs",
-            fix="engine.compile=true, or engine.cuda_graphs=false",
-        )
     if device.type == "cuda":
         return ()
     if not fallback:
@@ -49,7 +44,7 @@ def require_graphs(device: torch.device, compile: bool, fallback: bool) -> tuple
             "CUDA graphs cannot run here", where="engine.cuda_graphs", why=f"the device is {device}",
             fix="engine.cuda_graphs=false, or engine.fallback=true to go without and be told",
         )
-    return (f"compiled pieces run without CUDA graphs: the device is {device}",)
+    return (f"the model runs without CUDA graphs: the device is {device}",)
 
 
 def require_compiler(device: torch.device) -> None:

@@ -13,8 +13,9 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.randomness import dropout
 from llmtrainer.models.adapters.dora import Dora
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
-from llmtrainer.models.decoder import Decoder, Recompute
+from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.lora import Beside, LowRank
+from llmtrainer.models.recompute import Recompute
 from llmtrainer.models.weights import narrow, tensors
 from tests.tolerances import FLOAT64_GRADIENT_RELATIVE, FLOAT64_LOGITS
 from tests.worlds import ragged_documents, row_batch, tiny_model

@@ -12,8 +12,9 @@ from torch import Tensor
 from llmtrainer.core.arrangement import Arrangement
 from llmtrainer.models import decoder as decoder_module
 from llmtrainer.models.attention import PATHS
-from llmtrainer.models.decoder import Decoder, again
+from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
+from llmtrainer.models.recompute import again
 from tests.models.rows import rows
 
 BATCH = replace(rows([[60, 90], [140]]), dropout_key=7)

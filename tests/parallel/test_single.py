@@ -465,7 +465,7 @@ def test_compiling_without_a_compiler_is_refused_before_the_first_step(
 
 def test_compile_goes_through_torch_and_keeps_the_parameters_names(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda module, mode: compiled.append(module) or module)
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
     engine, policy = started({"kind": "adamw"}, compile=True)
     train(engine, 0, 1)
@@ -516,31 +516,37 @@ def test_a_setting_that_means_nothing_alone_stays_unread(idle: str) -> None:
 
 
 def test_graphs_that_cannot_run_are_refused_by_name_or_left_out_and_told() -> None:
-    with pytest.raises(UserError, match="nothing is compiled"):
-        Single(device="cpu", cuda_graphs=True).start("float32")
     with pytest.raises(UserError, match="CUDA graphs cannot run here") as caught:
-        Single(device="cpu", compile=True, cuda_graphs=True).start("float32")
+        Single(device="cpu", cuda_graphs=True).start("float32")
     assert caught.value.where == "engine.cuda_graphs" and "cpu" in (caught.value.why or "")
-    engine = Single(device="cpu", compile=True, cuda_graphs=True, fallback=True).start("float32")
+    engine = Single(device="cpu", cuda_graphs=True, fallback=True).start("float32")
     policy = TinyPolicy()
-    policy.compile_pieces = lambda mode: None    # type: ignore[assignment]
     told = engine.prepare(policy, Rule.model_validate({"kind": "adamw"}), group(policy.named_parameters())).fallbacks
-    assert told == ("compiled pieces run without CUDA graphs: the device is cpu",)
+    assert told == ("the model runs without CUDA graphs: the device is cpu",)
 
 
-def test_with_graphs_pieces_are_compiled_for_them_and_every_micro_batch_begins_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_with_graphs_the_policy_is_asked_to_be_recorded_once_it_is_arranged() -> None:
     """With a fake: graphs need a card."""
     asked: list[str] = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("begin"))
-    policy = TinyPolicy()
-    policy.compile_pieces = lambda mode: asked.append(mode)    # type: ignore[assignment]
-    engine = SingleEngine(torch.device("cpu"), "float32", compile=True, cuda_graphs=True)
-    engine.prepare(policy, Rule.model_validate({"kind": "adamw"}), group(policy.named_parameters()))
-    for step in range(2):
-        engine.forward(rows(step), ("logp",))
-    assert asked == ["reduce-overhead", "begin", "begin"]
+
+    class Recorded(TinyPolicy):
+        def arrange(self, given: Arrangement) -> Arranged:
+            asked.append("arrange")
+            return Arranged()
+
+        def record(self, recorder: Any) -> tuple[str, ...]:
+            asked.append(type(recorder).__name__)
+            return ("said of graphs",)
+
+    rule = Rule.model_validate({"kind": "adamw"})
+    for policy in (Recorded(), TinyPolicy()):
+        engine = SingleEngine(torch.device("cpu"), "float32", cuda_graphs=True)
+        if isinstance(policy, Recorded):
+            assert engine.prepare(policy, rule, group(policy.named_parameters())).fallbacks == ("said of graphs",)
+        else:
+            with pytest.raises(UserError, match="TinyPolicy cannot be recorded"):
+                engine.prepare(policy, rule, group(policy.named_parameters()))
+    assert asked == ["arrange", "Graphs"]
 
 
 def test_deterministic_kernels_are_asked_for_as_long_as_the_engine_is_open() -> None:

@@ -16,6 +16,7 @@ from llmtrainer.base import process
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.arrangement import Arranged, Arrangement
 from llmtrainer.core.batch import Batch, Outputs
+from llmtrainer.core.graphs import Graphs, Record
 from llmtrainer.core.memory import keep_freed_memory
 from llmtrainer.core.pieces import Writers
 from llmtrainer.core.protocols import EngineConfig, Made, Rule
@@ -42,7 +43,8 @@ class Single(EngineConfig):
     """Compile the model with torch.compile: faster after a pause at the first step, other last digits."""
 
     cuda_graphs: bool = False
-    """Replay the compiled pieces as CUDA graphs, without the cost of launching each kernel; needs compile."""
+    """Record forward and backward of the stack for every size of micro-batch that comes twice, and replay them: the
+    cost of launching kernels is paid once. Takes as much memory as the gradients once more."""
 
     deterministic: bool = False
     """Take kernels that give the same bits every time, where others would be faster: for runs on CUDA that end with
@@ -94,7 +96,7 @@ class Single(EngineConfig):
             torch.use_deterministic_algorithms(True)
         if precision in ("float32", "float64"):
             torch.set_float32_matmul_precision("highest")  # float32 means float32, not TF32
-        return device, require_graphs(device, self.compile, self.fallback) if self.cuda_graphs else ()
+        return device, require_graphs(device, self.fallback) if self.cuda_graphs else ()
 
 
 class SingleEngine:
@@ -141,9 +143,11 @@ class SingleEngine:
         assert {id(parameter) for parameter in parameters} <= {id(parameter) for parameter in policy.parameters()}
         self._rule, self._policy = rule, policy
         self._parameters: list[nn.Parameter] = parameters
-        self._forward: Callable[..., Outputs] = compiled(policy, self._graphs) if self._compile else policy
+        self._forward: Callable[..., Outputs] = compiled(policy) if self._compile else policy
         self._optimizer: Optimizer = rule.build(groups)
-        return arranged
+        if not self._graphs:
+            return arranged
+        return arranged._replace(fallbacks=arranged.fallbacks + record(policy))
 
     def reader(self, policy: nn.Module) -> Callable[[Batch, tuple[str, ...]], Outputs]:
         """The forward pass of a policy that is only read, on the device and arranged as the trained one's: for equal
@@ -175,9 +179,6 @@ class SingleEngine:
         return nullcontext()
 
     def forward(self, batch: Batch, wants: tuple[str, ...]) -> Outputs:
-        if self._graphs:
-            # From here on, a graph may write over what it returned for the micro-batch before.
-            torch.compiler.cudagraph_mark_step_begin()
         return self._forward(self._entered(batch).to(self.device), wants)
 
     def _entered(self, batch: Batch) -> Batch:
@@ -350,11 +351,22 @@ def arrange(policy: nn.Module, asked: Arrangement, compile: bool = False) -> Arr
     return Arranged()
 
 
-def compiled(policy: nn.Module, cuda_graphs: bool = False) -> Callable[..., Outputs]:
+def compiled(policy: nn.Module) -> Callable[..., Outputs]:
     """The policy, compiled: in the pieces it names itself, where it does, else as a whole."""
     pieces = getattr(policy, "compile_pieces", None)
-    mode = "reduce-overhead" if cuda_graphs else None    # what torch.compile calls CUDA graphs
     if pieces is None:
-        return torch.compile(policy, mode=mode)
-    pieces(mode)
+        return torch.compile(policy)
+    pieces()
     return policy
+
+
+def record(policy: nn.Module) -> tuple[str, ...]:
+    """Have the policy recorded as CUDA graphs. Raises UserError if it cannot be."""
+    seam: Callable[[Record], tuple[str, ...]] | None = getattr(policy, "record", None)
+    if seam is None:
+        raise UserError(
+            f"{type(policy).__name__} cannot be recorded as CUDA graphs", where="engine.cuda_graphs",
+            why="only a policy with a method `record` says which part of it waits for no tensor",
+            fix="engine.cuda_graphs=false",
+        )
+    return seam(Graphs())
