@@ -77,7 +77,9 @@ class Rotary:
             cos, sin = self._turned(torch.outer(rows, self.frequencies(length)), dtype)
             table = self._table = cos.to(position_BT.device), sin.to(position_BT.device)
             self._length = length
-        return table[0][position_BT][:, :, None], table[1][position_BT][:, :, None]
+        # No views of something else: what was compiled for one is compiled again for the other.
+        place_BT1 = position_BT[:, :, None]
+        return table[0][place_BT1], table[1][place_BT1]
 
     def of_documents(self, position_BT: Tensor, longest: int, dtype: torch.dtype) -> Table:
         """Factors of positions below `longest`, each in its own document: one begins wherever a position is 0."""
@@ -89,8 +91,8 @@ class Rotary:
         if lengths.tolist() == [beyond]:
             return self(position_BT, beyond, dtype)
         frequencies = torch.stack([self.frequencies(length) for length in lengths.tolist()])
-        cos, sin = self._turned(place_BT[..., None] * frequencies[which_BT], dtype)
-        return cos[:, :, None].to(position_BT.device), sin[:, :, None].to(position_BT.device)
+        cos, sin = self._turned(place_BT[:, :, None, None] * frequencies[which_BT[:, :, None]], dtype)
+        return cos.to(position_BT.device), sin.to(position_BT.device)
 
     def frequencies(self, length: int = 0) -> Tensor:
         """Radians per position, float64 [R/2], in a text of `length` tokens."""

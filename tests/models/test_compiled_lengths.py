@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from llmtrainer.core.arrangement import Arrangement
+from tests.models.test_recorded import Recorder
 from tests.worlds import ragged_documents, row_batch, tiny_model
 
 
@@ -37,4 +38,10 @@ def test_conversations_of_many_lengths_are_computed_by_the_pieces_of_the_first(m
         graphs.append(counters["stats"]["unique_graphs"])
     # What precedes attention, what follows it, and the head in both directions.
     assert graphs == [4] * 12
+    # A compiler must not wake up while a stack is recorded, which is computed with other leaves over the same memory.
+    policy.path = "sdpa"
+    policy.record(Recorder())
+    for _ in range(3):
+        policy(row_batch(ragged_documents([192], 1)), ("logp",)).logp_BT.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 4
     torch._dynamo.reset()
