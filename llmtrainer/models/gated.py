@@ -20,9 +20,26 @@ def gated_mlp(x_BTD: Tensor, weights: Weights, biases: Biases, turned: bool = Fa
     """down(silu(gate(x)) * up(x)) in the type of x.
 
     Kept for backward are x, gate(x) and up(x); their product [.., F], which autograd would keep twice, is computed
-    again there. `turned`: see core/products.py.
+    again there, for TILE tokens at a time. `turned`: see core/products.py.
     """
     return _GatedMLP.apply(x_BTD.flatten(0, -2), *weights, *biases, turned).view(*x_BTD.shape[:-1], -1)
+
+
+TILE = 2048
+"""Tokens whose products and gradients of width F exist at one time, beside what waits for backward. Smaller tiles make
+products slower."""
+
+
+def tiles(tokens: int) -> list[slice]:
+    """Places of so many tokens at a time. A compiler sees all as one: their number would be part of what it makes, and
+    it keeps what lies between two products out of memory by itself."""
+    step = max(tokens, 1) if torch.compiler.is_compiling() else TILE
+    return [slice(start, start + step) for start in range(0, max(tokens, 1), step)]
+
+
+def plus(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """The sum over tiles so far, in the memory of the first."""
+    return more if before is None or more is None else before.add_(more)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -37,7 +54,9 @@ class _GatedMLP(torch.autograd.Function):
         up_NF = F.linear(x_ND, up_w, _cast(up_F, narrow))
         ctx.save_for_backward(x_ND, gate_NF, up_NF, gate_w, up_w, down_w)
         ctx.turned, ctx.master = turned, gate_FD.dtype
-        return F.linear(F.silu(gate_NF) * up_NF, down_w, _cast(down_D, narrow))
+        bias_D = _cast(down_D, narrow)
+        parts = [F.linear(F.silu(gate_NF[one]) * up_NF[one], down_w, bias_D) for one in tiles(len(x_ND))]
+        return joined(parts)
 
     @staticmethod
     @once_differentiable
@@ -45,19 +64,25 @@ class _GatedMLP(torch.autograd.Function):
         x_ND, gate_NF, up_NF, gate_w, up_w, down_w = ctx.saved_tensors
         turned, master, needs = ctx.turned, ctx.master, ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
-        product_NF, gate_grad_NF, up_grad_NF = differentiate_product(gate_NF, up_NF, grad_ND @ down_w)
-        x_grad_ND = None
-        if needs[0]:
-            x_grad_ND = torch.addmm(gate_grad_NF @ gate_w, up_grad_NF, up_w)
-        pairs = ((gate_grad_NF, x_ND), (up_grad_NF, x_ND), (grad_ND, product_NF))
-        weights = (
-            weight_gradient(grad, x, master, turned) if need else None
-            for need, (grad, x) in zip(needs[1:4], pairs, strict=True)
-        )
-        biases = (
-            grad.to(master).sum(0) if need else None for need, (grad, _) in zip(needs[4:7], pairs, strict=True)
-        )
-        return (x_grad_ND, *weights, *biases, None)
+        x_parts: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * 6
+        for one in tiles(len(x_ND)):
+            x, grad = x_ND[one], grad_ND[one]
+            product, gate_grad, up_grad = differentiate_product(gate_NF[one], up_NF[one], grad @ down_w)
+            if needs[0]:
+                x_parts.append(torch.addmm(gate_grad @ gate_w, up_grad, up_w))
+            pairs = ((gate_grad, x), (up_grad, x), (grad, product))
+            weights = (
+                weight_gradient(to, of, master, turned) if need else None
+                for need, (to, of) in zip(needs[1:4], pairs, strict=True)
+            )
+            biases = (to.to(master).sum(0) if need else None for need, (to, _) in zip(needs[4:7], pairs, strict=True))
+            sums = [plus(before, more) for before, more in zip(sums, (*weights, *biases), strict=True)]
+        return (joined(x_parts) if needs[0] else None, *sums, None)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def differentiate_product(gate_NF: Tensor, up_NF: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:

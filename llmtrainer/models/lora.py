@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from llmtrainer.core.pieces import is_piece
 from llmtrainer.core.products import weight_gradient
 from llmtrainer.core.randomness import dropout
-from llmtrainer.models.gated import differentiate_product
+from llmtrainer.models.gated import differentiate_product, joined, plus, tiles
 
 
 class Beside(NamedTuple):
@@ -263,7 +263,8 @@ def adapted_gated_mlp(
     """down(silu(gate(x)) * up(x)) in the type of x, of frozen matrices with adapters: (gate, up, down).
 
     Kept for backward are x, gate(x), up(x) and r numbers a token and adapter; the product [.., F] is computed
-    again there, as in gated.gated_mlp. With DoRA among them, each layer keeps what it needs by itself.
+    again there, some tokens at a time, as in gated.gated_mlp. With DoRA among them, each layer keeps what it needs by
+    itself.
     """
     if any(layer.adapter is not None and layer.adapter.lora_magnitude_vector is not None for layer in layers):
         gate_BTF, up_BTF = (_apply(layer, x_BTD, beside) for layer in layers[:2])
@@ -288,36 +289,52 @@ class _AdaptedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, turned: bool, *flat: Any) -> Tensor:
-        gate, up, down = (_unpacked(flat[place : place + 5]) for place in (0, 5, 10))
+        gate, up, down = layers = tuple(_unpacked(flat[place : place + 5]) for place in (0, 5, 10))
         gate_BTF, gate_h = _with_low(x_BTD, *gate)
         up_BTF, up_h = _with_low(x_BTD, *up)
-        y_BTD, down_h = _with_low(F.silu(gate_BTF) * up_BTF, *down)
+        places, (gate_NF, up_NF) = _in_tiles([low for *_, low in layers], (gate_BTF, up_BTF))
+        parts = [_with_low(F.silu(gate_NF[one]) * up_NF[one], *down) for one in places]
+        y, down_h = (joined(list(each)) for each in zip(*parts, strict=True))
         ctx.save_for_backward(
             x_BTD, gate_BTF, up_BTF, gate_h, up_h, down_h, *(x for x in flat if isinstance(x, Tensor))
         )
         ctx.turned, ctx.flat = turned, tuple(None if isinstance(x, Tensor) else (x,) for x in flat)
-        return y_BTD
+        return y.view(x_BTD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTD, gate_BTF, up_BTF, gate_h, up_h, down_h, *saved = ctx.saved_tensors
-        kept = iter(saved)
-        flat = [next(kept) if other is None else other[0] for other in ctx.flat]
-        gate, up, down = (_unpacked(flat[place : place + 5]) for place in (0, 5, 10))
+        x_BTD, *kept = ctx.saved_tensors
+        wholes, saved = kept[:5], iter(kept[5:])
+        flat = [next(saved) if other is None else other[0] for other in ctx.flat]
+        gate, up, down = layers = tuple(_unpacked(flat[place : place + 5]) for place in (0, 5, 10))
         turned, needs_x = ctx.turned, ctx.needs_input_grad[0]
-        product_BTF = F.silu(gate_BTF) * up_BTF
-        of_down = _differentiate(grad_BTD, product_BTF, down_h, down[0], down[2], True, turned)
-        del product_BTF
-        assert of_down.x_BTI is not None
-        _, gate_grad, up_grad = differentiate_product(gate_BTF, up_BTF, of_down.x_BTI)
-        of_gate = _differentiate(gate_grad, x_BTD, gate_h, gate[0], gate[2], needs_x, turned)
-        of_up = _differentiate(up_grad, x_BTD, up_h, up[0], up[2], needs_x, turned)
-        x_grad = None
-        if of_gate.x_BTI is not None and of_up.x_BTI is not None:
-            x_grad = of_gate.x_BTI + of_up.x_BTI
-        others = ((None, None, of.down_RI, of.up_OR, None) for of in (of_gate, of_up, of_down))
+        places, tiled = _in_tiles([low for *_, low in layers], (*wholes, x_BTD, grad_BTD))
+        x_parts: list[Tensor] = []
+        sums: list[Tensor | None] = [None] * 6
+        for one in places:
+            gate_nF, up_nF, gate_h, up_h, down_h, x, grad = (whole[one] for whole in tiled)
+            of_down = _differentiate(grad, F.silu(gate_nF) * up_nF, down_h, down[0], down[2], True, turned)
+            assert of_down.x_BTI is not None
+            _, gate_grad, up_grad = differentiate_product(gate_nF, up_nF, of_down.x_BTI)
+            of_gate = _differentiate(gate_grad, x, gate_h, gate[0], gate[2], needs_x, turned)
+            of_up = _differentiate(up_grad, x, up_h, up[0], up[2], needs_x, turned)
+            if of_gate.x_BTI is not None and of_up.x_BTI is not None:
+                x_parts.append(of_gate.x_BTI + of_up.x_BTI)
+            found = (more for of in (of_gate, of_up, of_down) for more in (of.down_RI, of.up_OR))
+            sums = [plus(before, more) for before, more in zip(sums, found, strict=True)]
+        x_grad = joined(x_parts).view(x_BTD.shape) if x_parts else None
+        others = ((None, None, *sums[2 * layer : 2 * layer + 2], None) for layer in range(3))
         return (x_grad, None, *itertools.chain.from_iterable(others))
+
+
+def _in_tiles(lows: Sequence[Low | None], wholes: Sequence[Tensor]) -> tuple[list[slice], list[Tensor]]:
+    """Tensors [B, T, ..] of one batch with their tokens first, and the places of each tile in them. What an adapter
+    drops or leaves out depends on where a token stands: then all is one tile, as it is."""
+    if any(low is not None and low.how.beside is not None for low in lows):
+        return [slice(None)], list(wholes)
+    rows = [whole.flatten(0, -2) if whole.ndim > 1 else whole for whole in wholes]
+    return tiles(len(rows[0])), rows
 
 
 def _unpacked(five: Sequence[Any]) -> tuple[Tensor, Tensor | None, Low | None]:

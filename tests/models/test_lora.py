@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import Batch
@@ -53,6 +56,14 @@ def lows(policy: Decoder) -> Iterator[LowRank]:
         yield linear.adapter
 
 
+def one_by_one(
+    x_BTD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], turned: bool
+) -> tuple[Tensor, ...]:
+    """As joint_linear, without joining."""
+    cast = (None if bias is None else bias.to(x_BTD.dtype) for bias in biases)
+    return tuple(F.linear(x_BTD, weight.to(x_BTD.dtype), bias) for weight, bias in zip(weights, cast, strict=True))
+
+
 def gradients(policy: Decoder, batch: Batch) -> dict[str, Tensor]:
     policy.zero_grad()
     logp_BT = policy(batch, ("logp",)).logp_BT
@@ -63,7 +74,11 @@ def gradients(policy: Decoder, batch: Batch) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compute", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_the_start_a_model_with_adapters_is_its_base_bit_for_bit(kind: str, compute: torch.dtype) -> None:
+def test_at_the_start_a_model_with_adapters_is_its_base_bit_for_bit(
+    kind: str, compute: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some libraries round a matrix of three otherwise than each of them: the base, too, multiplies them one by one.
+    monkeypatch.setattr("llmtrainer.models.attention.joint_linear", one_by_one)
     batch = rows()
     policy = tiny_model(compute, attention_bias=True)
     with torch.no_grad():
@@ -172,6 +187,45 @@ def test_only_adapters_get_gradients(kind: str) -> None:
     wanted = {name for name, value in policy.named_parameters() if value.requires_grad}
     assert set(found) == wanted and all(".adapter.lora_" in name for name in wanted)
     assert all(bool(value.any()) for value in found.values())
+
+
+class Sizes(TorchDispatchMode):
+    """Numbers in the largest result of any operator that is no view of its input."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "dora"])
+def test_a_gated_mlp_in_tiles_has_the_same_gradients_and_never_a_whole_product(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = (tiny_model(torch.float64) if kind == "none" else adapted(kind)).model.layers[0].mlp
+    tokens, (width, inputs) = 160, mlp.gate_proj.weight.shape
+    x_BTD = torch.randn(4, tokens // 4, inputs, dtype=torch.float64)
+    leaves = [x_BTD.requires_grad_(), *(x for x in mlp.parameters() if x.requires_grad)]
+
+    def outcome() -> tuple[list[Tensor], int]:
+        y_BTD = mlp(x_BTD)
+        with Sizes() as sizes:
+            found = torch.autograd.grad((y_BTD * torch.arange(y_BTD.numel()).view_as(y_BTD).sin()).sum(), leaves)
+        return [y_BTD, *found], sizes.largest
+
+    whole, largest = outcome()
+    assert largest == tokens * width
+    for tile in (7, tokens - 1, 1):
+        monkeypatch.setattr("llmtrainer.models.gated.TILE", tile)
+        tiled, largest = outcome()
+        assert kind == "dora" or largest < tokens * width
+        for one, other in zip(tiled, whole, strict=True):
+            assert float((one - other).norm() / other.norm()) < FLOAT64_GRADIENT_RELATIVE
 
 
 @pytest.mark.parametrize("kind", KINDS)
