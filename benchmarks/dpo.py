@@ -66,7 +66,7 @@ def trl(settings: Figures) -> Iterator[Figures]:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = DPOConfig(
-        settings["scratch"], per_device_train_batch_size=PAIRS, max_steps=1, max_length=LENGTH, bf16=True,
+        settings["scratch"], per_device_train_batch_size=PAIRS, max_steps=1, max_length=LENGTH, bf16=settings["narrow"],
         use_cpu=settings["use_cpu"],
         report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False, beta=BETA,
         seed=0, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
@@ -153,7 +153,7 @@ def main() -> None:
         plain, shared = (compared(way, wish, settings) for way in ("two_rows", "shared"))
     ratios = {"trl": plain["ratio"], "trl_shared_prompt": shared["ratio"]}
     turns.tell({
-        **plain, "work": "SmolLM2-135M, DPO on 2 pairs a step, live reference, bfloat16, AdamW", "ratios": ratios,
+        **plain, "work": "SmolLM2-135M, DPO on 2 pairs a step, live reference, AdamW", "ratios": ratios,
         "ratio": min(ratios.values()), "ours_shared": shared["ours"],
         "runs": {"two_rows": plain["runs"], "shared": shared["runs"]},
         "peak_memory_ratio_shared": shared["peak_memory_ratio"], "first_loss": require_log_2(plain),

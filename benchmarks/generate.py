@@ -40,7 +40,7 @@ def ours(settings: Figures) -> Iterator[Figures]:
     from llmtrainer.generation.sampling import Sampling
     from llmtrainer.training.models import open_model
 
-    opened = open_model(settings["model"], "bfloat16", settings["device"])
+    opened = open_model(settings["model"], settings["precision"], settings["device"])
     policy, tokenizer = opened.policy, opened.tokenizer
     prompts = tokenizer.encode_batch(PROMPTS)
     kept = policy.cache(len(prompts), max(map(len, prompts)))    # with its copy of the weights, as a server has it
@@ -62,7 +62,7 @@ def transformers(settings: Figures) -> Iterator[Figures]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["precision"])).eval()
     model = model.to(settings["device"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     read = tokenizer(PROMPTS, return_tensors="pt", padding=True)
@@ -96,7 +96,7 @@ def ours_rollout(settings: Figures) -> Iterator[Figures]:
     from llmtrainer.generation.sampling import Sampling
     from llmtrainer.training.models import open_model
 
-    opened = open_model(settings["model"], "bfloat16", settings["device"])
+    opened = open_model(settings["model"], settings["precision"], settings["device"])
     policy, tokenizer = opened.policy, opened.tokenizer
     start, end = (tokenizer.control[name] for name in ("<|im_start|>", "<|im_end|>"))
     marks = {"<|im_start|>": start, "<|im_end|>": end}
@@ -151,7 +151,7 @@ def transformers_rollout(settings: Figures) -> Iterator[Figures]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["precision"])).eval()
     model = model.to(settings["device"])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -218,9 +218,9 @@ def main() -> None:
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     batches = (2 if wish.quick else 4) // (2 if wish.rollout else 1)
     settings = {"model": str(wish.model), "batches": batches, "rollout": wish.rollout}
-    work = f"SmolLM2-135M bfloat16, {len(PROMPTS)} prompts, {NEW} new tokens each, temperature 1, all ids"
+    work = f"SmolLM2-135M, {len(PROMPTS)} prompts, {NEW} new tokens each, temperature 1, all ids"
     if wish.rollout:
-        work = f"SmolLM2-135M bfloat16, {EACH} answers to each of {QUESTIONS} questions, up to {LONGEST} tokens"
+        work = f"SmolLM2-135M, {EACH} answers to each of {QUESTIONS} questions, up to {LONGEST} tokens"
     result = turns.in_turn(work, "tokens/s", {"transformers": wish.peer_python}, __file__, settings, wish)
     turns.tell({**result, "largest_logit_difference": difference(result["facts"]), "threads": wish.threads})
 

@@ -75,7 +75,7 @@ def trl(settings: Figures) -> Iterator[Figures]:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = GRPOConfig(
         settings["scratch"], per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_steps=1,
-        max_completion_length=LENGTH, bf16=True,
+        max_completion_length=LENGTH, bf16=settings["narrow"],
         use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1,
         disable_tqdm=True, gradient_checkpointing=False, beta=0.0, temperature=1.0, seed=0, learning_rate=RATE,
         lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, optim="adamw_torch_fused",
@@ -137,7 +137,7 @@ def main() -> None:
         peers = {"trl": wish.peer_python}
         result = turns.in_turn("SmolLM2-135M, GRPO", "steps/s", peers, __file__, given, wish)
     turns.tell({
-        **result, "work": "SmolLM2-135M, GRPO, 4 prompts x 4 answers x 64 tokens a step, no reference, bfloat16",
+        **result, "work": "SmolLM2-135M, GRPO, 4 prompts x 4 answers x 64 tokens a step, no reference",
         "compiled": not wish.eager, "threads": wish.threads,
     })
 

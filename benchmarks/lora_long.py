@@ -40,10 +40,10 @@ def trl(settings: Figures) -> Iterator[Figures]:
     callback, told = clock()
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["precision"]))
     asked = SFTConfig(
-        settings["scratch"], per_device_train_batch_size=1, max_steps=settings["warm"], max_length=LENGTH, bf16=True,
-        use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
+        settings["scratch"], per_device_train_batch_size=1, max_steps=settings["warm"], max_length=LENGTH,
+        bf16=settings["narrow"], use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
         learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         optim="adamw_torch_fused", gradient_checkpointing=settings["recompute"] == "both",
     )  # fmt: skip
@@ -93,7 +93,7 @@ def main() -> None:
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
         settings = {**prepare(Path(scratch), wish), **turns.steps(wish, 1, 1 if wish.quick else 2)}
-        work = f"SmolLM2-135M, LoRA of rank {RANK}, one row of {LENGTH:,} tokens, bfloat16"
+        work = f"SmolLM2-135M, LoRA of rank {RANK}, one row of {LENGTH:,} tokens"
         result = turns.in_turn(work, "tokens/s", {"trl": wish.peer_python}, __file__, settings, wish)
     told = turns.fact(result, "first_loss")
     if abs(told["peers"]["trl"] - told["ours"]) > LARGEST_DIFFERENCE:

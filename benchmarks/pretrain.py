@@ -40,7 +40,7 @@ def ours(settings: Figures) -> Iterator[Figures]:
     with lt.open_trainer(recipe) as trainer:
         steps = trainer.steps()
         losses = [next(steps).loss for _ in range(settings["warm"])]
-        products = _products(settings["device"])
+        products = _products(settings["device"], getattr(torch, settings["precision"]))
         yield {"first_loss": losses[0], "last_loss": losses[-1]}
         while True:
             # Before and after, because a shared machine's speed drifts by a third within a turn.
@@ -68,7 +68,7 @@ def hf_trainer(settings: Figures) -> Iterator[Figures]:
 
     def arguments(steps: int) -> TrainingArguments:
         return TrainingArguments(
-            settings["scratch"], per_device_train_batch_size=ROWS, max_steps=steps, bf16=True,
+            settings["scratch"], per_device_train_batch_size=ROWS, max_steps=steps, bf16=settings["narrow"],
             use_cpu=settings["use_cpu"],
             report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, optim="adamw_torch_fused",
             learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, adam_epsilon=1e-8,
@@ -93,7 +93,8 @@ def litgpt(settings: Figures) -> Iterator[Figures]:
     from litgpt.utils import chunked_cross_entropy
     from safetensors.torch import load_file
 
-    fabric = lightning.Fabric(accelerator=settings["device"], devices=1, precision="bf16-mixed")
+    precision: Any = "bf16-mixed" if settings["narrow"] else "32-true"
+    fabric = lightning.Fabric(accelerator=settings["device"], devices=1, precision=precision)
     fabric.launch()
     config = Config(
         block_size=SHAPE["context_length"], vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY, n_layer=8, n_head=8,
@@ -172,7 +173,7 @@ def _flops() -> float:
     return 6 * (L * (D * width + 3 * D * F) + VOCABULARY * D) + 6 * L * D * LENGTH
 
 
-def _products(device: str) -> list[tuple[Any, Any, float]]:
+def _products(device: str, dtype: Any) -> list[tuple[Any, Any, float]]:
     """Each of the model's own products, forward, for the input's gradient and for the weight's: operands, FLOP."""
     import torch
 
@@ -181,7 +182,7 @@ def _products(device: str) -> list[tuple[Any, Any, float]]:
     found = []
     for inputs, outputs, count in ((D, D, 2), (D, keys, 2), (D, F, 2), (F, D, 1), (D, VOCABULARY, 1)):
         x, w, g = (
-            torch.randn(shape, dtype=torch.bfloat16, device=device)
+            torch.randn(shape, dtype=dtype, device=device)
             for shape in ((N, inputs), (outputs, inputs), (N, outputs))
         )
         found += [(a, b, 2.0 * N * inputs * outputs) for a, b in ((x, w.t()), (g, w), (g.t(), x))] * count
@@ -240,7 +241,7 @@ def prepare(folder: Path, data: str | None, settings: Figures) -> Figures:
             "kind": "single", "device": settings["device"], "compile": settings["compile"],
             "cuda_graphs": settings["device"] == "cuda",
         },
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"},
+        "precision": settings["precision"], "duration": "1000000 steps", "save": {"every": "never"},
     }  # fmt: skip
     from ruamel.yaml import YAML
 
@@ -276,13 +277,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings = prepare(Path(scratch), wish.data, {
             **turns.steps(wish, *((2, 2) if wish.quick else (3, 4))), "compile": not wish.eager,
-            "tokens_per_batch": wish.tokens_per_batch, "device": wish.device,
+            "tokens_per_batch": wish.tokens_per_batch, "device": wish.device, "precision": wish.precision,
         })
         peers = {"hf_trainer": wish.peer_python, "litgpt": wish.litgpt_python}
         if not wish.litgpt_python.exists():
             turns.say(f"litgpt is left out: there is no {wish.litgpt_python} (make bench-install)")
             del peers["litgpt"]
-        work = f"Llama 27.8M, {ROWS} x {LENGTH} tokens a step, bfloat16, AdamW"
+        work = f"Llama 27.8M, {ROWS} x {LENGTH} tokens a step, AdamW"
         result = turns.in_turn(work, "tokens/s", peers, __file__, settings, wish)
     told = require_one_work(result)
     turns.tell({**result, **told, "compiled": not wish.eager, "threads": wish.threads})

@@ -11,7 +11,7 @@ from turns import Figures
 
 
 def written(folder: Path, name: str, wish: Any, rate: float, **parts: Any) -> str:
-    """The path of a recipe: SmolLM2 in bfloat16 with float32 masters, AdamW at a constant rate, nothing saved; `parts`
+    """The path of a recipe: SmolLM2 with float32 masters, AdamW at a constant rate, nothing saved; `parts`
     are what a benchmark says beside or instead."""
     from ruamel.yaml import YAML
 
@@ -25,7 +25,7 @@ def written(folder: Path, name: str, wish: Any, rate: float, **parts: Any) -> st
         "engine": {
             "kind": "single", "device": wish.device, "compile": not wish.eager, "cuda_graphs": wish.device == "cuda",
         },
-        "precision": "bfloat16", "duration": "1000000 steps", "save": {"every": "never"}, **parts,
+        "precision": wish.precision, "duration": "1000000 steps", "save": {"every": "never"}, **parts,
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     with path.open("w") as file:

@@ -73,7 +73,7 @@ def trl(settings: Figures) -> Iterator[Figures]:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
     asked = SFTConfig(
-        settings["scratch"], per_device_train_batch_size=BATCH, max_steps=1, max_length=LENGTH, bf16=True,
+        settings["scratch"], per_device_train_batch_size=BATCH, max_steps=1, max_length=LENGTH, bf16=settings["narrow"],
         use_cpu=settings["use_cpu"],
         report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, packing=settings["packing"],
         gradient_checkpointing=False, assistant_only_loss=False, seed=0, learning_rate=RATE,
@@ -156,7 +156,7 @@ def main() -> None:
     told = require_one_work(plain)
     ratios = {**plain["ratios"], **packed["ratios"]}
     turns.tell({
-        **plain, "work": "SmolLM2-135M, 8 conversations a step, all tokens learned, bfloat16, AdamW",
+        **plain, "work": "SmolLM2-135M, 8 conversations a step, all tokens learned, AdamW",
         "peers": {**plain["peers"], **packed["peers"]}, "ratios": ratios, "ratio": min(ratios.values()),
         "ours_packed": packed["ours"], "runs": {"rows": plain["runs"], "packed": packed["runs"]},
         "peak_memory": {"rows": plain["peak_memory"], "packed": packed["peak_memory"]},

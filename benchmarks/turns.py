@@ -33,12 +33,16 @@ Work = Callable[[Figures], Iterator[Figures]]
 
 
 def parser(text: str) -> argparse.ArgumentParser:
-    """What every benchmark can be asked: --quick, --rounds, --threads, --device, --peer-python."""
+    """What every benchmark can be asked: --quick, --rounds, --threads, --device, --precision, --peer-python."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--quick", action="store_true", help="fewer and shorter turns")
     made.add_argument("--rounds", type=int, help="how often each side has its turn; 2 if quick, else 5")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every side")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of every side")
+    made.add_argument(
+        "--precision", choices=("bfloat16", "float32"), default="bfloat16",
+        help="what every side computes in; float32 where a processor has no fast bfloat16",
+    )
     made.add_argument("--peer-python", type=Path, default=PEERS, help="the peers' environment")
     made.add_argument("--side", help=argparse.SUPPRESS)
     made.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
@@ -138,9 +142,12 @@ def in_turn(
 ) -> Figures:
     """`compare` of this Python with the peers' by their names, all running the same script with the same settings."""
     pythons = {"ours": Path(sys.executable), **peers}
-    given = {**settings, "device": wish.device, "use_cpu": wish.device == "cpu"}
+    given = {
+        **settings, "device": wish.device, "use_cpu": wish.device == "cpu", "precision": wish.precision,
+        "narrow": wish.precision == "bfloat16",
+    }
     sides = [Side(name, python, Path(script).resolve(), given, wish.threads) for name, python in pythons.items()]
-    return {**compare(work, unit, sides, rounds(wish)), "device": wish.device}
+    return {**compare(work, unit, sides, rounds(wish)), "device": wish.device, "precision": wish.precision}
 
 
 def summary(answers: Mapping[str, Sequence[Figures]]) -> Figures:
