@@ -43,8 +43,8 @@ def trl(settings: Figures) -> Iterator[Figures]:
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["precision"]))
     asked = SFTConfig(
         settings["scratch"], per_device_train_batch_size=1, max_steps=settings["warm"], max_length=LENGTH,
-        bf16=settings["narrow"], use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
-        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        bf16=settings["narrow"], use_cpu=settings["use_cpu"], report_to=[], save_strategy="no", logging_steps=1,
+        disable_tqdm=True, seed=0, learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
         optim="adamw_torch_fused", gradient_checkpointing=settings["recompute"] == "both",
     )  # fmt: skip
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
