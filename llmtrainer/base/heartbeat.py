@@ -200,15 +200,12 @@ class Heartbeat:
     def _tell(self, error: BaseException | None = None) -> None:
         """Where every thread stands; after an error, where that was raised."""
         count, phase = self._count, self._phase
+        stacks = _stacks()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        frames = sys._current_frames()
-        threads = {
-            names.get(ident, str(ident)): places_of(frame)
-            for ident, frame in frames.items() if ident not in (self._trains, threading.get_ident())
-        }  # fmt: skip
+        own = self._trains, threading.get_ident()
+        threads = {names.get(ident, str(ident)): stack for ident, stack in stacks.items() if ident not in own}
         longest = self._longest[phase] if self._seen.get(phase, 0) > 1 else None
-        stack = places_of(frames[self._trains]) if self._trains in frames else ()
-        stack = places_raised(error) if error is not None else stack
+        stack = places_raised(error) if error is not None else stacks.get(self._trains, ())
         found = tuple(self._collectives())
         if self._count != count:
             return
@@ -277,6 +274,14 @@ def read_stack(folder: Path, rank: int) -> tuple[Place, ...]:
 
 def _read_places(items: Sequence[Mapping[str, Any]]) -> tuple[Place, ...]:
     return tuple(Place(item["file"], item["line"], item["function"]) for item in items)
+
+
+def _stacks() -> dict[int, tuple[Place, ...]]:
+    """Where every thread but this one stands, by its number. No frame is held once this has returned."""
+    # A frame keeps alive what its function computed: of a training step, gigabytes. This thread's own, kept in a
+    # variable, would be a circle that only the garbage collector ends, with the frames of all others in it.
+    here = threading.get_ident()
+    return {ident: places_of(frame) for ident, frame in sys._current_frames().items() if ident != here}
 
 
 def _resident() -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llmtrainer.base import heartbeat
 from llmtrainer.base.heartbeat import Collective, Heartbeat, read_beats, read_stack, read_stall
 from llmtrainer.base.process import process_started
 
@@ -66,6 +69,28 @@ def test_a_phase_that_lasts_is_described_until_the_next_one_begins(tmp_path: Pat
         until(lambda: read_stall(tmp_path, 0) is None)
     held.set()
     waiting.join()
+
+
+def test_what_a_described_phase_computed_is_freed_when_its_function_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the garbage collector: what is held may be the activations of a step."""
+    monkeypatch.setattr(heartbeat, "STILL_SECONDS", 0.0)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.01)
+
+    def computes() -> weakref.ref[threading.Event]:
+        activations = threading.Event()    # anything that can be referred to weakly
+        (tmp_path / "rank-0.stall").unlink(missing_ok=True)
+        until(lambda: read_stall(tmp_path, 0) is not None)
+        return weakref.ref(activations)
+
+    gc.disable()
+    try:
+        with Heartbeat(tmp_path):
+            left = computes()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_an_error_leaves_where_it_was_raised(tmp_path: Path) -> None:
