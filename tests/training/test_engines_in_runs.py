@@ -124,6 +124,7 @@ def test_pieces_are_a_model_for_every_command_and_become_a_folder(
     ("fsdp2", "engine.step_in_backward=true optim.clip=null precision=float16", "float16 cannot update"),
     ("fsdp2", "engine.overlap_reduce=false", "while backward goes on"),
     ("fsdp2", "engine.compile=true", "does not compile"),
+    ("fsdp2", "engine.cuda_graphs=true", "cannot be recorded"),
     ("fsdp2", "optim.rule.kind=muon", "looks at whole tensors"),
     ("fsdp2", "optim.rule.kind=adafactor", "looks at whole tensors"),
     ("fsdp2", "optim.rule.kind=adamw_8bit", "looks at whole tensors"),

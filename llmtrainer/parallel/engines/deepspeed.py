@@ -82,8 +82,8 @@ class Deepspeed(Joined):
             )
         if self.compile or self.cuda_graphs:
             raise _refused(
-                "it does not compile the model", "its hooks on modules would end up in the compiled pieces",
-                "engine.compile=false, or engine.kind=ddp",
+                "it neither compiles nor records the model", "its hooks on modules would be part of what is made",
+                "engine.compile=false engine.cuda_graphs=false, or engine.kind=ddp",
             )
         if self.offload_optimizer != "none" and self.stage == 0:
             raise _refused("stage 0 keeps every optimizer whole", "only a share can be offloaded", "engine.stage=1")

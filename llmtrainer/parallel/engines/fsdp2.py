@@ -81,6 +81,12 @@ class Fsdp2(Joined):
                 why="compiled pieces are proved on weights that are whole before the first step, and here none are",
                 fix="engine.compile=false, or engine.kind=zero1",
             )
+        if self.cuda_graphs:
+            raise UserError(
+                "fsdp2 cannot be recorded as CUDA graphs", where="engine.cuda_graphs",
+                why="recorded kernels read weights where they were, and a gathered block lies elsewhere each time",
+                fix="engine.cuda_graphs=false, or engine.kind=zero1",
+            )
         if self.step_in_backward:
             require_early(precision)
             if self.exact:
