@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from llmtrainer.core.arrangement import Arrangement
-from tests.models.test_recorded import Recorder
+from tests.models.recorder import Recorder
 from tests.worlds import ragged_documents, row_batch, tiny_model
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.graphs import Graphs
 from llmtrainer.models import varlen
 from llmtrainer.models.decoder import Decoder
+from tests.models.recorder import Recorder
 from tests.models.rows import rows, shared_prompt
 from tests.models.test_decoder import decoder
 from tests.tolerances import FLOAT64_LOGITS
@@ -24,27 +25,6 @@ CUDA = torch.cuda.is_available()
 PLAIN = [rows([[64], [64]], seed=seed) for seed in range(4)]
 PACKED = [rows([lengths], 96, seed=seed) for seed, lengths in enumerate(([50, 46], [9, 40, 47], [96, 0], [30, 30, 20]))]
 BRANCHING = [shared_prompt(20, lengths, seed) for seed, lengths in enumerate(([20, 24], [30, 14], [40, 4], [4, 40]))]
-Made = TypeVar("Made")
-
-
-class Recorder:
-    """CUDA's graphs on a CPU: the same work on the tensors it was recorded with, its results at one place."""
-
-    recorded = 0
-
-    def __call__(self, work: Callable[[], Made]) -> Callable[[], Made]:
-        self.recorded += 1
-        kept = work()
-
-        def again() -> Made:
-            fresh = work()
-            into, found = ([x] if isinstance(x, Tensor) else x for x in (kept, fresh))
-            for place, value in zip(into, found, strict=True):
-                if value is not None:
-                    place.copy_(value)
-            return kept
-
-        return again
 
 
 def flash(

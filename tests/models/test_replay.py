@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from llmtrainer.models import cache, paged, replay
 from llmtrainer.models.rope_scalings.dynamic import Dynamic
+from tests.models.recorder import Recorder
 from tests.models.rows import rows
 from tests.models.test_cache import FIELDS
 from tests.models.test_decoder import decoder, logits
@@ -20,26 +20,16 @@ from tests.models.test_paged import SIZE, TABLES, pages
 from tests.tolerances import FLOAT64_LOGITS
 
 CUDA = torch.cuda.is_available()
+RECORDER = Recorder()
 MODELS = {**FIELDS, "frequencies by length": dict(rope_scaling=Dynamic(factor=2.0, original_context=8))}
-
-
-class Recorder:
-    """CUDA's graphs on a CPU: the same work on the tensors it was recorded with, its result at one place."""
-
-    recorded = 0
-
-    def __call__(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        Recorder.recorded += 1
-        out = work().clone()
-        return lambda: out.copy_(work())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no CUDA device"))])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    RECORDER.recorded = 0
     if request.param == "cpu":
         for module in (cache, paged):
-            monkeypatch.setattr(module, "recordings", lambda device: replay.Recordings(Recorder()))
-    Recorder.recorded = 0
+            monkeypatch.setattr(module, "recordings", lambda device: replay.Recordings(RECORDER))
     yield request.param
 
 
@@ -65,7 +55,7 @@ def test_replayed_steps_over_scattered_blocks_are_those_of_the_whole(fields: dic
             place[row] += 1
     assert place == [20, 24, 16]
     # Three rows of up to 4 and of up to 6 blocks; the first time of each is not recorded.
-    assert device == "cuda" or Recorder.recorded == 2
+    assert device == "cuda" or RECORDER.recorded == 2
     for held in memory.held:
         assert held[0].eq(0.0).all() and held[19].eq(0.0).all(), "written where nobody's block is"
 
@@ -94,7 +84,7 @@ def test_replayed_steps_of_rows_that_leave_and_multiply_are_those_of_the_whole(d
         memory.take(kept)
         living = [living[row] for row in kept]
         go_on(4)
-    assert device == "cuda" or Recorder.recorded >= 4
+    assert device == "cuda" or RECORDER.recorded >= 4
 
 
 def test_a_result_stays_as_it_was_when_the_next_step_is_replayed(device: str) -> None:
