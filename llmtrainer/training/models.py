@@ -41,8 +41,8 @@ class Opened:
 def open_model(
     path: str | Path, precision: Precision = "auto", device: str = "auto", tokenizer: str | None = None
 ) -> Opened:
-    """A model and its tokenizer on a device. `auto` computes in the type the checkpoint was trained in, so that
-    a loss can be compared with that of the training; float32 for a folder that does not say.
+    """A model, to be read and never trained, and its tokenizer on a device. `auto` computes in the type the checkpoint
+    was trained in, so that a loss can be compared with that of the training; float32 for a folder that does not say.
 
     UserError if there is no model, or the tokenizer has ids that the model has no row for.
     """
@@ -54,7 +54,8 @@ def open_model(
     words = tokenizers.load_tokenizer(
         tokenizer_folder(folder) if tokenizer is None else locate(tokenizer, weights=False).folder
     )
-    policy = load_whole(folder, DTYPES[chosen])
+    # A class of transformers would round elsewhere than it does in training.
+    policy = load_whole(folder, DTYPES[chosen], frozen=is_ours(folder))
     if words.vocabulary > policy.vocabulary:
         raise UserError(
             f"the tokenizer has {words.vocabulary:,} ids and the model rows for {policy.vocabulary:,}",
@@ -84,11 +85,11 @@ def load_model(path: str | Path, precision: Precision = "float32", device: str =
     return load_whole(folder, DTYPES[chosen]).to(find_device(device, chosen))
 
 
-def load_whole(folder: Path, compute: torch.dtype) -> Policy:
+def load_whole(folder: Path, compute: torch.dtype, *, frozen: bool = False) -> Policy:
     """The model of a folder; of an adapter's folder, its base with the adapter beside it. What none of our families
-    describes is opened by transformers, and reads one document at a time."""
+    describes is opened by transformers, and reads one document at a time. `frozen`: see load_base."""
     if not is_adapter(folder):
-        return load_base(folder, compute)
+        return load_base(folder, compute, frozen=frozen)
     policy = load_base(base_of(folder), compute, frozen=True)
     insert_adapter(policy, folder)
     return policy

@@ -470,3 +470,13 @@ def test_a_model_that_is_not_there_is_refused_by_its_own_name(verb: str) -> None
     with pytest.raises(UserError, match="no model `absent`") as caught:
         {"evaluate": evaluate, "generate": generate}[verb](settings[verb])    # type: ignore[operator]
     assert "hub id" in (caught.value.fix or "")
+
+
+def test_a_model_that_is_only_read_takes_two_bytes_a_number_and_has_the_same_bits(model: Path) -> None:
+    opened, trainable = open_model(model, "bfloat16", "cpu").policy, load_model(model, "bfloat16")
+    types = {name: parameter.dtype for name, parameter in opened.named_parameters()}
+    assert {types[name] for name in types if "norm" not in name} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    tokens_BT = torch.tensor([[1, 7, 30, 9, 200, 40]])
+    logits = [one.read(tokens_BT, torch.tensor([6]), one.cache(1, 8)) for one in (opened, trainable)]
+    assert torch.equal(*logits)
