@@ -46,6 +46,8 @@ class RecordedStack:
         self._run, self._record = run, record
         self._parts = list(parts)
         self._parameters = _trained(self._parts)
+        self._gradients: list[Tensor] = []
+        """Where the recorded backward of every size leaves them."""
         self._path, self._channels = path, channels
         self._recordings: dict[_Size, _Recording] = {}
         self._met: set[_Size] = set()
@@ -91,7 +93,8 @@ class RecordedStack:
             with leaves.in_place():
                 return self._run(tokens_BT, fixed, (cos, sin))
 
-        return _Recording(run, leaves.all, inputs, self._record)
+        self._gradients = self._gradients or [torch.empty_like(x) for x in self._parameters]
+        return _Recording(run, leaves.all, self._gradients, inputs, self._record)
 
 
 def _trained(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -129,8 +132,10 @@ class _Recording:
     """One size: memory that is read, and what is replayed."""
 
     def __init__(
-        self, run: Callable[[], Tensor], parameters: Sequence[nn.Parameter], inputs: list[Tensor], record: Record
-    ) -> None:
+        self, run: Callable[[], Tensor], parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor],
+        inputs: list[Tensor], record: Record,
+    ) -> None:  # fmt: skip
+        """gradients: where backward leaves those of the parameters."""
         self.inputs = inputs
         live: list[Tensor] = []
 
@@ -140,7 +145,10 @@ class _Recording:
             return live[0].detach()
 
         def backward() -> list[Tensor | None]:
-            return list(torch.autograd.grad(live.pop(), parameters, self.gradient_BTD, allow_unused=True))
+            found = torch.autograd.grad(live.pop(), parameters, self.gradient_BTD, allow_unused=True)
+            left = [None if x is None else place for x, place in zip(found, gradients, strict=True)]
+            torch._foreach_copy_([x for x in left if x is not None], [x for x in found if x is not None])
+            return [*left]
 
         self.forward = record(forward)
         self.gradient_BTD = torch.zeros_like(live[0])

@@ -160,3 +160,16 @@ def test_a_result_outlives_the_next_batch_and_hinders_none(device: str) -> None:
         held.append((x_BTD, x_BTD.detach().clone()))
     assert all(torch.equal(x_BTD, then) for x_BTD, then in held)
     assert device == "cuda" or recorder.recorded == 4, "both sizes, although what was made of them is still there"
+
+
+def test_gradients_of_every_size_take_the_memory_of_one(device: str) -> None:
+    _, recorded, _ = pair(device, "sdpa")
+    for batch in (*PLAIN[:2], *(rows([[48], [48]], seed=seed) for seed in range(2))):
+        recorded(batch.to(device), ("logp",)).logp_BT.sum().backward()
+    stack = recorded._recorded
+    assert stack is not None
+    first, second = stack._recordings.values()
+    for recording in (first, second):
+        recording.forward()
+    places = [[x.data_ptr() for x in one.backward() if x is not None] for one in (second, first)]
+    assert places[0] == places[1] and len(set(places[0])) > 10
