@@ -167,5 +167,9 @@ def test_source_compares_the_answer_to_a_question_with_that_to_another(tmp_path:
     for record in found:
         whole, half = (record[name][1]["content"] for name in ("chosen", "broken_off"))
         assert record["broken_off"][0] == record["chosen"][0] and whole.startswith(half) and 0 < len(half) < len(whole)
+        assert record["question"] == record["chosen"][:1]
+        worse = [record[name][1]["content"] for name in ("broken_off", "rejected")]
+        assert [(pair["chosen"], pair["rejected"]) for pair in record["compared"]] == [(whole, text) for text in worse]
+    assert [record["detail"] for record in found] == [0, 0, 1], "answers of 6, 5 and 7 words"
     (alone,) = read(written(tmp_path / "alone.py", 'def f():\n    """Do the one thing there is."""\n'))
     assert alone.value["rejected"][1]["content"] == "is. there thing one the Do"

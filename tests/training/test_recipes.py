@@ -19,6 +19,7 @@ TINY, CONTINUE, ANSWER, JUDGE, DISTILL = (
     RECIPES / f"{name}.yaml" for name in ("pretrain", "continue", "sft", "reward", "distill")
 )
 PREFER, EARN, CRITIC = (RECIPES / f"{name}.yaml" for name in ("dpo", "grpo", "ppo"))
+GRADE, SEVERAL = (RECIPES / f"{name}.yaml" for name in ("ordinal", "segments"))
 FULL = sorted((RECIPES.parent / "full").glob("*.yaml"))
 
 
@@ -192,6 +193,36 @@ def test_by_the_recipe_a_small_base_comes_to_prefer_the_right_answers(tmp_path: 
     events = steps(tmp_path / "run" / "events.jsonl")
     assert events[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the policy begins as its own reference: log 2"
     assert events[-1]["loss"] < 0.5 and result.figures["questions/preference/accuracy"] > 0.9, result.figures
+
+
+def test_by_the_recipe_a_small_base_learns_the_grades_of_answers(tmp_path: Path) -> None:
+    given = started_from_base(tmp_path)
+    said = ("Remember {} things.", "Say {} to the one who asks for it.", "Say {} " + "again and " * 8 + "again.")
+    module = (f'def say_{n}(it):\n    """{said[n % 3].format(f"number {n}")}"""\n' for n in range(12))
+    (tmp_path / "known.py").write_text("\n".join(module))
+    result = train(load(
+        Recipe, GRADE,
+        overrides=[
+            *given, f"data.evaluate={{questions: {tmp_path / 'known.py'}}}", "data.pairs_per_step=12",
+            "optim.schedule.peak=1e-2", "optim.schedule.warmup=2 steps", "evaluate.every=never", "duration=24 steps",
+        ],
+    ))  # fmt: skip
+    assert result.figures["questions/ordinal/accuracy"] > 0.9, result.figures
+
+
+def test_by_the_recipe_a_small_base_learns_several_preferences_behind_each_prompt(tmp_path: Path) -> None:
+    given = started_from_base(tmp_path)
+    (tmp_path / "known.py").write_text("".join((tmp_path / "known.py").read_text().partition("def count")[0]))
+    train(load(
+        Recipe, SEVERAL,
+        overrides=[
+            *given, "data.evaluate={}", "data.pairs_per_step=12", "optim.schedule.peak=3e-3",
+            "optim.schedule.warmup=0 steps", "evaluate.every=never", "duration=8 steps",
+        ],
+    ))  # fmt: skip
+    told = steps(tmp_path / "run" / "events.jsonl")
+    assert told[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the policy begins as its own reference: log 2"
+    assert told[-1]["loss"] < 0.5 and told[-1]["preference/accuracy"] > 0.9, told[-1]
 
 
 CHARACTERS = "rollout.rewards=[{kind: regex, name: letters, pattern: '[a-z ]', times: 0}]"

@@ -17,6 +17,12 @@ class Segments(ComparisonFormat):
     and with nothing else that follows the prompt, which all of them share. `selected` is a name for `chosen`, `pairs`
     for `segments`."""
 
+    prompt: str = "prompt"
+    """The key of the prompt."""
+
+    segments: str | None = None
+    """The key of the pairs. Left out: segments or pairs."""
+
     as_messages: bool = False
     """Whether the chat template stands around a prompt and segments that are texts."""
 
@@ -32,7 +38,7 @@ class Segments(ComparisonFormat):
     )  # fmt: skip
 
     def matches(self, record: object) -> bool:
-        found = record.get(_key(record)) if isinstance(record, Mapping) else None
+        found = record.get(self._key(record)) if isinstance(record, Mapping) else None
         return isinstance(found, list) and bool(found) and all(
             isinstance(item, Mapping) and all(_said(item.get(key)) for key in (better_key(item, None), WORSE))
             for item in found
@@ -40,7 +46,7 @@ class Segments(ComparisonFormat):
 
     def example(self, record: object) -> Comparison:
         whole = mapping(record)
-        key = _key(whole)
+        key = self._key(whole)
         answers, texts = [], True
         for place, item in enumerate(items(needed(whole, key), key)):
             here = f"{key}.{place}"
@@ -52,16 +58,15 @@ class Segments(ComparisonFormat):
         if not answers:
             refused(f"`{key}` is empty", key, "one pair at least is compared")
         prompt, plain = prompt_of(
-            needed(whole, "prompt"), "prompt", system_of(whole), as_messages=self.as_messages or not texts
+            needed(whole, self.prompt), self.prompt, system_of(whole), as_messages=self.as_messages or not texts
         )
         return Comparison(
             prompt, tuple(answers), paired=True, tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, key, "prompt", "system", "tools", *NAMES),
+            facts=others(whole, key, self.prompt, "system", "tools", *NAMES),
         )
 
-
-def _key(record: Mapping[str, Any]) -> str:
-    return "pairs" if "pairs" in record and "segments" not in record else "segments"
+    def _key(self, record: Mapping[str, Any]) -> str:
+        return self.segments or ("pairs" if "pairs" in record and "segments" not in record else "segments")
 
 
 def _said(value: object) -> bool:

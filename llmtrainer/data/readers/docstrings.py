@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from llmtrainer.data.document import AnyPath, Reader, Reading, text_in
 
 SHORTEST, LONGEST = 20, 400
 """Characters of an answer: a shorter docstring says nothing, a longer first paragraph is no answer."""
+DETAILED = (7, 10, 13)
+"""Words from which an answer says more: quarters of the library's answers, about."""
 _TESTS = frozenset({"test", "tests", "idle_test"})
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -24,7 +27,8 @@ class Docstrings(Reader):
     """`What does NAME in MODULE do?` for every public function, class and method with a docstring, whose first
     paragraph is the answer: `messages`. And, for those who compare answers, that conversation as `chosen` and the same
     question answered by the module's next docstring as `rejected`; by its own words backwards, where there is no other.
-    `broken_off` is the right answer, which stops half way: easier to tell, for a small model.
+    `broken_off` is the right answer, which stops half way: easier to tell, for a small model. `question` and `compared`
+    are both comparisons behind one prompt, and `detail` is a grade: how much the answer says, 0 to 3 by its words.
     The source is parsed and never run; private modules and tests are left out."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".py",)
@@ -58,9 +62,13 @@ def _questions(text: str, module: str, path: str) -> tuple[tuple[dict[str, Any],
     records = []
     for place, (name, line, answer) in enumerate(found):
         question = f"What does {name} in {module} do?"
-        told = (answer, _another(answers, place), answer[: len(answer) // 2].rstrip())
-        right, wrong, half = (_asked(question, text) for text in told)
-        records.append(({"messages": right, "chosen": right, "rejected": wrong, "broken_off": half}, line))
+        another, begun = _another(answers, place), answer[: len(answer) // 2].rstrip()
+        right, wrong, half = (_asked(question, text) for text in (answer, another, begun))
+        records.append(({
+            "messages": right, "chosen": right, "rejected": wrong, "broken_off": half, "question": right[:1],
+            "compared": [{"chosen": answer, "rejected": worse} for worse in (begun, another)],
+            "detail": bisect_right(DETAILED, len(answer.split())),
+        }, line))    # fmt: skip
     return tuple(records)
 
 
