@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import Batch
+from llmtrainer.core.memory import aligned
 from llmtrainer.core.randomness import derive
 from llmtrainer.models import proof
 from llmtrainer.models.foreign import ATTENTION, AdaptedLinear, Foreign, attend_packed, rows_of
@@ -57,6 +58,9 @@ def load_foreign(
                 f"transformers does not open this folder as {model_class.__name__}", where=where,
                 why=str(error).strip().partition("\n")[0], fix="copy the model again, with its safetensors files",
             ) from None
+    if not frozen:      # a weight inside a mapped file rounds otherwise than the same one that was trained
+        for parameter in model.parameters():
+            parameter.data = aligned(parameter.data)
     if labelled(config):
         with_own_head(model, model.score.weight, torch.promote_types(model.score.weight.dtype, torch.float32))
     if frozen:

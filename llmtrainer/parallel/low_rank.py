@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmtrainer.core.memory import aligned
 from llmtrainer.core.randomness import derive
 from llmtrainer.parallel.hook import Bucket, Exchange, Onward, part_of
 
@@ -67,19 +68,20 @@ class LowRank(Exchange):
         summed = dict(zip(first.names, first.tensors, strict=True))
         for name, item in small.items():
             item.copy_(summed[name])
-        ps = {name: orthogonal(summed[name]) for name in matrices}
+        ps = {name: orthogonal(aligned(summed[name])) for name in matrices}
         second = bucket.holding({name: item.T @ ps[name] for name, item in wholes.items()})
         onward(second)
         # The same on every rank: both buffers hold sums. An overflow in one gradient must not stay in the memory.
         whole = first.buffer.isfinite().all() & second.buffer.isfinite().all()
         for name, q in zip(second.names, second.tensors, strict=True):
-            self._settle(name, matrices[name], wholes[name], ps[name], q, whole, bucket.scale)
+            self._settle(name, matrices[name], wholes[name], ps[name], aligned(q), whole, bucket.scale)
 
     def _with_error(self, name: str, gradient: Tensor, scale: float) -> Tensor:
         """The matrix that is to be sent."""
         if name in self._error and not self._in_gradient:
             gradient.add_(self._error[name].view_as(gradient), alpha=scale)
-        return gradient.reshape(gradient.shape[0], -1)
+        # Where in a bucket a gradient lies may change when a run is continued, and must not change its digits.
+        return aligned(gradient.reshape(gradient.shape[0], -1))
 
     def _first_q(self, name: str, whole: Tensor, rank: int, update: int) -> Tensor:
         if name in self._q:

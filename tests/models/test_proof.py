@@ -121,7 +121,7 @@ def test_the_proof_draws_no_random_number_and_leaves_the_model_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("piece", ["_project", "_finish", "_reduce", "_differentiate_at_once"])
+@pytest.mark.parametrize("piece", ["project", "finish", "_reduce", "_differentiate_at_once"])
 def test_a_wrong_compiled_piece_is_refused_at_the_first_step(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler(part: Any, dynamic: bool, mode: str | None = None) -> Any:
         if part.__name__ != piece:
@@ -129,7 +129,7 @@ def test_a_wrong_compiled_piece_is_refused_at_the_first_step(piece: str, monkeyp
 
         def wrong(*inputs: Any) -> Any:
             found = part(*inputs)
-            if piece == "_finish":
+            if piece == "finish":
                 return _WrongBackward.apply(found)
             if piece == "_differentiate_at_once":
                 return inputs[0].mul_(1.5)
