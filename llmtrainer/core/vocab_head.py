@@ -213,9 +213,10 @@ class _Head(torch.autograd.Function):
         entropy_N = hidden_ND.new_empty(N, dtype=wide) if entropy else None
         keep = keep and any(ctx.needs_input_grad)
         ctx.kept = []
+        room_RV = None if keep else _room_of_slice(hidden_ND, weight, rows)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
-            logits = hidden_ND[part] @ weight.t()
+            logits = _logits(hidden_ND[part], weight, room_RV)
             if drawn is not None:
                 logits = drawn.narrowed(logits, part)
             logp_N[part], log_partition_N[part], entropy_n = arithmetic.reduce(logits, targets_N[part], entropy)
@@ -238,12 +239,14 @@ class _Head(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
             weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.zeros_like(weight_VD)
+        room_RV = None
         for index, logits in enumerate(ctx.kept):
             part = slice(index * ctx.rows, (index + 1) * ctx.rows)
             # Kept logits are overwritten by their own gradient, so a second backward computes them again.
             ctx.kept[index] = None
             if logits is None:
-                logits = hidden_ND[part] @ weight.t()
+                room_RV = _room_of_slice(hidden_ND, weight, ctx.rows) if room_RV is None else room_RV
+                logits = _logits(hidden_ND[part], weight, room_RV)
                 if drawn is not None:
                     logits = drawn.narrowed(logits, part)
             ctx.arithmetic.differentiate(
@@ -260,6 +263,19 @@ class _Head(torch.autograd.Function):
         if weight_grad is not None and turn:
             weight_grad = turn(weight_grad)
         return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _room_of_slice(hidden_ND: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Where the logits of every slice are written. Each in a room of its own would stand beside the one before it
+    while it is made, and glibc, which takes blocks of 64 bytes' alignment, would find neither's place again."""
+    return hidden_ND.new_empty(min(rows, len(hidden_ND)), weight.shape[0])
+
+
+def _logits(hidden_nD: Tensor, weight: Tensor, room_RV: Tensor | None) -> Tensor:
+    """Of one slice, in the room for slices where there is one."""
+    if room_RV is None:
+        return hidden_nD @ weight.t()
+    return torch.mm(hidden_nD, weight.t(), out=room_RV[: len(hidden_nD)])
 
 
 _APART = 16
@@ -285,9 +301,19 @@ def _reduce(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
 
 
 def _reduce_by_tiles(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
-    done = [_reduce(logits[tile], targets_n[tile], entropy) for tile in _tiles(logits)]
-    logp, log_partition, entropies = zip(*done, strict=True)
-    return torch.cat(logp), torch.cat(log_partition), torch.cat(entropies) if entropy else None
+    # Room for all results first: made tile by tile they would lie between what the tiles free, and keep it apart.
+    empty_n = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    rooms = (empty_n, torch.empty_like(empty_n), torch.empty_like(empty_n) if entropy else None)
+    for tile in _tiles(logits):
+        _reduce_into(rooms, tile, logits, targets_n)
+    return rooms
+
+
+def _reduce_into(rooms: Reduced, tile: slice, logits: Tensor, targets_n: Tensor) -> None:
+    """One tile's results, of which nothing is left when the next tile begins."""
+    for room_n, value in zip(rooms, _reduce(logits[tile], targets_n[tile], rooms[2] is not None), strict=True):
+        if room_n is not None:
+            room_n[tile] = value
 
 
 def _scale(
