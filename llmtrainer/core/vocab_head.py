@@ -312,7 +312,7 @@ def _reduce_by_tiles(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduce
 def _reduce_into(rooms: Reduced, tile: slice, logits: Tensor, targets_n: Tensor) -> None:
     """One tile's results, of which nothing is left when the next tile begins."""
     for room_n, value in zip(rooms, _reduce(logits[tile], targets_n[tile], rooms[2] is not None), strict=True):
-        if room_n is not None:
+        if room_n is not None and value is not None:
             room_n[tile] = value
 
 
