@@ -213,7 +213,7 @@ outcome.end(0, "", result={"attempt": attempt})
 """
     watched.does(body)
     first = in_its_own_process(watched)
-    until(lambda: (watched.path / "control" / "supervisor.json").exists())
+    until(lambda: (watched.path / "attempts").exists())     # it has read its file: written again below
     with pytest.raises(UserError, match=f"this run has a supervisor, process {first.pid}"):
         watched.supervise(body)
     before = supervision.read_state(watched.path / "control").pid

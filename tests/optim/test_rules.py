@@ -241,6 +241,22 @@ def test_muon_is_its_published_update(nesterov: bool) -> None:
     assert np.abs(parameter.detach().numpy() - weight).max() < FLOAT64_GRADIENT_RELATIVE
 
 
+@pytest.mark.parametrize("natively", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
+def test_muon_orthogonalises_in_bfloat16_where_the_device_multiplies_it(
+    asked: Any, natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtrainer.core.precision.multiplies_bfloat16", lambda device: natively)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(
+        "llmtrainer.optim.rules.muon.orthogonalised", lambda matrix, iterations, dtype: seen.append(dtype) or matrix
+    )
+    parameter = nn.Parameter(torch.ones(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    Muon(orthogonalise_in=asked).build(group([("model.layers.0.weight", parameter)])).step()
+    assert seen == [torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and natively) else torch.float32]
+
+
 def test_orthogonalising_nothing_gives_nothing() -> None:
     assert not orthogonalised(torch.zeros(3, 5), 5, torch.float32).any()
 

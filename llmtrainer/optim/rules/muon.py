@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.precision import DTYPES, resolve
 from llmtrainer.core.protocols import Rule
 from llmtrainer.optim.rules.adamw import AdamW
 
@@ -43,8 +44,9 @@ class Muon(Rule):
     iterations: int = Field(default=5, ge=1, le=20)
     """Newton-Schulz steps of the orthogonalisation."""
 
-    orthogonalise_in: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of those products; float64 weights use float64. float32 where bfloat16 is slow."""
+    orthogonalise_in: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of those products; float64 weights use float64. auto: bfloat16 where the device multiplies it natively,
+    else float32."""
 
     weight_decay: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
     """Share of a hidden matrix taken away per step, times the learning rate."""
@@ -107,7 +109,8 @@ class MuonBesideAdamW(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             momentum = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - rule.momentum)
             direction = parameter.grad.lerp(momentum, rule.momentum) if rule.nesterov else momentum
-            direction = orthogonalised(direction, rule.iterations, getattr(torch, rule.orthogonalise_in))
+            dtype = DTYPES[resolve(rule.orthogonalise_in, parameter.device)]
+            direction = orthogonalised(direction, rule.iterations, dtype)
             parameter.mul_(1.0 - rate * group["weight_decay"])
             parameter.add_(direction, alpha=-rate * RMS * math.sqrt(max(parameter.shape)))
 
