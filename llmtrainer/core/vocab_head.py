@@ -211,7 +211,8 @@ class _Head(torch.autograd.Function):
         weight = weight_VD.to(hidden_ND.dtype)
         logp_N, log_partition_N = hidden_ND.new_empty(N, dtype=wide), hidden_ND.new_empty(N, dtype=wide)
         entropy_N = hidden_ND.new_empty(N, dtype=wide) if entropy else None
-        keep = keep and any(ctx.needs_input_grad)
+        grads = any(ctx.needs_input_grad)
+        keep = keep and grads
         ctx.kept = []
         room_RV = None if keep else _room_of_slice(hidden_ND, weight, rows)
         for start in range(0, N, rows):
@@ -225,7 +226,7 @@ class _Head(torch.autograd.Function):
             ctx.kept.append(logits if keep else None)
         # The copy in hidden's type too: to make it again would need the same memory when backward begins.
         ctx.save_for_backward(hidden_ND, weight_VD, weight, targets_N, log_partition_N, entropy_N)
-        ctx.rows, ctx.arithmetic, ctx.drawn = rows, arithmetic, drawn
+        ctx.rows, ctx.arithmetic, ctx.drawn, ctx.room_RV = rows, arithmetic, drawn, room_RV if grads else None
         return logp_N, log_partition_N, entropy_N
 
     @staticmethod
@@ -239,7 +240,7 @@ class _Head(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
             weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.zeros_like(weight_VD)
-        room_RV = None
+        room_RV, ctx.room_RV = ctx.room_RV, None
         for index, logits in enumerate(ctx.kept):
             part = slice(index * ctx.rows, (index + 1) * ctx.rows)
             # Kept logits are overwritten by their own gradient, so a second backward computes them again.
@@ -266,8 +267,9 @@ class _Head(torch.autograd.Function):
 
 
 def _room_of_slice(hidden_ND: Tensor, weight: Tensor, rows: int) -> Tensor:
-    """Where the logits of every slice are written. Each in a room of its own would stand beside the one before it
-    while it is made, and glibc, which takes blocks of 64 bytes' alignment, would find neither's place again."""
+    """Where the logits of every slice are written, in forward and in the backward that follows it. Each in a room of
+    its own would stand beside the one before it while it is made, and glibc, which takes blocks of 64 bytes'
+    alignment, would find neither's place again."""
     return hidden_ND.new_empty(min(rows, len(hidden_ND)), weight.shape[0])
 
 

@@ -129,10 +129,12 @@ def key_of(wish: Wish, files: Sequence[ExampleFile], hashes: dict[str, Any]) -> 
 
 def build(wish: Wish, files: Sequence[ExampleFile], out: Path, key: str) -> bool:
     """Write the store at `out`, unless it is there. Returns whether it was."""
-    make = partial(load_chat, wish.folder, wish.template, wish.date, wish.leave_out)
-
     def write(folder: Path) -> dict[str, Any]:
+        # A process that is started for a small file takes longer than its work, and so would a second tokenizer here.
         small = sum(file.source.bytes for file in files) < 2**20
+        make = (lambda: wish.chat) if small else partial(
+            load_chat, wish.folder, wish.template, wish.date, wish.leave_out
+        )
         with bar("examples", None, "records") as advance:
             store = write_examples(
                 files, make, wish.chat.tokenizer, folder, choices=wish.choices,
