@@ -28,10 +28,10 @@ _ALIGNMENT = 64
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where its memory begins at no address that torch would have given it.
+    """The tensor, or a copy of it if its memory begins where torch would have begun none.
 
     What a product of matrices rounds to may depend on that: MKL without AVX-512 gives other last digits for views
     into a buffer and for tensors inside a mapped file, at other places than multiples of 16 bytes (measured).
     """
-    anywhere = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT
-    return tensor.clone() if anywhere else tensor
+    elsewhere = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT
+    return tensor.clone() if elsewhere else tensor

@@ -6,14 +6,15 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmtrainer.core.example import Example, Message
 
 WORD = re.compile(r"zq\d+z")
 WORDS = (
     "hello", "two words", "  ", "\n", "\n\n", "\u6625\u7720\u4e0d\u89c9\u6653", "\U0001f600", "a\u0301", "<|im_",
-    "start|>",
-    "### Response:\n", "x" * 40, "<", "|>", "12345", "\t", "</", "user", "assistant\n", "{{ x }}", '"', "\\n", "'",
+    "start|>", "### Response:\n", "x" * 40, "<", "|>", "12345", "\t", "</", "user", "assistant\n", "{{ x }}", '"',
+    "\\n", "'",
 )  # fmt: skip
 TOOL = {
     "type": "function",
@@ -35,6 +36,11 @@ class Takes:
     reasoning: str = "never"
     """never, sometimes or always."""
     empty: bool = True
+
+
+def call_of(number: str, at: str) -> dict[str, Any]:
+    """A call of TOOL, as messages hold it."""
+    return {"id": number, "type": "function", "function": {"name": "look", "arguments": {"at": at}}}
 
 
 class Draw:
@@ -67,8 +73,7 @@ class Draw:
 
     def _called(self) -> Iterator[Message]:
         number = f"call{self._count:05d}"
-        function = {"name": "look", "arguments": {"at": f"{self._some()}{self._word()}{self._some()}"}}
-        call = {"id": number, "type": "function", "function": function}
+        call = call_of(number, f"{self._some()}{self._word()}{self._some()}")
         yield replace(self._answer(""), tool_calls=(call,))
         yield Message("tool", self._some() + self._word(), name="look", tool_call_id=number)
 

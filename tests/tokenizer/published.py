@@ -1,8 +1,9 @@
 """Chat templates that others published, held against conversations of which every text is known by a word of its own.
 
-`python -m tests.tokenizer.published FOLDER` reads every .jinja file of a folder, draws 2,000 conversations for each,
-and prints what was proved, what was refused and why, and what was wrong. The oracle is transformers: its rendering
-says where the prompt for an answer ends, and its `{% generation %}` blocks, where a template has them, what is learned.
+`python -m tests.tokenizer.published FOLDER --tokenizer TOKENIZER` reads every .jinja file of a folder, draws 2,000
+conversations for each, and prints what was proved, what was refused and why, and what was wrong. The oracle is
+transformers: its rendering says where the prompt for an answer ends, and its `{% generation %}` blocks, where a
+template has them, what is learned.
 No published template lies in this repository: trl has some in its package (trl/chat_templates), axolotl in its source.
 """
 
@@ -28,7 +29,7 @@ from llmtrainer.tokenizer.added import with_tokens
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.tokenizer.marks import Form, as_values
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
-from tests.tokenizer.conversations import TOOL, WORD, Draw, Takes, tame
+from tests.tokenizer.conversations import TOOL, WORD, Draw, Takes, call_of, tame
 
 DAY = date(2026, 3, 9)
 _NAME = re.compile(
@@ -38,9 +39,8 @@ _NAME = re.compile(
 """What templates write that their own tokenizers know as one token."""
 ENDS = (
     "<|END_OF_TURN_TOKEN|>", "<|return|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eot_id|>", "<|eot|>",
-    "<turn|>",
-    "<end_of_turn>", "<end_of_utterance>", "[|endofturn|]", "<|im_end|>", "<|assistant_end|>", "<seed:eos>", "[e~[",
-    "<|end_of_text|>", "<SPECIAL_12>", "<|role_end|>", "<|end|>", "<|im_end|>",
+    "<turn|>", "<end_of_turn>", "<end_of_utterance>", "[|endofturn|]", "<|im_end|>", "<|assistant_end|>", "<seed:eos>",
+    "[e~[", "<|end_of_text|>", "<SPECIAL_12>", "<|role_end|>", "<|end|>",
 )  # fmt: skip
 """What ends the answers of published models, by hand: the first that a template names is its tokenizer's end."""
 
@@ -137,7 +137,6 @@ class Proof:
     def takes(self) -> tuple[Takes, list[str]]:
         """By tame conversations, one for each thing; and why the others are refused."""
         user, answer = Message("user", "a question"), Message("assistant", "an answer")
-        call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "here"}}}
         thought = replace(answer, thinking="because")
         two = (user, answer, user, answer)
         refused: list[str] = []
@@ -159,7 +158,7 @@ class Proof:
         return Takes(
             system=holds("a system text", Message("system", "a rule"), user, last),
             tools=holds(
-                "tools", user, Message("assistant", "", thinking, tool_calls=(call,)),
+                "tools", user, Message("assistant", "", thinking, tool_calls=(call_of("call00001", "here"),)),
                 Message("tool", "found", name="look", tool_call_id="call00001"), last, tools=(TOOL,),
             ),
             reasoning="never" if not reasons else "sometimes" if plain else "always",
@@ -277,8 +276,7 @@ class Proof:
             parts for parts in (False, True)
             if _quiet(lambda: self._render(as_values(question, form=Form(parts)), (), True)[0]) == ours  # noqa: B023
         )
-        call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "zq2z"}}}
-        called = [*question, Message("assistant", "", tool_calls=(call,))]
+        called = [*question, Message("assistant", "", tool_calls=(call_of("call00001", "zq2z"),))]
         shown = _quiet(lambda: self._render(as_values(called, form=Form(parts)), (), False)[0])
         return Form(parts, arguments_as_text="zq2z" not in shown)
 
