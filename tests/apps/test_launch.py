@@ -154,8 +154,10 @@ def test_the_rank_that_was_killed_is_named_and_not_the_one_that_lost_it(
 ) -> None:
     done = job("""
 if rank == 1:
+    until(lambda: (place / "lost").exists())    # else rank 0 may be ended before it has said anything
     os.kill(os.getpid(), signal.SIGKILL)
 outcome.end(1, "a defect of ours: RuntimeError: Connection closed by peer [127.0.0.1]:1", error={})
+(place / "lost").touch()
 sys.exit(1)
 """)
     assert done.exit_code == 1 and done.json()["error"]["rank"] == 1 and done.json()["error"]["signal"] == 9
