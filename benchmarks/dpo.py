@@ -148,7 +148,7 @@ def main() -> None:
         return
     wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "pairs.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
-        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 5)
+        short = turns.steps(wish, 2, 2) if wish.quick else turns.steps(wish, 2, 5)
         settings = {**prepare(Path(scratch), wish, short["steps"]), **short}
         plain, shared = (compared(way, wish, settings) for way in ("two_rows", "shared"))
     ratios = {"trl": plain["ratio"], "trl_shared_prompt": shared["ratio"]}

@@ -132,7 +132,7 @@ def main() -> None:
         return
     wish.model = smollm2.folder_of(wish.model, wish.peer_python)
     with tempfile.TemporaryDirectory() as scratch:
-        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 4)
+        short = turns.steps(wish, 2, 2) if wish.quick else turns.steps(wish, 2, 4)
         given = {**prepare(Path(scratch), wish), **short}
         peers = {"trl": wish.peer_python}
         result = turns.in_turn("SmolLM2-135M, GRPO", "steps/s", peers, __file__, given, wish)

@@ -149,7 +149,7 @@ def main() -> None:
         return
     wish.model, wish.data = smollm2.folder_of(wish.model, wish.peer_python), recipes.data_of(wish, "sft.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
-        short = turns.steps(wish, 1, 2) if wish.quick else turns.steps(wish, 2, 4)
+        short = turns.steps(wish, 2, 2) if wish.quick else turns.steps(wish, 2, 4)
         settings = {**prepare(Path(scratch), wish), **short}
         plain = compared("trl", wish, settings, packing=False)
         packed = compared("trl_packing", wish, settings, packing=True)

@@ -58,6 +58,7 @@ def build(folder: Path) -> None:
     weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, partial / "model.safetensors", {"format": "pt"})
     config = model.config
+    config.architectures = [type(model).__name__]    # TRL loads a reference by it; no GGUF file says it
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(partial)

@@ -20,8 +20,9 @@ from llmtrainer.core.products import turned_copy
 WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS, balance.WANT)
 """What a policy can be asked for: fields of Outputs without their shape, and balanced gradients."""
 
-_CHUNK_BYTES = 128 * 2**20
-"""Size of one chunk of logits where nobody names a chunk. A batch that fits keeps its logits for backward."""
+_CHUNK_BYTES = 512 * 2**20
+"""Size of one chunk of logits where nobody names a chunk. A batch that fits keeps its logits for backward: to compute
+them again is a third more products with the head, whose rows are a fifth of a small model's weights."""
 _SLICE_BYTES = 64 * 2**20
 """A chunk is worked through in slices of this size: C libraries return larger blocks to the system each time,
 and pages that come back cost more than the arithmetic on them."""
@@ -239,7 +240,7 @@ class _Head(torch.autograd.Function):
         drawn, turn, weight_grad = ctx.drawn, ctx.arithmetic.turn, None
         if ctx.needs_input_grad[1]:
             # Slices add up in the master's type: bfloat16 sums would depend on how many there are.
-            weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.zeros_like(weight_VD)
+            weight_grad = _room_like(weight_VD.t(), _APART) if turn else torch.empty_like(weight_VD)
         room_RV, ctx.room_RV = ctx.room_RV, None
         for index, logits in enumerate(ctx.kept):
             part = slice(index * ctx.rows, (index + 1) * ctx.rows)
@@ -260,7 +261,10 @@ class _Head(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += turn(hidden_ND[part]) @ logits if turn else logits.t() @ hidden_ND[part]
+                factors = (turn(hidden_ND[part]), logits) if turn else (logits.t(), hidden_ND[part])
+                _add_product(weight_grad, *factors, first=index == 0)
+        if weight_grad is not None and not ctx.kept:
+            weight_grad.zero_()
         if weight_grad is not None and turn:
             weight_grad = turn(weight_grad)
         return hidden_grad, weight_grad, None, None, None, None, None, None
@@ -286,9 +290,20 @@ all stand in the same few lines of the cache: measured, that reading takes four 
 
 
 def _room_like(matrix: Tensor, apart: int) -> Tensor:
-    """Zeros of the same shape and type, each row so many elements behind the end of the one before."""
+    """Unset memory of the same shape and type, each row so many elements behind the end of the one before."""
     rows, columns = matrix.shape
-    return matrix.new_zeros(rows, columns + apart)[:, :columns]
+    return matrix.new_empty(rows, columns + apart)[:, :columns]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """left right onto the total, in the total's type; the first one is what the total becomes."""
+    if total.dtype == left.dtype:
+        # The library adds while the product is in registers: no second matrix of this size, no second pass.
+        total.addmm_(left, right, beta=0.0 if first else 1.0)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
 
 
 def _reduce(logits: Tensor, targets_n: Tensor, entropy: bool) -> Reduced:
