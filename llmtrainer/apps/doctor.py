@@ -21,6 +21,7 @@ from llmtrainer.base.result import Result
 from llmtrainer.base.units import Bytes
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.precision import DTYPES, multiplies_bfloat16, resolve
+from llmtrainer.core.products import in_float32, product
 from llmtrainer.models import kernels, paths, prepacked
 
 PACKAGES = (
@@ -138,6 +139,8 @@ def _fallbacks(
             found.append(f"generate multiplies with plain weights, more slowly: {reason}")
     if not native:
         found.append(f"{device.type} does not multiply bfloat16 natively: `precision: auto` is float32")
+    if in_float32(device, torch.bfloat16):
+        found.append("products of bfloat16 are computed in float32, and rounded once")
     if compiler is None and device.type == "cpu":
         found.append("no C++ compiler on the path: models run uncompiled, and engine.compile=true is refused")
     for name, version in packages.items():
@@ -189,7 +192,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, examination: Examinat
     seconds = []
     for _ in range(examination.repeats + 1):
         started = time.perf_counter()
-        (a @ b)[0, 0].item()     # .item() waits for the device
+        product(a, b)[0, 0].item()     # .item() waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(seconds[1:])     # the first product loads the kernels
 

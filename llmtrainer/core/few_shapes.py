@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llmtrainer.core.products import in_float32
+
 LEAST = 32
 """Tokens that a row is rounded to where nothing is known of it."""
 _PER_OCTAVE = 16
@@ -17,9 +19,10 @@ def costs_by_shape(device: torch.device, compute: torch.dtype) -> bool:
     megabyte for each (measured on a processor with AMX, torch 2.13: 0.27 MB of description in torch's cache and 0.3 MB
     of code in the library's; 1,024 of each are kept, between which freed activations come to lie in pieces), and the
     first product takes as long as thirty others. A run in which each step has a length of its own met 37 shapes a
-    step. Wider types are multiplied by another library, which keeps nothing.
+    step. Wider types, and what is computed in one, are multiplied by another library, which keeps nothing.
     """
-    return device.type == "cpu" and compute in (torch.bfloat16, torch.float16)
+    narrow = compute in (torch.bfloat16, torch.float16)
+    return device.type == "cpu" and narrow and not in_float32(device, compute)
 
 
 def rounded(number: int, least: int = LEAST) -> int:

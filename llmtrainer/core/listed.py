@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.batch import TEACHER_IDS, TEACHER_LOGP, TEACHER_TEMPERATURE, Batch
+from llmtrainer.core.products import widened
 
 WANTS = ("listed_logp", "rest_logp")
 """What of Outputs is worked out here."""
@@ -32,7 +33,8 @@ def told_by(
     time.
     """
     wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
-    weight, hidden_ND = weight_VD.to(hidden_BTD.dtype), hidden_BTD.flatten(0, 1)
+    hidden_ND = widened(hidden_BTD.flatten(0, 1))
+    weight = weight_VD.to(hidden_ND.dtype)
     ids_NK = torch.arange(k, device=weight.device).repeat(len(hidden_ND), 1)
     logp_NK = torch.zeros(ids_NK.shape, dtype=wide, device=weight.device)
     for places in batch.weights_BT.flatten().nonzero()[:, 0].split(rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 DTYPES = {
@@ -17,6 +19,18 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this type run in hardware. Only of processors of x86 it is known where they do not."""
+    if device.type != "cpu" or dtype not in _INSTRUCTIONS:
+        return True
+    # The question is newer than the oldest torch that we run on.
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return has.get("architecture") != "x86_64" or any(has.get(name) for name in _INSTRUCTIONS[dtype])
 
 
 def resolve(asked: str, device: torch.device) -> str:

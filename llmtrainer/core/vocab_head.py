@@ -15,7 +15,7 @@ from llmtrainer.core import balance, listed
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.drawn import Drawn
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
-from llmtrainer.core.products import turned_copy
+from llmtrainer.core.products import turned_copy, widened
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS, balance.WANT)
 """What a policy can be asked for: fields of Outputs without their shape, and balanced gradients."""
@@ -86,7 +86,7 @@ def score_gathered(
 ) -> Outputs:
     """As `score`, for hidden states already gathered at `chosen_N`."""
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
-    targets = batch.targets_BT.flatten()
+    targets, hidden_ND = batch.targets_BT.flatten(), widened(hidden_ND)
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
     if balance.WANT in wants:
         hidden_ND = balance.balanced(hidden_ND, batch, chosen_N)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmtrainer.core.products import widened
 from llmtrainer.models.joint import joint_linear
 from llmtrainer.models.layers import TORCH, Kernels, Linear, RMSNorm
 from llmtrainer.models.lora import Beside
@@ -55,7 +56,8 @@ def attend_sdpa(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible
 
 def attend_blocks(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible) -> Tensor:
     """Blocks of queries, each by plain products against the one range of keys that it needs."""
-    return _Blocks.apply(q_BTHC, k_BTKC, v_BTKC, visible.blocks)
+    q, k, v = (widened(x) for x in (q_BTHC, k_BTKC, v_BTKC))
+    return _Blocks.apply(q, k, v, visible.blocks).to(q_BTHC.dtype)
 
 
 Path = Callable[[Tensor, Tensor, Tensor, Visible], Tensor]

@@ -32,7 +32,7 @@ class Cache:
         shape = (rows, family.kv_heads or family.heads, capacity, family.channels)
         # Zeros, not unset memory: a masked key has probability 0, but 0 * NaN would still be NaN.
         self.keys, self.values = (
-            [torch.zeros(shape, dtype=decoder.compute, device=device) for _ in range(family.layers)]
+            [torch.zeros(shape, dtype=self.weights.compute, device=device) for _ in range(family.layers)]
             for _ in range(2)
         )
         self._recordings = recordings(device)

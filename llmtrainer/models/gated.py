@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrainer.core.products import weight_gradient
+from llmtrainer.core.products import add_product, linear, product, weight_gradient
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Masters of gate [F, D], up [F, D] and down [D, F]."""
@@ -51,12 +51,12 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         narrow = x_ND.dtype
         gate_w, up_w, down_w = gate_FD.to(narrow), up_FD.to(narrow), down_DF.to(narrow)
-        gate_NF = F.linear(x_ND, gate_w, _cast(gate_F, narrow))
-        up_NF = F.linear(x_ND, up_w, _cast(up_F, narrow))
+        gate_NF = linear(x_ND, gate_w, _cast(gate_F, narrow))
+        up_NF = linear(x_ND, up_w, _cast(up_F, narrow))
         ctx.save_for_backward(x_ND, gate_NF, up_NF, gate_w, up_w, down_w)
         ctx.turned, ctx.master = turned, gate_FD.dtype
         bias_D = _cast(down_D, narrow)
-        parts = [F.linear(F.silu(gate_NF[one]) * up_NF[one], down_w, bias_D) for one in tiles(len(x_ND))]
+        parts = [linear(F.silu(gate_NF[one]) * up_NF[one], down_w, bias_D) for one in tiles(len(x_ND))]
         return joined(parts)
 
     @staticmethod
@@ -69,10 +69,10 @@ class _GatedMLP(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * 6
         for one in tiles(len(x_ND)):
             x, grad = x_ND[one], grad_ND[one]
-            product, gate_grad, up_grad = differentiate_product(gate_NF[one], up_NF[one], grad @ down_w)
+            gated, gate_grad, up_grad = differentiate_product(gate_NF[one], up_NF[one], product(grad, down_w))
             if needs[0]:
-                x_parts.append(torch.addmm(gate_grad @ gate_w, up_grad, up_w))
-            pairs = ((gate_grad, x), (up_grad, x), (grad, product))
+                x_parts.append(add_product(product(gate_grad, gate_w), up_grad, up_w))
+            pairs = ((gate_grad, x), (up_grad, x), (grad, gated))
             weights = (
                 weight_gradient(to, of, master, turned) if need else None
                 for need, (to, of) in zip(needs[1:4], pairs, strict=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrainer.core.products import weight_gradient
+from llmtrainer.core.products import linear, product, weight_gradient
 
 
 def joint_linear(
@@ -32,14 +31,14 @@ class _Joint(torch.autograd.Function):
         ctx.save_for_backward(x_ND, joint_OD)
         ctx.sizes = [weight.shape[0] for weight in weights if weight is not None]
         ctx.turned, ctx.master = turned, parameters[0].dtype if parameters[0] is not None else x_ND.dtype
-        return F.linear(x_ND, joint_OD, torch.cat(biases).to(x_ND.dtype) if biases else None)
+        return linear(x_ND, joint_OD, torch.cat(biases).to(x_ND.dtype) if biases else None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, joint_OD = ctx.saved_tensors
         needs, count, grad_NO = ctx.needs_input_grad, len(ctx.sizes), grad_NO.contiguous()
-        x_grad_ND = grad_NO @ joint_OD if needs[0] else None
+        x_grad_ND = product(grad_NO, joint_OD) if needs[0] else None
         weights, biases = ([None] * count for _ in range(2))
         if any(needs[3 : 3 + count]):
             weights = weight_gradient(grad_NO, x_ND, ctx.master, ctx.turned).split(ctx.sizes)

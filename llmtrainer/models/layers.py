@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmtrainer.core.products import linear
 from llmtrainer.models.gated import Biases, Weights, gated_mlp
 from llmtrainer.models.lora import AdaptedLayer, Beside, LowRank, adapted_gated_mlp
 from llmtrainer.models.norm import rms_norm
@@ -34,7 +35,7 @@ class Linear(nn.Module):
         if self.adapter is not None:
             adapted: Tensor = self.adapter(x, self.weight, self.bias, beside)
             return adapted
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def merged(self) -> Tensor:
         """The one matrix that does what weight and adapter do."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.pieces import is_piece
-from llmtrainer.core.products import weight_gradient
+from llmtrainer.core.products import add_product, linear, product, weight_gradient
 from llmtrainer.core.randomness import dropout
 from llmtrainer.models.gated import differentiate_product, joined, plus, tiles
 
@@ -120,7 +120,7 @@ class LowRank(nn.Module):
         s^2 <B, B A A'>. Exactly ||W|| where B is 0."""
         A, B = self.lora_A, self.lora_B
         assert isinstance(self.base_norm_O, Tensor), "the base was never measured"
-        cross_OR = (weight_OI @ A.to(weight_OI.dtype).t()).to(A.dtype)
+        cross_OR = product(weight_OI, A.to(weight_OI.dtype).t()).to(A.dtype)
         more_O = (B * (2.0 * self.scale * cross_OR + self.scale**2 * (B @ (A @ A.t())))).sum(1)
         norm_O = (self.base_norm_O.square() + more_O).clamp(min=0.0).sqrt()
         return torch.where(more_O == 0.0, self.base_norm_O, norm_O)
@@ -150,12 +150,12 @@ class LowRank(nn.Module):
 
 def _with_low(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low: Low | None) -> tuple[Tensor, Tensor]:
     """The layer's output, and the r numbers between A and B [.., r]; those of nobody are empty."""
-    y_BTO = F.linear(x_BTI, weight_OI, bias_O)
+    y_BTO = linear(x_BTI, weight_OI, bias_O)
     if low is None:
         return y_BTO, y_BTO.new_empty(0)
-    h_BTR = low.how.gated(F.linear(low.how.dropped(x_BTI), low.down_RI.to(x_BTI.dtype)))
+    h_BTR = low.how.gated(linear(low.how.dropped(x_BTI), low.down_RI.to(x_BTI.dtype)))
     up_RO = low.up_OR.to(x_BTI.dtype).t()
-    y_NO = y_BTO.flatten(0, -2).addmm_(h_BTR.flatten(0, -2), up_RO, alpha=low.how.scale)
+    y_NO = add_product(y_BTO.flatten(0, -2), h_BTR.flatten(0, -2), up_RO, low.how.scale)
     return y_NO.view(y_BTO.shape), h_BTR
 
 
@@ -171,19 +171,19 @@ def _differentiate(
 ) -> _Gradients:
     """Of `_with_low`: nothing for the weight, which is frozen."""
     grad_NO = grad_BTO.flatten(0, -2)
-    x_grad = (grad_NO @ weight_OI).view(x_BTI.shape) if needs_x else None
+    x_grad = product(grad_NO, weight_OI).view(x_BTI.shape) if needs_x else None
     if low is None:
         return _Gradients(x_grad, None, None)
     narrow, master, how = x_BTI.dtype, low.down_RI.dtype, low.how
     up_grad = how.scale * weight_gradient(grad_NO, h_BTR.flatten(0, -2), master, turned)
-    h_grad_NR = how.gated((grad_NO @ low.up_OR.to(narrow)).mul_(how.scale).view(h_BTR.shape)).flatten(0, -2)
+    h_grad_NR = how.gated(product(grad_NO, low.up_OR.to(narrow)).mul_(how.scale).view(h_BTR.shape)).flatten(0, -2)
     down_grad = weight_gradient(h_grad_NR, how.dropped(x_BTI).flatten(0, -2), master, turned)
     if x_grad is not None:
         down = low.down_RI.to(narrow)
         if not how.drops:
-            x_grad = x_grad.flatten(0, -2).addmm_(h_grad_NR, down).view(x_BTI.shape)
+            x_grad = add_product(x_grad.flatten(0, -2), h_grad_NR, down).view(x_BTI.shape)
         else:
-            x_grad = x_grad + how.dropped((h_grad_NR @ down).view(x_BTI.shape))
+            x_grad = x_grad + how.dropped(product(h_grad_NR, down).view(x_BTI.shape))
     return _Gradients(x_grad, down_grad, up_grad)
 
 
@@ -221,10 +221,10 @@ class _Directed(torch.autograd.Function):
         up_OR: Tensor, how: How,
     ) -> Tensor:  # fmt: skip
         narrow, dropped_BTI = x_BTI.dtype, how.dropped(x_BTI)
-        y_BTO = F.linear(x_BTI, weight_OI, bias_O)
-        base_BTO = F.linear(dropped_BTI, weight_OI) if dropped_BTI is not x_BTI or bias_O is not None else y_BTO
-        h_BTR = F.linear(dropped_BTI, down_RI.to(narrow))
-        low_BTO = F.linear(h_BTR, up_OR.to(narrow))
+        y_BTO = linear(x_BTI, weight_OI, bias_O)
+        base_BTO = linear(dropped_BTI, weight_OI) if dropped_BTI is not x_BTI or bias_O is not None else y_BTO
+        h_BTR = linear(dropped_BTI, down_RI.to(narrow))
+        low_BTO = linear(h_BTR, up_OR.to(narrow))
         y_BTO = (y_BTO + (share_O - 1.0) * base_BTO + how.scale * share_O * low_BTO).to(narrow)
         ctx.save_for_backward(x_BTI, h_BTR, weight_OI, share_O, down_RI, up_OR)
         ctx.how = how
@@ -243,7 +243,7 @@ class _Directed(torch.autograd.Function):
         found = _differentiate(scaled_BTO, dropped_BTI, h_BTR, weight_OI, low, ctx.needs_input_grad[0])
         x_grad = found.x_BTI
         if x_grad is not None and dropped_BTI is not x_BTI:
-            base_BTI = (grad_BTO.flatten(0, -2) @ weight_OI).view(x_BTI.shape)
+            base_BTI = product(grad_BTO.flatten(0, -2), weight_OI).view(x_BTI.shape)
             x_grad = base_BTI + how.dropped(x_grad - base_BTI)
         return x_grad, None, None, share_grad_O, found.down_RI, found.up_OR, None
 
@@ -281,7 +281,7 @@ def _apply(layer: AdaptedLayer, x: Tensor, beside: Beside | None) -> Tensor:
     if adapter is not None:
         found: Tensor = adapter(x, weight_OI, bias_O, beside)
         return found
-    return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
+    return linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
 
 class _AdaptedMLP(torch.autograd.Function):

@@ -83,7 +83,7 @@ class _Step:
     def __init__(self, store: Store, tokens_BT: Tensor, lengths_B: Tensor) -> None:
         weights, before_B = store.weights, store.lengths_B
         device = before_B.device
-        few = costs_by_shape(device, weights.compute)
+        few = weights.packed or costs_by_shape(device, weights.compute)
         T = tokens_BT.shape[1]
         if few and T > 1:
             tokens_BT = F.pad(tokens_BT, (0, rounded(T) - T))

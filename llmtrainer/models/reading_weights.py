@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrainer.core.products import widened
 from llmtrainer.models.prepacked import Product
 
 if TYPE_CHECKING:
@@ -23,12 +24,15 @@ class ReadingWeights:
     product, gate and up another, and matrices are laid out as the processor wants them."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.compute, self.rotary = decoder.compute, decoder.rotary
+        self.compute, self.rotary = _held(decoder.compute), decoder.rotary
         self.window = decoder.family.sliding_window
         self.embedding_VD = decoder.model.embed_tokens.weight.detach().to(decoder.residual_type, copy=True)
         self.layers = [_Layer(block, decoder.compute) for block in decoder.model.blocks()]
-        self.norm = _Norm(decoder.model.norm, decoder.compute)
+        self.norm = _Norm(decoder.model.norm, self.compute)
         self.head = Product([decoder.head_weight], [None], decoder.compute)
+        self.packed = self.head.packed or any(layer.packed for layer in self.layers)
+        """Whether a matrix is packed. The library of packed products keeps half a megabyte for each shape it meets, in
+        float32 too (measured without AVX-512)."""
         family = decoder.family
         self.key_shape = family.kv_heads or family.heads, family.channels
         """K, C: how many key heads, and the width of each."""
@@ -64,18 +68,26 @@ def _sum(weight: Tensor) -> int:
     return int(whole.view(torch.int64).sum()) + int(rest.sum())
 
 
+def _held(compute: torch.dtype) -> torch.dtype:
+    """The type that is read in: float32 where products of the narrower one would be computed in it anyway (see
+    core/products.py). The weights are rounded to the narrower type all the same."""
+    return widened(torch.empty(0, dtype=compute)).dtype
+
+
 class _Layer:
     def __init__(self, block: Block, compute: torch.dtype) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.shape = attention.shape
         self.compute = compute
-        self.norm_before = _Norm(block.input_layernorm, compute)
-        self.norm_after = _Norm(block.post_attention_layernorm, compute)
+        self.norm_before = _Norm(block.input_layernorm, _held(compute))
+        self.norm_after = _Norm(block.post_attention_layernorm, _held(compute))
         self.queries_keys_values = _product(compute, attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = _product(compute, attention.o_proj)
         self.gate_up = _product(compute, mlp.gate_proj, mlp.up_proj)
         self.down = _product(compute, mlp.down_proj)
-        self.norm_heads = _head_norm(attention, compute)
+        self.norm_heads = _head_norm(attention, _held(compute))
+        products = (self.queries_keys_values, self.output, self.gate_up, self.down)
+        self.packed = any(product.packed for product in products)
 
     def project(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Attention.project: queries and keys of all heads at once, normalised (if asked) and rotated."""

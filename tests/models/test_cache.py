@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrainer.core import products
 from llmtrainer.models import prepacked, reading
 from llmtrainer.models.decoder import Decoder
 from tests.models.rows import rows
 from tests.models.test_decoder import decoder, logits
-from tests.tolerances import FLOAT64_LOGITS
+from tests.tolerances import FLOAT32_SUM_RELATIVE, FLOAT64_LOGITS
 
 FIELDS: dict[str, dict[str, Any]] = {
     "full": {}, "window": dict(sliding_window=5), "window of one": dict(sliding_window=1),
@@ -100,12 +101,21 @@ def test_a_window_reads_what_a_cut_context_reads() -> None:
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])
-def test_logits_are_float32_and_the_cache_holds_the_compute_type(compute: torch.dtype) -> None:
+@pytest.mark.parametrize("natively", [True, False])
+def test_logits_are_float32_and_the_cache_holds_the_type_that_is_multiplied(
+    compute: torch.dtype, natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: not natively, torch.float16: not natively})
     model, batch = decoder(compute=compute), rows([[12], [12]])
     cache = model.cache(2, 12)
     found = model.read(batch.tokens_BT, torch.tensor([12, 6]), cache)
-    assert found.dtype == torch.float32 and cache.keys[0].dtype == compute
+    assert found.dtype == torch.float32 and cache.keys[0].dtype == (compute if natively else torch.float32)
     expected = logits(model, batch).float()
+    if not natively:    # between weights of the narrow type nothing is rounded to it
+        exact = decoder()
+        for rounded, master in zip(exact.parameters(), model.parameters(), strict=True):
+            rounded.data = (master.to(compute) if master.ndim == 2 else master).double()
+        expected = logits(exact, batch).float()
     torch.testing.assert_close(found, expected[[0, 1], [11, 5]], rtol=2e-2, atol=2e-2)
 
 
@@ -179,6 +189,7 @@ def test_both_ways_to_attend_with_one_query_are_the_reference() -> None:
 def test_packed_products_have_the_bits_of_plain_ones_and_without_the_operators_nothing_is_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: False})
     random = torch.Generator().manual_seed(0)
     weights = [torch.randn(n, 64, generator=random) for n in (96, 32)]
     biases = [torch.randn(n, generator=random) for n in (96, 32)]
@@ -196,6 +207,26 @@ def test_packed_products_have_the_bits_of_plain_ones_and_without_the_operators_n
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert prepacked.missing() == "torch was built without oneDNN"
     assert torch.equal(prepacked.Product(weights, biases, torch.bfloat16)(x_NI), plain)
+
+
+def test_packed_products_in_float32_are_right_and_give_a_row_the_same_bits_beside_any_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight_OI, bias_O = torch.randn(384, 256, generator=random), torch.randn(384, generator=random)
+    x_NI = torch.randn(40, 256, generator=random)
+    packed = prepacked.Product([weight_OI], [bias_O], torch.float32)
+    exact = F.linear(x_NI.double(), weight_OI.double(), bias_O.double())
+    assert (packed(x_NI) - exact).norm() <= FLOAT32_SUM_RELATIVE * exact.norm()
+    if packed.packed:
+        whole = packed(x_NI)
+        assert all(torch.equal(packed(x_NI[:rows]), whole[:rows]) for rows in (1, 2, 7, 16, 33))
+    for wrong in (lambda x, *_: F.linear(x, weight_OI + 1e-2), lambda x, *_: F.linear(x, weight_OI) + 1e-6 * len(x)):
+        monkeypatch.setattr(prepacked, "_PROVED", {})
+        monkeypatch.setattr(prepacked, "_multiply", wrong)
+        assert not prepacked.Product([weight_OI], [bias_O], torch.float32).packed
+    small = prepacked.Product([weight_OI[:8, :8]], [None], torch.float32)
+    assert not small.packed, "to find the operator would take longer than the product"
 
 
 def test_more_tokens_than_the_capacity_are_refused() -> None:

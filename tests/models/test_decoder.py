@@ -193,15 +193,21 @@ def test_every_place_of_dropout_draws_its_own_mask(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
 def test_a_float32_residual_stream_is_nearer_to_the_exact_one(compute: torch.dtype) -> None:
+    def made(compute: torch.dtype, kept: bool) -> Decoder:
+        # As a run begins. Weights as large as this file's others amplify whatever is rounded, until it is chance.
+        model = Llama(**{**TINY, "layers": 8, "fp32_residual": kept}).build(320, compute)
+        model.initialise(1)
+        return model
+
     batch = rows([[40], [30]])
-    exact = logits(decoder(layers=8), batch)
+    exact = logits(made(torch.float64, False), batch)
     errors = {}
     for kept in (False, True):
-        model = decoder(compute=compute, layers=8, fp32_residual=kept)
+        model = made(compute, kept)
         assert model.residual(batch).dtype == (torch.float32 if kept else compute)
         error = (logits(model, batch).double() - exact)[batch.document_BT >= 0]
         errors[kept] = float(error.detach().square().mean())
-    assert errors[True] < errors[False]
+    assert 2.0 * errors[True] < errors[False]
 
 
 def test_masters_are_float32_whatever_the_compute_type() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrainer.core import vocab_head
+from llmtrainer.core import products, vocab_head
 from llmtrainer.core.batch import GATES, Batch
 from llmtrainer.core.drawn import Drawn
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
@@ -20,6 +20,12 @@ from tests.tolerances import BFLOAT16_RELATIVE
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that multiplies 16 bits: elsewhere another library is asked, which keeps no shape."""
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: False, torch.float16: False})
 
 
 class Shapes(TorchDispatchMode):
@@ -53,8 +59,10 @@ def test_a_size_is_rounded_to_one_of_few_by_a_sixteenth_at_most_and_by_nothing_w
     assert [rounded(number, 8) for number in (0, 1, 9, 64, 65, 129)] == [0, 8, 16, 64, 72, 136]
 
 
-def test_only_16_bits_on_a_processor_are_rounded() -> None:
+def test_only_16_bits_on_a_processor_that_multiplies_them_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [costs_by_shape(CPU, type) for type in (torch.bfloat16, torch.float16)] == [True, True]
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: True, torch.float16: False})
+    assert [costs_by_shape(CPU, type) for type in (torch.bfloat16, torch.float16)] == [False, True]
     assert not any(costs_by_shape(CPU, type) for type in (torch.float32, torch.float64))
     assert not costs_by_shape(torch.device("meta"), torch.bfloat16)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmtrainer.core import products
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.rope_scalings.dynamic import Dynamic
 from tests.models.rows import rows
@@ -75,7 +76,11 @@ def test_rotary_positions_depend_on_the_longest_row_and_on_no_table() -> None:
     assert (other.read(fed, n, [TABLES[0]], [0])[0] - whole).abs().max() > 1e-3
 
 
-def test_blocks_hold_the_compute_type_and_an_own_copy_stays_as_it_was() -> None:
+@pytest.mark.parametrize("natively", [True, False])
+def test_blocks_hold_the_type_that_is_multiplied_and_an_own_copy_stays_as_it_was(
+    natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: not natively})
     model = decoder(compute=torch.bfloat16)
     own = model.reading_weights(own=True)
     tokens_BT, n = torch.tensor([[5, 6, 7]]), torch.tensor([3])
@@ -83,7 +88,7 @@ def test_blocks_hold_the_compute_type_and_an_own_copy_stays_as_it_was() -> None:
     with torch.no_grad():
         model.head_weight.mul_(2.0)
     memory = model.pages(own, 20, SIZE, 24)
-    assert memory.held[0].dtype == torch.bfloat16
+    assert memory.held[0].dtype == (torch.bfloat16 if natively else torch.float32)
     assert torch.equal(memory.read(tokens_BT, n, [[1]], [0]), before)
     assert not torch.equal(pages(model).read(tokens_BT, n, [[1]], [0]), before)
 
