@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.batch import TEACHER_IDS, TEACHER_LOGP, TEACHER_TEMPERATURE, Batch
+from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.core.products import widened
 
 WANTS = ("listed_logp", "rest_logp")
@@ -37,7 +39,11 @@ def told_by(
     weight = weight_VD.to(hidden_ND.dtype)
     ids_NK = torch.arange(k, device=weight.device).repeat(len(hidden_ND), 1)
     logp_NK = torch.zeros(ids_NK.shape, dtype=wide, device=weight.device)
-    for places in batch.weights_BT.flatten().nonzero()[:, 0].split(rows):
+    counting_N = batch.weights_BT.flatten().nonzero()[:, 0]
+    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and len(counting_N):
+        # The last one again, so that few shapes occur: what is said of it is the same.
+        counting_N = torch.cat([counting_N, counting_N[-1:].expand(rounded(len(counting_N)) - len(counting_N))])
+    for places in counting_N.split(rows):
         every = (hidden_ND[places] @ weight.t()).to(wide) / temperature
         best = every.topk(k, dim=-1)
         ids_NK[places] = best.indices
@@ -54,8 +60,11 @@ def log_probabilities(
 
     The logits of `rows` positions exist at one time; backward computes them again.
     """
+    N = len(hidden_ND)
+    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and (more := rounded(N) - N):
+        hidden_ND, ids_NK = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(ids_NK, (0, 0, 0, more))
     found = _Listed.apply(hidden_ND, weight_VD, ids_NK, temperature, rows)
-    return dict(zip(WANTS, found, strict=True))
+    return {name: value[:N] for name, value in zip(WANTS, found, strict=True)}
 
 
 def of_logits(logits_NV: Tensor, ids_NK: Tensor, temperature: float) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import foreign_score, paths, scalar
+from llmtrainer.models.few_rows import with_few_shapes
 from llmtrainer.models.foreign_cache import KeyRows, Rows, Seen, attend_columns
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import TokenPages
@@ -248,7 +249,7 @@ class Foreign(nn.Module):
         if self.adapter is not None:
             self.adapter.require_one()      # gates are known to our own families alone
         if not self.apart:
-            return self._read_rows(batch, logits)
+            return self._read_rows(with_few_shapes(batch, self.compute), logits)[:, : batch.tokens_BT.shape[1]]
         single, places = _apart(batch)
         place_BT = batch.place_B[:, None].expand(batch.tokens_BT.shape) if batch.place_BT is None else batch.place_BT
         first_N = single.position_BT.flatten()[single.document_BT.flatten() >= 0] == 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrainer.core import products, vocab_head
-from llmtrainer.core.batch import GATES, Batch
+from llmtrainer.core import listed, products, vocab_head
+from llmtrainer.core.batch import GATES, TEACHER_IDS, TEACHER_LOGP, Batch
 from llmtrainer.core.drawn import Drawn
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.models.few_rows import with_few_shapes
+from llmtrainer.models.foreign_loading import load_foreign
 from tests.models.rows import rows, shared_prompt
 from tests.models.test_decoder import decoder
 from tests.tolerances import BFLOAT16_RELATIVE
@@ -169,3 +172,49 @@ def test_the_head_gives_the_bits_of_the_same_positions_with_others_behind_them()
     part = vocab_head.log_probabilities(hidden_ND[:37], weight_VD, targets_N[:37], ("logp", "entropy"), drawn=few)
     for name, value_N in part.items():
         assert torch.equal(value_N, whole[name][:37]), name
+
+
+def test_what_a_teacher_lists_is_told_and_learned_in_few_shapes_and_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight_VD = torch.randn(50, 16, generator=random)
+    told: dict[int, list[torch.Tensor]] = {}
+
+    def learn(length: int) -> None:
+        batch, draw = rows([[length]]), torch.Generator().manual_seed(length)
+        hidden = torch.randn(1, length, 16, generator=draw).bfloat16().requires_grad_()
+        signals = listed.told_by(hidden.detach(), weight_VD, batch, 3)
+        ids_NK = signals[TEACHER_IDS].flatten(0, 1)
+        weight = weight_VD.clone().requires_grad_()
+        found = listed.log_probabilities(hidden[0], weight, ids_NK, 1.0, 1024)
+        sum(value.sum() for value in found.values()).backward()    # type: ignore[union-attr]
+        assert hidden.grad is not None and weight.grad is not None
+        told[length] = [*found.values(), signals[TEACHER_LOGP], hidden.grad, weight.grad]
+
+    assert shapes(learn, range(65, 97)) == shapes(learn, range(96, 97))
+    rounded_up = told[70]
+    monkeypatch.setattr(listed, "costs_by_shape", lambda device, compute: False)
+    learn(70)
+    for one, other in zip(rounded_up, told[70], strict=True):
+        assert (one - other).norm() <= BFLOAT16_RELATIVE * other.norm()
+
+
+def test_a_class_of_transformers_meets_few_shapes_and_its_rows_stay_the_same(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=320, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, wide = load_foreign(tmp_path, torch.bfloat16).eval(), load_foreign(tmp_path, torch.float32).eval()
+    found: dict[int, torch.Tensor] = {}
+
+    def learn(length: int) -> None:
+        out = model(rows([[length - 20, 20]]), ("logp",))
+        assert out.logp_BT is not None and out.logp_BT.shape == (1, length)
+        out.logp_BT.sum().backward()
+        found[length] = out.logp_BT.detach()
+
+    assert shapes(learn, range(65, 97)) == shapes(learn, range(96, 97))
+    exact = wide(rows([[50, 20]]), ("logp",)).logp_BT
+    assert exact is not None and (found[70] - exact).norm() <= BFLOAT16_RELATIVE * exact.norm()
