@@ -36,7 +36,7 @@ def told_by(
     """
     wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
     hidden_ND = widened(hidden_BTD.flatten(0, 1))
-    weight = weight_VD.to(hidden_ND.dtype)
+    weight = widened(weight_VD.to(hidden_BTD.dtype))
     ids_NK = torch.arange(k, device=weight.device).repeat(len(hidden_ND), 1)
     logp_NK = torch.zeros(ids_NK.shape, dtype=wide, device=weight.device)
     counting_N = batch.weights_BT.flatten().nonzero()[:, 0]
@@ -60,10 +60,10 @@ def log_probabilities(
 
     The logits of `rows` positions exist at one time; backward computes them again.
     """
-    N = len(hidden_ND)
+    N, narrow, hidden_ND = len(hidden_ND), hidden_ND.dtype, widened(hidden_ND)
     if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and (more := rounded(N) - N):
         hidden_ND, ids_NK = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(ids_NK, (0, 0, 0, more))
-    found = _Listed.apply(hidden_ND, weight_VD, ids_NK, temperature, rows)
+    found = _Listed.apply(hidden_ND, weight_VD, ids_NK, temperature, rows, narrow)
     return {name: value[:N] for name, value in zip(WANTS, found, strict=True)}
 
 
@@ -83,10 +83,11 @@ def _log_sum(logp_NV: Tensor) -> Tensor:
 class _Listed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_NK: Tensor, temperature: float, rows: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, ids_NK: Tensor, temperature: float, rows: int,
+        narrow: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N, wide = len(hidden_ND), torch.promote_types(hidden_ND.dtype, torch.float32)
-        weight = weight_VD.to(hidden_ND.dtype)
+        weight = weight_VD.to(narrow).to(hidden_ND.dtype)    # see vocab_head
         listed_NK = hidden_ND.new_empty(ids_NK.shape, dtype=wide)
         partition_N, rest_N = hidden_ND.new_empty(N, dtype=wide), hidden_ND.new_empty(N, dtype=wide)
         for start in range(0, N, rows):
@@ -122,4 +123,4 @@ class _Listed(torch.autograd.Function):
                 hidden_grad[part] = gradient @ weight
             if weight_grad is not None:
                 weight_grad += gradient.t() @ hidden_ND[part]
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None

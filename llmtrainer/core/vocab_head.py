@@ -86,7 +86,7 @@ def score_gathered(
 ) -> Outputs:
     """As `score`, for hidden states already gathered at `chosen_N`."""
     assert set(wants) <= set(WANTS), f"a policy cannot compute {sorted(set(wants) - set(WANTS))}"
-    targets, hidden_ND = batch.targets_BT.flatten(), widened(hidden_ND)
+    targets = batch.targets_BT.flatten()
     targets_N = targets if chosen_N is None else targets.index_select(0, chosen_N)
     if balance.WANT in wants:
         hidden_ND = balance.balanced(hidden_ND, batch, chosen_N)
@@ -168,6 +168,7 @@ def log_probabilities(
     The product runs in hidden's type, every reduction over the vocabulary in float32 (float64 for float64).
     With more than one chunk, backward computes the logits again instead of keeping them.
     """
+    narrow, hidden_ND = hidden_ND.dtype, widened(hidden_ND)
     row_bytes = max(1, weight_VD.shape[0] * hidden_ND.element_size())
     if chunk is None:
         chunk = max(_SLICE_ROWS, _CHUNK_BYTES // row_bytes)
@@ -180,7 +181,9 @@ def log_probabilities(
         # Positions that count nothing and get no gradient, so that few shapes occur.
         read_ND, targets_N = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(targets_N, (0, more))
         drawn = None if drawn is None else drawn.padded(more)
-    found = _Head.apply(read_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN, drawn)
+    found = _Head.apply(
+        read_ND, weight_VD, targets_N, rows, keep, "entropy" in wants, arithmetic or PLAIN, drawn, narrow
+    )
     logp_N, log_partition_N, entropy_N = (value if value is None or len(value) == N else value[:N] for value in found)
     values = {"logp": logp_N, "entropy": entropy_N, "log_partition": log_partition_N}
     if "mean_logp" in wants:
@@ -205,11 +208,13 @@ class _Head(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, keep: bool, entropy: bool,
-        arithmetic: Arithmetic, drawn: Drawn | None,
+        arithmetic: Arithmetic, drawn: Drawn | None, narrow: torch.dtype,
     ) -> Reduced:  # fmt: skip
         N = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        weight = weight_VD.to(hidden_ND.dtype)
+        # Rounded to the type that is computed in, also where products are in a wider one: a reference or a sampler may
+        # hold nothing but that.
+        weight = weight_VD.to(narrow).to(hidden_ND.dtype)
         logp_N, log_partition_N = hidden_ND.new_empty(N, dtype=wide), hidden_ND.new_empty(N, dtype=wide)
         entropy_N = hidden_ND.new_empty(N, dtype=wide) if entropy else None
         grads = any(ctx.needs_input_grad)
@@ -267,7 +272,7 @@ class _Head(torch.autograd.Function):
             weight_grad.zero_()
         if weight_grad is not None and turn:
             weight_grad = turn(weight_grad)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
 def _room_of_slice(hidden_ND: Tensor, weight: Tensor, rows: int) -> Tensor:

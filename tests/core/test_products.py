@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtrainer.core import products
+from llmtrainer.core import listed, products
 from llmtrainer.core.precision import multiplies
 from llmtrainer.models.adapters.lora import Lora
 from tests.models.rows import rows, shared_prompt
@@ -96,6 +97,21 @@ def test_a_model_comes_to_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -
         found[slow] = out.logp_BT.detach(), gradient, read
     for wide, narrow in zip(found[True], found[False], strict=True):
         assert (wide - narrow).norm() <= 3 * BFLOAT16_RELATIVE * wide.norm()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_model_that_holds_its_weights_rounded_has_the_bits_of_one_with_masters(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: slow})
+    batch, (masters, rounded) = rows([[37], [20]]), (decoder(compute=torch.bfloat16) for _ in range(2))
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16() if parameter.ndim == 2 else parameter.data
+    teacher = listed.told_by(masters.hidden(batch), masters.head_weight, batch, 5)
+    batch = replace(batch, signals=teacher)
+    found = [model(batch, ("logp", "entropy", "listed_logp", "rest_logp")) for model in (masters, rounded)]
+    for name in ("logp_BT", "entropy_BT", "listed_logp_BTK", "rest_logp_BT"):
+        assert torch.equal(*(getattr(out, name) for out in found)), name
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmtrainer.core import vocab_head
+from llmtrainer.core import products, vocab_head
 from llmtrainer.core.batch import KEPT, TEMPERATURE, Batch
 from llmtrainer.core.drawn import Drawn
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT32_GRADIENT, FLOAT64_LOGITS
@@ -278,11 +278,18 @@ def test_ids_that_are_never_drawn_have_no_part_and_no_gradient() -> None:
     assert of_each[0][1][90:].eq(0.0).all()
 
 
-def test_in_sixteen_bits_the_temperature_divides_what_is_already_float32() -> None:
+@pytest.mark.parametrize("natively", [True, False])
+def test_in_sixteen_bits_the_temperature_divides_what_is_already_float32(
+    natively: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: not natively})
     hidden, weight, targets = inputs(torch.bfloat16)
     how, temperature_N, kept_NV = drawn()
     found = vocab_head.log_probabilities(hidden, weight, targets, ("logp",), 7, drawn=how)["logp"]
-    logits_NV = (hidden @ weight.to(torch.bfloat16).t()).float() / temperature_N[:, None].float()
+    # A processor that multiplies 16 bits gives logits of 16 bits; elsewhere they are not rounded at all.
+    factors = hidden, weight.to(torch.bfloat16).t()
+    logits_NV = factors[0] @ factors[1] if natively else factors[0].float() @ factors[1].float()
+    logits_NV = logits_NV.float() / temperature_N[:, None].float()
     expected = logits_NV.masked_fill(~kept_NV, -torch.inf).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT32_GRADIENT)
     hidden_grad, weight_grad = gradients({"logp": found}, hidden, weight)
