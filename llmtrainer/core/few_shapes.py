@@ -25,6 +25,11 @@ def costs_by_shape(device: torch.device, compute: torch.dtype) -> bool:
     return device.type == "cpu" and narrow and not in_float32(device, compute)
 
 
+def padding(number: int, device: torch.device, compute: torch.dtype) -> int:
+    """Rows to put behind so many, for products on that device in that type to meet few shapes; 0 where none cost."""
+    return rounded(number) - number if costs_by_shape(device, compute) else 0
+
+
 def rounded(number: int, least: int = LEAST) -> int:
     """The next size from `number` on that is made use of: multiples of `least`, and of more for large numbers."""
     grain = max(least, 2 ** (number.bit_length() - 1) // _PER_OCTAVE) if number else least

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrainer.core.batch import TEACHER_IDS, TEACHER_LOGP, TEACHER_TEMPERATURE, Batch
-from llmtrainer.core.few_shapes import costs_by_shape, rounded
+from llmtrainer.core.few_shapes import padding
 from llmtrainer.core.products import widened
 
 WANTS = ("listed_logp", "rest_logp")
@@ -40,9 +40,9 @@ def told_by(
     ids_NK = torch.arange(k, device=weight.device).repeat(len(hidden_ND), 1)
     logp_NK = torch.zeros(ids_NK.shape, dtype=wide, device=weight.device)
     counting_N = batch.weights_BT.flatten().nonzero()[:, 0]
-    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and len(counting_N):
-        # The last one again, so that few shapes occur: what is said of it is the same.
-        counting_N = torch.cat([counting_N, counting_N[-1:].expand(rounded(len(counting_N)) - len(counting_N))])
+    if more := padding(len(counting_N), hidden_ND.device, hidden_ND.dtype):
+        # The last one again: what is said of it is the same.
+        counting_N = torch.cat([counting_N, counting_N[-1:].expand(more)])
     for places in counting_N.split(rows):
         every = (hidden_ND[places] @ weight.t()).to(wide) / temperature
         best = every.topk(k, dim=-1)
@@ -61,7 +61,7 @@ def log_probabilities(
     The logits of `rows` positions exist at one time; backward computes them again.
     """
     N, narrow, hidden_ND = len(hidden_ND), hidden_ND.dtype, widened(hidden_ND)
-    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and (more := rounded(N) - N):
+    if more := padding(N, hidden_ND.device, hidden_ND.dtype):
         hidden_ND, ids_NK = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(ids_NK, (0, 0, 0, more))
     found = _Listed.apply(hidden_ND, weight_VD, ids_NK, temperature, rows, narrow)
     return {name: value[:N] for name, value in zip(WANTS, found, strict=True)}

@@ -14,7 +14,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.core import balance, listed
 from llmtrainer.core.batch import Batch, Outputs
 from llmtrainer.core.drawn import Drawn
-from llmtrainer.core.few_shapes import costs_by_shape, rounded
+from llmtrainer.core.few_shapes import padding
 from llmtrainer.core.products import turned_copy, widened
 
 WANTS = ("logp", "entropy", "log_partition", "mean_logp", *listed.WANTS, balance.WANT)
@@ -177,7 +177,7 @@ def log_probabilities(
     N, keep = hidden_ND.shape[0], hidden_ND.shape[0] <= chunk
     assert drawn is None or "mean_logp" not in wants, _NO_MEAN
     read_ND = hidden_ND
-    if costs_by_shape(hidden_ND.device, hidden_ND.dtype) and (more := rounded(N) - N):
+    if more := padding(N, hidden_ND.device, hidden_ND.dtype):
         # Positions that count nothing and get no gradient, so that few shapes occur.
         read_ND, targets_N = F.pad(hidden_ND, (0, 0, 0, more)), F.pad(targets_N, (0, more))
         drawn = None if drawn is None else drawn.padded(more)

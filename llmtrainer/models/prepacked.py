@@ -26,7 +26,8 @@ class Product:
     A product of few rows on a CPU is bound by reading W, and F.linear brings W into the library's layout again at
     every call. Here that happens once, if torch has the operators and they give F.linear's bits; if not, F.linear does
     it. In float32 F.linear is another library's, whose last digits depend on how many rows there are. There packed
-    products have to be the same up to rounding, and to give a row the same bits whatever stands beside it.
+    products have to be the same up to rounding, and to give a row the same bits whatever stands beside it. Where
+    products of the compute type are computed in float32 (see core/products.py), x and y are float32 too.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], compute: torch.dtype) -> None:
@@ -37,13 +38,10 @@ class Product:
         self.bias = torch.cat(given) if given else None
         if widens(weight_OI):
             weight_OI, self.bias = weight_OI.float(), None if self.bias is None else self.bias.float()
-        self.type = weight_OI.dtype
         self.packed = _packs(weight_OI)
         self.weight = _pack(weight_OI) if self.packed else weight_OI
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        if x_NI.dtype != self.type:
-            return self(x_NI.to(self.type)).to(x_NI.dtype)
         if self.packed:
             return _multiply(x_NI, self.weight, self.bias)
         return F.linear(x_NI, self.weight, self.bias)

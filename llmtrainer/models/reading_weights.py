@@ -77,15 +77,14 @@ def _held(compute: torch.dtype) -> torch.dtype:
 class _Layer:
     def __init__(self, block: Block, compute: torch.dtype) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.shape = attention.shape
-        self.compute = compute
-        self.norm_before = _Norm(block.input_layernorm, _held(compute))
-        self.norm_after = _Norm(block.post_attention_layernorm, _held(compute))
+        self.shape, held = attention.shape, _held(compute)
+        self.norm_before = _Norm(block.input_layernorm, held)
+        self.norm_after = _Norm(block.post_attention_layernorm, held)
         self.queries_keys_values = _product(compute, attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = _product(compute, attention.o_proj)
         self.gate_up = _product(compute, mlp.gate_proj, mlp.up_proj)
         self.down = _product(compute, mlp.down_proj)
-        self.norm_heads = _head_norm(attention, _held(compute))
+        self.norm_heads = _head_norm(attention, held)
         products = (self.queries_keys_values, self.output, self.gate_up, self.down)
         self.packed = any(product.packed for product in products)
 

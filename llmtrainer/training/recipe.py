@@ -293,7 +293,7 @@ class Recipe(Config):
     precision: Precision = "auto"
     """Type of the computation; the weights themselves are float32 or wider. auto: bfloat16 where the processor
     multiplies it natively, else float32. A processor that does not computes products of 16 bits in float32 and rounds
-    them: about as fast as float32, not as exact, and less is kept for backward."""
+    them: about as fast as float32, not as exact."""
 
     duration: Duration = Duration.parse("1 epochs")
     """How long: `2000 steps`, `20B tokens`, `2 epochs`, `90 min`."""

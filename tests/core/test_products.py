@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrainer.core import listed, products
 from llmtrainer.core.precision import multiplies
 from llmtrainer.models.adapters.lora import Lora
+from tests.models.multiplied import Multiplied
 from tests.models.rows import rows, shared_prompt
 from tests.models.test_decoder import decoder
 from tests.tolerances import BFLOAT16_RELATIVE
 
 CPU = torch.device("cpu")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise")
 HALF_A_STEP = 2.0**-8
 """Of bfloat16, relative: what one rounding may change; sums in float32 add some millionths."""
 
@@ -26,21 +25,6 @@ HALF_A_STEP = 2.0**-8
 @pytest.fixture(autouse=True)
 def _without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: True, torch.float16: True})
-
-
-class Types(TorchDispatchMode):
-    """The types of all products that run within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[torch.dtype] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.__name__.split(".")[0] in PRODUCTS:
-            self.seen.update(x.dtype for x in args if isinstance(x, torch.Tensor))
-        return func(*args, **(kwargs or {}))
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -75,13 +59,13 @@ def test_no_product_of_a_step_or_of_reading_is_computed_in_16_bits_where_these_a
     monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: slow})
     model, adapted = decoder(compute=torch.bfloat16), decoder(compute=torch.bfloat16)
     Lora(rank=2).insert(adapted)
-    with Types() as found:
+    with Multiplied() as found:
         for one in (model, adapted):
             out = one(shared_prompt(17, [9, 12]), ("logp", "entropy"))
             assert out.logp_BT is not None
             out.logp_BT.sum().backward()
         model.read(torch.tensor([[5, 6, 7]]), torch.tensor([3]), model.cache(1, 8))
-    assert (torch.bfloat16 in found.seen) == (not slow)
+    assert (torch.bfloat16 in found.types) == (not slow)
 
 
 def test_a_model_comes_to_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrainer.core import listed, products, vocab_head
 from llmtrainer.core.batch import GATES, TEACHER_IDS, TEACHER_LOGP, Batch
@@ -17,11 +15,11 @@ from llmtrainer.core.drawn import Drawn
 from llmtrainer.core.few_shapes import costs_by_shape, rounded
 from llmtrainer.models.few_rows import with_few_shapes
 from llmtrainer.models.foreign_loading import load_foreign
+from tests.models.multiplied import Multiplied
 from tests.models.rows import rows, shared_prompt
 from tests.models.test_decoder import decoder
 from tests.tolerances import BFLOAT16_RELATIVE
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise")
 CPU = torch.device("cpu")
 
 
@@ -31,27 +29,11 @@ def _natively(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_SLOW", {torch.bfloat16: False, torch.float16: False})
 
 
-class Shapes(TorchDispatchMode):
-    """The shapes of all products that run within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[Any, ...]] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.__name__.split(".")[0]
-        if name in PRODUCTS:
-            self.seen.add((name, *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
-        return func(*args, **(kwargs or {}))
-
-
 def shapes(run: Callable[[int], None], lengths: range) -> int:
-    with Shapes() as found:
+    with Multiplied() as found:
         for length in lengths:
             run(length)
-    return len(found.seen)
+    return len(found.shapes)
 
 
 def test_a_size_is_rounded_to_one_of_few_by_a_sixteenth_at_most_and_by_nothing_when_it_is_one() -> None:
@@ -194,7 +176,7 @@ def test_what_a_teacher_lists_is_told_and_learned_in_few_shapes_and_is_the_same(
 
     assert shapes(learn, range(65, 97)) == shapes(learn, range(96, 97))
     rounded_up = told[70]
-    monkeypatch.setattr(listed, "costs_by_shape", lambda device, compute: False)
+    monkeypatch.setattr(listed, "padding", lambda number, device, compute: 0)
     learn(70)
     for one, other in zip(rounded_up, told[70], strict=True):
         assert (one - other).norm() <= BFLOAT16_RELATIVE * other.norm()
