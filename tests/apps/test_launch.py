@@ -154,10 +154,21 @@ def test_the_rank_that_was_killed_is_named_and_not_the_one_that_lost_it(
 ) -> None:
     done = job("""
 if rank == 1:
+    (place / "pid").write_text(str(os.getpid()))
     until(lambda: (place / "lost").exists())    # else rank 0 may be ended before it has said anything
     os.kill(os.getpid(), signal.SIGKILL)
+
+def killed():
+    try:
+        os.kill(int((place / "pid").read_text()), 0)
+    except ProcessLookupError:                  # torchrun has seen that it is dead
+        return True
+
+until((place / "pid").exists)
+until(lambda: (place / "pid").read_text())
 outcome.end(1, "a defect of ours: RuntimeError: Connection closed by peer [127.0.0.1]:1", error={})
 (place / "lost").touch()
+until(killed)                                   # else rank 1 may be ended before it is killed
 sys.exit(1)
 """)
     assert done.exit_code == 1 and done.json()["error"]["rank"] == 1 and done.json()["error"]["signal"] == 9
