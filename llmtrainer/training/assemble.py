@@ -117,7 +117,7 @@ def assemble(
         log=log, log_every=recipe.log.every, evaluate_every=recipe.evaluate.every, save_every=recipe.save.every,
         evaluate=evaluations_of(recipe, run, rows, policy, tokenizer, engine, most_documents, average, feed).run,
         saver=saver, annotators=feed.annotators, average=average, starts_at=feed.starts_at, told=feed.told,
-        before=feed.before(rows),
+        before=feed.before(rows), writes_answers=rows.prompts is not None,
         first_step=lambda: require_read(recipe, began=resumption is None), view=view,
         flops_per_token=flops_per_token(policy, recipe.data.sequence_length),
         peak_flops=peak_of(recipe, engine, precision), stop=stop,

@@ -42,7 +42,7 @@ class StepInfo:
     seconds: dict[str, float]
     """Where the time went: data, forward, backward, optimizer, and total."""
     skipped: bool = False
-    """The weights stayed as they were, because the gradient was not finite."""
+    """The weights stayed as they were, because the gradient was not finite or no answer could be learned from."""
 
     def event(self, flops_per_token: float, peak_flops: float | None) -> dict[str, Any]:
         """The step as the contract writes it into events.jsonl."""
@@ -98,6 +98,8 @@ class Parts:
     """What Terms must be at the first step of a run, because the policy still is its reference."""
     told: Callable[[], Mapping[str, float]] = dict
     """What the source says of the rows it gave last, beside the Terms of a step."""
+    writes_answers: bool = False
+    """Whether the rows are answers of the policy's own, of which a step may have none to learn from."""
     keep: Keep | None = None
     """Writes down what the objective says of each pair or sequence of a step; None: nobody asks."""
     beat: Callable[[str, int], None] = lambda phase, step: None

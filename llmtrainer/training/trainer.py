@@ -26,6 +26,8 @@ from llmtrainer.training.spread import Spread
 from llmtrainer.training.whole_steps import knowing_each_other
 
 MOST_SKIPS_IN_A_ROW = 10
+MOST_EMPTY_IN_A_ROW = 10
+"""Steps of rollouts that taught nothing, before the run ends: a judge that is down does not come back unnoticed."""
 
 
 class Trainer:
@@ -39,7 +41,7 @@ class Trainer:
         self._evaluated_at = -1
         self.last: StepInfo | None = None
         self._saved_at = progress.step if progress.step else -1
-        self._skips = 0
+        self._skips = self._empty = 0
         self._spread = Spread()
 
     @property
@@ -73,7 +75,9 @@ class Trainer:
         torch.manual_seed(derive(key, "rank", parts.engine.rank))  # for foreign modules; ours are counter-based
         batches = parts.source.batches(self.progress.step)
         counts = parts.engine.sum({**count(batches), "input": sum(batch.input_tokens for batch in batches)})
-        self._require_targets(counts)  # of the whole step, before its first forward
+        if counts["tokens"] == 0:   # of the whole step, before its first forward
+            return self._without_targets(counts, clock)
+        self._empty = 0
         if parts.before is not None:
             batches = parts.before(self.progress.step, batches)
         annotators = parts.annotators
@@ -154,7 +158,7 @@ class Trainer:
         ledger = Ledger(self.parts.policy)
         begins = self.progress.step == 0
         info = self.step()
-        if begins:
+        if begins and not info.skipped:
             require_start(info.metrics, self.parts.starts_at)
         if not info.skipped:
             ledger.settle(info.learning_rate, lambda text: self.tell("warning", text=text))
@@ -211,13 +215,36 @@ class Trainer:
         self.tell("warning", step=self.progress.step + 1, text=f"{what}: skipped; {where}")
         return False
 
-    def _require_targets(self, counts: dict[str, float]) -> None:
-        if counts["tokens"] == 0:
+    def _without_targets(self, counts: Mapping[str, float], clock: Clock) -> StepInfo:
+        """A step whose every weight is 0. Of a rollout it is told and passed over: its answers earned nothing that sets
+        one above another. UserError of anything else, and where rollout after rollout is like that."""
+        self._empty += 1
+        number = self.progress.step + 1
+        if not self.parts.writes_answers:
             raise UserError(
-                f"step {self.progress.step + 1} has no target: every weight in it is 0",
+                f"step {number} has no target: every weight in it is 0",
                 why="its loss would be 0.0 and the weights would only decay",
                 fix="llmtrainer inspect RECIPE.yaml shows the rows and their weights",
             )
+        if self._empty > MOST_EMPTY_IN_A_ROW:
+            raise UserError(
+                f"{self._empty} steps in a row, up to step {number}, had no answer to learn from",
+                why="all answers of each prompt earned the same, or none has a reward: `left_out` and `rollout/` figures "
+                "in events.jsonl say which",
+                fix="rewards that set answers apart, prompts that are neither too hard nor too easy, or a larger "
+                "rollout.redraw, which draws other prompts in place of those that teach nothing",
+            )
+        self.tell("warning", step=number, text="no answer of this step can be learned from: the weights stay")
+        after = self._after(int(counts["input"]))
+        rate = self.parts.schedule.rate_of_update(self.progress, after, self.parts.schedule_length)
+        if self.parts.average is not None:
+            self.parts.average.update(after.step)
+        clock.lap("data")
+        minutes = after.minutes + of_first(self.parts.engine, clock.total / 60)
+        self.progress = replace(after, minutes=minutes)
+        seconds = {**clock.laps, "total": clock.total}
+        metrics = dict(self.parts.told())
+        return StepInfo(self.progress, 0.0, metrics, rate, 0.0, int(counts["input"]), seconds, skipped=True)
 
     def _record(self, before: Progress, info: StepInfo) -> None:
         if self.parts.keep is not None and (found := self._spread.taken(self.parts.engine)):

@@ -181,6 +181,32 @@ def test_groups_that_teach_nothing_are_replaced_by_the_next_prompts(rl: Make) ->
     assert epochs[1] > epochs[0]
 
 
+def test_a_step_whose_answers_have_no_reward_changes_no_weight_and_the_run_goes_on(rl: Make) -> None:
+    toy_rewards.CALLS.clear()
+    reward = "[{kind: function, function: 'tests.training.toy_rewards:away', per: batch}]"
+    settings = rl(f"rollout.rewards={reward}", "duration=3 steps", "rollout.sampling.temperature=2.0")
+    weights, skipped = [], []
+    with open_trainer(settings) as trainer:
+        for info in trainer.steps():
+            weights.append([weight.detach().clone() for weight in trainer.parts.policy.parameters()])
+            skipped.append(info.skipped)
+    assert skipped == [False, True, False]
+    assert all(map(torch.equal, weights[0], weights[1])) and not all(map(torch.equal, weights[1], weights[2]))
+    assert [event["text"] for event in events(settings, "warning")] == [
+        "no answer of this step can be learned from: the weights stay"
+    ]
+    steps = events(settings, "step")
+    assert [event["step"] for event in steps] == [1, 2, 3] and steps[1]["skipped"]
+    assert "unrewarded" in events(settings, "rollout")[1]["left_out"]
+
+
+def test_a_run_whose_answers_teach_nothing_again_and_again_ends_and_says_so(rl: Make) -> None:
+    reward = "rollout.rewards=[{kind: function, function: 'tests.training.toy_rewards:alike'}]"
+    with pytest.raises(UserError, match="11 steps in a row, up to step 11, had no answer") as caught:
+        train(rl(reward, "objective.skip_even_groups=true", "duration=20 steps"))
+    assert "rollout.redraw" in str(caught.value.fix)
+
+
 def test_an_answer_is_trained_by_the_ids_that_were_sampled(rl: Make) -> None:
     with open_trainer(rl("rollout.share_prompt=false")) as trainer:
         source = trainer.parts.source

@@ -27,3 +27,14 @@ def sometimes(answer: Answer) -> float | None:
 def length(answer: Answer) -> float:
     """The number of tokens."""
     return float(len(answer.tokens))
+
+
+def away(answers: list[Answer]) -> list[float | None]:
+    """As share_of_a, but no reward for the answers of the second rollout that asks."""
+    CALLS.append(len(answers))
+    return [None if len(CALLS) == 2 else share_of_a(answer) for answer in answers]
+
+
+def alike(answer: Answer) -> float:
+    """The same for all."""
+    return 1.0
