@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmtrainer.base.config import Config
+from llmtrainer.base.errors import UserError
 from llmtrainer.core.batch import OLD, ROLLOUT, Batch
 from llmtrainer.core.maths import divergence
 from llmtrainer.core.objective import Term
@@ -40,6 +41,23 @@ class Correction(Config):
 
     bounds: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest rho that stays; of k1 and k3 only the second counts, in nats."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.bypass and self.weights != "none":
+            raise UserError(
+                f"objective.correction.weights={self.weights} weighs a gap that objective.correction.bypass takes away",
+                why="the surrogate's ratio is taken to the sampler already, so every weight is 1",
+                fix="leave out one of the two",
+            )
+        low, high = self.bounds
+        if self.reject in ("token", "sequence", "mean") and not 0.0 <= low < high:
+            raise UserError(
+                f"objective.correction.bounds={[low, high]} lets nothing stay",
+                why="the first is the smallest rho that stays and the second the largest",
+                fix="objective.correction.bounds=[0.5,2.0]",
+            )
+        return self
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -158,9 +158,10 @@ FRESH = State()
 
 def adapted(coefficient: float, kl: float, target: float, answers: int, horizon: int) -> float:
     """The KL coefficient after a rollout: larger where the policy went farther from the reference than `target` nats an
-    answer, smaller where less far; at most by a fifth of answers / horizon (arXiv:1909.08593, section 2.2)."""
+    answer, smaller where less far; at most by a fifth of answers / horizon (arXiv:1909.08593, section 2.2), and by a
+    fifth where a rollout has more answers than that: the paper's own rule would turn the sign at five times as many."""
     error = float(np.clip(kl / target - 1.0, -0.2, 0.2))
-    return coefficient * (1.0 + error * answers / horizon)
+    return coefficient * (1.0 + error * min(answers / horizon, 1.0))
 
 
 def _groups(group_R: NDArray[np.int64], valid_R: NDArray[np.bool_]) -> list[NDArray[np.int64]]:

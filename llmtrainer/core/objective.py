@@ -57,6 +57,11 @@ class Objective(Kind):
         return {}
 
     @property
+    def compares(self) -> bool:
+        """Whether it learns from two answers to one prompt alone, and nothing from a single one."""
+        return False
+
+    @property
     def whole_steps(self) -> bool:
         """Whether sequences of a step depend on each other. Where it is cut, `totals` says what they must know."""
         return False

@@ -11,6 +11,7 @@ import numpy as np
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Comparison, Example
 from llmtrainer.data.detect import placed
+from llmtrainer.data.fates import TIED
 from llmtrainer.data.format import ComparisonFormat
 from llmtrainer.data.length import Piece
 from llmtrainer.data.outcome import Outcome, RowMaker
@@ -78,7 +79,7 @@ class ComparisonChoices:
         if len(kept) < 2 and comparison.liked is None and comparison.grade is None:
             return Outcome(EQUAL, None, said, [])
         if len(kept) < len(rows):
-            fate, why = "kept in part", f"{len(kept)} of {len(rows)} answers differ"
+            fate, why = fate if fate.endswith("cut") else TIED, f"{len(kept)} of {len(rows)} answers differ"
         margin = comparison.margin
         if margin is None and len(scores) == 2:
             margin = scores[0] - scores[1]

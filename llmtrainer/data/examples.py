@@ -243,6 +243,7 @@ def _made(
     compared: list[Compared | None] = []
     for record, source in zip(batch.records, batch.sources, strict=True):
         fate, why, said, found, gate, relation = choices.outcome(maker, formats[source], ends, record)
+        _require_ids(found, vocabulary, record.place)
         gates += [] if gate is None else [gate] * len(found)
         compared.append(relation if found else None)
         place = None if fate == "kept" else record.place
@@ -251,9 +252,21 @@ def _made(
         sizes.append(said if found else 0)
         runs.append(Run(source, record.number, record.number, fate, len(found), place, why).plain())
     ids = np.concatenate([np.zeros(0, np.int64), *(piece.tokens for piece in pieces)])
-    assert ids.max(initial=0) < vocabulary, "the template gave an id beyond the vocabulary"
     return _Made(
         ids, np.concatenate([np.zeros(0, np.float32), *(piece.weights for piece in pieces)]),
         np.array([len(piece.tokens) for piece in pieces], dtype=np.int64), np.array(rows, dtype=np.int64),
         np.array(sizes, dtype=np.int64), runs, gates, compared,
     )  # fmt: skip
+
+
+def _require_ids(pieces: Sequence[Piece], vocabulary: int, place: str) -> None:
+    """UserError where a record of ids has one that no row of a model stands for."""
+    for piece in pieces:
+        least, most = int(piece.tokens.min(initial=0)), int(piece.tokens.max(initial=0))
+        if least < 0 or most >= vocabulary:
+            raise UserError(
+                f"a record has the id {least if least < 0 else most:,}, and the tokenizer has the ids 0 to "
+                f"{vocabulary - 1:,}",
+                where=place, why="the ids of a record are taken as they are",
+                fix="tokenizer=FOLDER of the tokenizer that they were made with",
+            )

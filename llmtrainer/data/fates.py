@@ -8,7 +8,9 @@ from typing import Any
 
 from llmtrainer.base.errors import UserError
 
-KEPT = ("kept", "kept (longer)", "cut", "prompt cut", "split", "kept in part")
+TIED = "kept without ties"
+"""Of a comparison that lost an answer which is the same as another of its answers, or ranked with it."""
+KEPT = ("kept", "kept (longer)", "cut", "prompt cut", "split", "kept in part", TIED)
 """Fates of records that are in the store; any other is a loss, and named by its reason."""
 
 

@@ -26,6 +26,10 @@ class CPO(Objective):
     nll_weight: float = Field(default=1.0, ge=0.0)
     """Weight of imitating the best answer: the mean of its tokens' -log p. It stands for the reference."""
 
+    @property
+    def compares(self) -> bool:
+        return True
+
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         return DPO(
             loss=self.loss, beta=self.beta, nll_weight=self.nll_weight, reference_free=True,

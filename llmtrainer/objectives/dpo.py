@@ -100,6 +100,10 @@ class DPO(Objective):
         zero_S, one = torch.zeros(2, dtype=torch.float64), torch.tensor([0])
         return {"loss/preference": float(self._loss(zero_S, Pairs(one, one + 1, one), zero_S))}
 
+    @property
+    def compares(self) -> bool:
+        return True
+
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         assert out.logp_BT is not None
         if self.loss not in OF_MARGIN:

@@ -134,6 +134,11 @@ class GRPO(Objective):
                 why="the mean of its gradient is 0: it is the gradient of log-probabilities alone",
                 fix="objective.kl_estimator=k3, or objective.kl_in=reward",
             )
+        if self.level is not None and PRESETS[self.loss].shape == "gamma":
+            raise UserError(
+                f"objective.level does nothing with objective.loss={self.loss}",
+                why="its weight is a function of the whole answer's ratio", fix="leave out objective.level",
+            )
         return self
 
     @property

@@ -69,5 +69,7 @@ def _require_classes(low_S: Tensor, high_S: Tensor, K: int) -> None:
         low, high = int(low_S[wrong_S][0]), int(high_S[wrong_S][0])
         raise UserError(
             f"a text is graded with the classes from {low} to below {high}, and the model has 0 to {K - 1}",
-            where="data", why="a grade is a range of at least one class", fix=f"model.head.classes={max(high, K)}",
+            where="data", why="a grade is a range of at least one class",
+            fix=("data.format.lowest=1 if the lowest grade is 1, or " if high == K + 1 else "")
+            + f"model.head.classes={max(high, K)}",
         )

@@ -20,6 +20,10 @@ class ORPO(Objective):
     beta: float = Field(default=0.1, ge=0.0)
     """Weight of the odds ratio beside imitation (lambda in the paper)."""
 
+    @property
+    def compares(self) -> bool:
+        return True
+
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         assert out.logp_BT is not None
         pairs = pairs_of(batch)

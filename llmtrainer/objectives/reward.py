@@ -35,6 +35,10 @@ class BradleyTerry(Objective):
     gaps alone leave the height of all scores open."""
 
     @property
+    def compares(self) -> bool:
+        return True
+
+    @property
     def wants(self) -> tuple[str, ...]:
         return ("score",)
 

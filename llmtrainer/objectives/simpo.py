@@ -27,6 +27,10 @@ class SimPO(Objective):
     nll_weight: float = Field(default=0.0, ge=0.0)
     """Weight of imitating the best answer beside: the mean of its tokens' -log p."""
 
+    @property
+    def compares(self) -> bool:
+        return True
+
     def terms(self, out: Outputs, batch: Batch) -> list[Term]:
         return DPO(
             beta=self.beta, gamma=self.gamma, label_smoothing=self.label_smoothing, nll_weight=self.nll_weight,

@@ -62,6 +62,11 @@ def with_caches(
 ) -> Models:
     """The same, with those replaced by what they said, once, that the recipe wants to be cached."""
     if rows.train is None:
+        if found.frozen is not None and recipe.reference.cached:
+            raise UserError(
+                "the reference cannot be cached: the policy writes its rows itself, and they are new every time",
+                where="reference.cached", fix="reference.cached=false",
+            )
         return found
     annotators = []
     for live in found.annotators:

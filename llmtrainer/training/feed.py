@@ -16,6 +16,10 @@ from llmtrainer.core.at_rest import at_rest
 from llmtrainer.core.batch import (
     ADVANTAGE,
     BESIDE,
+    GROUP,
+    LIKED,
+    LOW,
+    MARGIN,
     OLD,
     OLD_VALUE,
     REFERENCE,
@@ -91,6 +95,7 @@ def feed_of(
     """Everything that feeds the loop, where the run continues. UserError where the parts do not belong together."""
     found = models_beside(recipe, rows, policy, tokenizer, engine, compute, resumption)
     require_known(recipe.objective.reads, rows, found.annotators)
+    require_pairs(recipe.objective, rows)
     continued = None if resumption is None else resumption.folder
     source = source_of(recipe, rows, policy, tokenizer, engine, found.frozen, tell, continued)
     found = with_caches(recipe, rows, found, policy, engine, compute)
@@ -127,7 +132,7 @@ def with_beside(recipe: Recipe, rows: Opened, source: Source) -> Source:
     if rows.beside is None:
         raise UserError(
             "the objective has another one beside it, and nothing says what that learns", where="beside",
-            fix="beside='{kind: documents, train: {data: texts/}, sequences_per_step: 8}'",
+            fix="beside='{kind: documents, train: texts/, sequences_per_step: 8}'",
         )
     return BesideSource(source, rows.beside)
 
@@ -281,12 +286,43 @@ def require_known(reads: Sequence[str], rows: Opened, annotators: Sequence[Annot
     written = () if rows.prompts is None else WRITTEN
     known = {*rows.signals, *written, BESIDE, *(name for annotator in annotators for name in annotator.adds)}
     if missing := [name for name in reads if name not in known]:
+        lacking = _LACKING.get(missing[0]) if GROUP in rows.signals else None
         raise UserError(
             f"the objective reads `{missing[0]}`, and nobody knows it",
             where="objective.kind, data.kind",
             why="the rows know: " + (", ".join(sorted(known)) or "only their tokens"),
-            fix="data.kind=preferences for comparisons, data.kind=prompts for answers of the policy's own",
+            fix=lacking or "data.kind=preferences for comparisons, data.kind=prompts for answers of the policy's own",
         )
+
+
+_LACKING = {
+    LIKED: "records of a prompt, a completion and a label that says whether it was liked; or objective.kind=dpo",
+    MARGIN: "records with a margin, or with a score of either answer; or leave out objective.margin",
+    LOW: "records with a grade; or objective.kind=reward for pairs",
+}
+"""What records of comparisons have to say for an objective to read it."""
+
+
+def require_pairs(objective: Objective, rows: Opened) -> None:
+    """UserError where an objective that compares answers is given, for training or by name for evaluation, records of
+    one answer each: every loss would be 0."""
+    if not objective.compares:
+        return
+    measured = rows.measured()
+    try:
+        for name, source in {"data.train": rows.train, **measured}.items():
+            if not isinstance(source, ComparisonSource) or bool((source.table.answers > 1).any()):
+                continue
+            fitting = "kto" if source.table.liked is not None else "ordinal"
+            raise UserError(
+                f"objective `{objective.kind}` compares two answers to a prompt, and no record has two",
+                where=name if name == "data.train" else f"data.evaluate.{name}",
+                why="each record is one answer, liked or not" if fitting == "kto" else "each record is one graded text",
+                fix=f"objective.kind={fitting}, or records of two answers: prompt, chosen, rejected",
+            )
+    finally:
+        for source in measured.values():
+            source.close()
 
 
 def begins_at_its_reference(recipe: Recipe, policy: Policy, compute: torch.dtype) -> bool:

@@ -73,7 +73,7 @@ def _require_use(recipe: Recipe, head: Head | None) -> None:
         raise UserError(
             f"objective `{recipe.objective.kind}` asks a head of the kind `{head.kind}` for nothing",
             where="model.head", why="it would never be trained",
-            fix="remove model.head, or objective.kind=reward",
+            fix=f"remove model.head, or objective.kind={'ppo' if isinstance(head, Value) else 'reward'}",
         )
     if isinstance(head, Value) and head.apart and recipe.model.kind == "hf":
         raise UserError(

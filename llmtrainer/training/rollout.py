@@ -150,8 +150,10 @@ class RolloutSource:
         if self._asks:
             held = self._looked(held)
         rollout, objective = held.rollout, self._objective
-        self._state = objective.advance(self._state, rollout)
-        returns = objective.returns(rollout, self._state)
+        before, self._state = self._state, objective.advance(self._state, rollout)
+        # What a rollout makes of the divergence's weight is the price of the next one (arXiv:1909.08593, section 2.2).
+        state = replace(self._state, kl=before.kl)
+        returns = objective.returns(rollout, state)
         trained_R = objective.trains(rollout)
         figures = {**held.figures, "rollout/trained": float(trained_R.mean())}
         self._tell({
@@ -160,7 +162,7 @@ class RolloutSource:
             "samples": list(gathered.samples),
         })  # fmt: skip
         return replace(
-            held, figures=figures, advantages=tuple(objective.credit(rollout, self._state)) if self._earns else None,
+            held, figures=figures, advantages=tuple(objective.credit(rollout, state)) if self._earns else None,
             returns=None if returns is None else tuple(returns),
         )
 

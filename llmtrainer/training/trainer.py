@@ -20,14 +20,13 @@ from llmtrainer.core.randomness import derive
 from llmtrainer.core.ranks import of_first
 from llmtrainer.training.checkpoint import unwritten_elsewhere
 from llmtrainer.training.ledger import Ledger, require_start
+from llmtrainer.training.no_targets import TOLD, require_answers
 from llmtrainer.training.nonfinite import culprit, too_late
 from llmtrainer.training.parts import Clock, Parts, StepInfo
 from llmtrainer.training.spread import Spread
 from llmtrainer.training.whole_steps import knowing_each_other
 
 MOST_SKIPS_IN_A_ROW = 10
-MOST_EMPTY_IN_A_ROW = 10
-"""Steps of rollouts that taught nothing, before the run ends: a judge that is down does not come back unnoticed."""
 
 
 class Trainer:
@@ -216,25 +215,10 @@ class Trainer:
         return False
 
     def _without_targets(self, counts: Mapping[str, float], clock: Clock) -> StepInfo:
-        """A step whose every weight is 0. Of a rollout it is told and passed over: its answers earned nothing that sets
-        one above another. UserError of anything else, and where rollout after rollout is like that."""
+        """A step whose every weight is 0: of a rollout it is told and passed over, of other rows it is an error."""
         self._empty += 1
-        number = self.progress.step + 1
-        if not self.parts.writes_answers:
-            raise UserError(
-                f"step {number} has no target: every weight in it is 0",
-                why="its loss would be 0.0 and the weights would only decay",
-                fix="llmtrainer inspect RECIPE.yaml shows the rows and their weights",
-            )
-        if self._empty > MOST_EMPTY_IN_A_ROW:
-            raise UserError(
-                f"{self._empty} steps in a row, up to step {number}, had no answer to learn from",
-                why="all answers of each prompt earned the same, or none has a reward: `left_out` and `rollout/` figures "
-                "in events.jsonl say which",
-                fix="rewards that set answers apart, prompts that are neither too hard nor too easy, or a larger "
-                "rollout.redraw, which draws other prompts in place of those that teach nothing",
-            )
-        self.tell("warning", step=number, text="no answer of this step can be learned from: the weights stay")
+        require_answers(self.progress.step + 1, self._empty, self.parts.writes_answers)
+        self.tell("warning", step=self.progress.step + 1, text=TOLD)
         after = self._after(int(counts["input"]))
         rate = self.parts.schedule.rate_of_update(self.progress, after, self.parts.schedule_length)
         if self.parts.average is not None:
@@ -243,8 +227,8 @@ class Trainer:
         minutes = after.minutes + of_first(self.parts.engine, clock.total / 60)
         self.progress = replace(after, minutes=minutes)
         seconds = {**clock.laps, "total": clock.total}
-        metrics = dict(self.parts.told())
-        return StepInfo(self.progress, 0.0, metrics, rate, 0.0, int(counts["input"]), seconds, skipped=True)
+        told = dict(self.parts.told())
+        return StepInfo(self.progress, 0.0, told, rate, 0.0, int(counts["input"]), seconds, skipped=True)
 
     def _record(self, before: Progress, info: StepInfo) -> None:
         if self.parts.keep is not None and (found := self._spread.taken(self.parts.engine)):

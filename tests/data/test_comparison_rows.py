@@ -133,7 +133,7 @@ def test_ranked_answers_stand_best_first_without_ties_and_their_difference_is_th
     table = ComparisonTable(store)
     assert table.answers.tolist() == [3, 2, 2]
     assert table.margin is not None and table.margin.tolist() == [0.0, 3.0, 1.0]
-    assert fates_of(store).by_fate == {"kept": 2, "kept in part": 1, EQUAL: 1}
+    assert fates_of(store).by_fate == {"kept": 2, "kept without ties": 1, EQUAL: 1}
 
 
 def test_an_answer_with_a_label_is_a_comparison_of_its_own(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_pairs_of_segments_keep_their_order_and_only_those_that_differ(tmp_path:
     table, fates = ComparisonTable(store), fates_of(store)
     assert texts(store) == ["pa$", "pb$", "pa$", "pc$", "pf$", "pg$"]
     assert table.answers.tolist() == [4, 2] and table.read(0, 0).paired
-    assert fates.by_fate == {"kept in part": 1, EQUAL: 1, "kept": 1}
+    assert fates.by_fate == {"kept without ties": 1, EQUAL: 1, "kept": 1}
     (batch,) = ComparisonSource(store, pairs_per_step=2, tokens_per_batch=99, seed=0, shuffle=False).batches(0)
     assert batch.signals[GROUP].tolist() == [0, 0, 1, 1, 2, 2] and count([batch])["pairs"] == 3
     assert batch.document_BT.unique().tolist() == [0, 1, 2, 3, 4, 5]

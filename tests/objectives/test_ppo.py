@@ -166,6 +166,9 @@ def test_the_cost_of_divergence_follows_its_target() -> None:
     state = objective.advance(FRESH, rollout(reference_logp=reference))
     assert state.kl == pytest.approx(0.1 * (1 + 0.2 * 2 / 100))
     assert objective.advance(state, rollout(reference_logp=reference)).kl == pytest.approx(0.1 * 1.004**2)
+    # A rollout larger than the horizon moves it by a fifth, and never below 0.
+    short = settings(kl=0.1, kl_target=1000.0, kl_horizon=1)
+    assert short.advance(FRESH, rollout(reference_logp=reference)).kl == pytest.approx(0.1 * 0.8)
 
 
 def test_an_answer_without_a_reward_leaves_all_statistics() -> None:

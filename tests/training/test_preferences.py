@@ -77,6 +77,51 @@ def opened(recipe: Recipe) -> Opened:
     return rows_of(recipe, folder, tokenizer, engine)
 
 
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "cpo", "orpo"])
+def test_what_compares_two_answers_refuses_records_of_one(make: Make, tmp_path: Path, kind: str) -> None:
+    labels = [{"prompt": f"q{n}", "completion": f"x{n}", "label": n % 2 == 0} for n in range(30)]
+    path = written(tmp_path / "labels.jsonl", labels)
+    wrong = {"data.train": f"data.train={path}", "data.evaluate.dev": f"data.evaluate={{dev: {path}}}"}
+    for where, override in wrong.items():
+        with pytest.raises(UserError, match=f"`{kind}` compares two answers to a prompt, and no record") as caught:
+            free = ", reference_free: true" if kind == "dpo" else ""
+            train(make(f"objective={{kind: {kind}{free}}}", override, f"run={tmp_path}/{kind}-{where}"))
+        assert caught.value.where == where and "objective.kind=kto" in str(caught.value.fix)
+
+
+def test_records_that_lack_what_an_objective_reads_are_told_what_to_say(make: Make, tmp_path: Path) -> None:
+    lacking = {
+        "kto": ("liked_S", "label"), "ordinal": ("low_S", "grade"), "reward, margin: true": ("margin_S", "margin"),
+    }
+    for kind, (signal, said) in lacking.items():
+        more = {
+            "ordinal": "model.head={kind: ordinal, classes: 3}", "reward, margin: true": "model.head={kind: score}",
+            "kto": f"model={{start_from: {tmp_path}/begun}}",
+        }  # fmt: skip
+        if kind == "kto":
+            train(make("duration=1 steps", f"run={tmp_path}/begun"))
+        with pytest.raises(UserError, match=signal) as caught:
+            train(make(f"objective={{kind: {kind}}}", more[kind]))
+        assert said in str(caught.value.fix) and "data.kind" not in str(caught.value.fix)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_with_its_line(make: Make, tmp_path: Path) -> None:
+    records = [
+        {"prompt": [5, 6], "chosen": [7], "rejected": [8]}, {"prompt": [5], "chosen": [9, 99_999], "rejected": [7]},
+    ]  # fmt: skip
+    path = written(tmp_path / "ids.jsonl", records)
+    with pytest.raises(UserError, match="the id 99,999") as caught:
+        train(make(f"data.train={path}"))
+    assert "ids.jsonl" in str(caught.value.where) and "2" in str(caught.value.where)
+
+
+def test_ties_among_ranked_answers_are_not_taken_for_answers_that_were_cut(make: Make, tmp_path: Path) -> None:
+    records = [{"prompt": one["prompt"], "answers": ["a", one["chosen"], one["rejected"]], "scores": [1, 2, 2]}
+               for one in pairs(20)]
+    path = written(tmp_path / "ties.jsonl", records)
+    train(make(f"data.train={path}", "data.evaluate={}", "duration=1 steps"))
+
+
 def test_a_run_learns_to_tell_answers_apart_and_says_what_it_found(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,6 +255,9 @@ def test_settings_that_cannot_work_are_refused_by_name(rl: Make) -> None:
         "rollout.answers_per_step=6": "does not divide a rollout",
         "rollout.sampling.repetition_penalty=1.2": "repetition_penalty",
         "objective.kind=causal_lm": "prompts alone have no answers",
+        "objective={kind: grpo, kl: 0.1, correction: {bypass: true, weights: token}}": "weighs a gap",
+        "objective.correction={reject: token, bounds: [2.0, 0.5]}": "lets nothing stay",
+        "objective={kind: grpo, loss: vespo, level: token}": "objective.level does nothing",
     }
     for override, message in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -285,6 +288,19 @@ def test_ppo_is_resumed_to_the_bit(rl: Make, trunk: str) -> None:
     for name, facts in both[0].items():
         if name.endswith(".safetensors"):
             assert facts["sha256"] == both[1][name]["sha256"], name
+
+
+def test_the_cost_of_divergence_that_a_rollout_leads_to_is_that_of_the_next_one(rl: Make, world: Path) -> None:
+    other = Llama(hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=64, context_length=64).build(320)
+    other.initialise(10)
+    folder = Path(rl().run).parent / "other"
+    save_weights(other, folder)
+    load_tokenizer(world / "tokenizer").save(folder)
+    beside = (*PPO, "objective.kl=0.5", f"reference.start_from={folder}", "duration=5 steps")
+    fixed = rl(*beside)
+    moving = rl(*beside, "objective.kl_target=1000", "objective.kl_horizon=16", f"run={fixed.run}-moving")
+    first, second = ([step["value/return"] for step in stepped(recipe)] for recipe in (fixed, moving))
+    assert first[:4] == second[:4] and first[4] != second[4]    # a rollout is learned in four steps
 
 
 def test_without_divergence_no_reference_is_built(rl: Make) -> None:
