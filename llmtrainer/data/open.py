@@ -21,7 +21,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.data import compression, readers, samples, stdlib
 from llmtrainer.data.document import AnyPath, Document, Reader, Reading, SourceFile, Tokens
 from llmtrainer.data.packed import is_store
-from llmtrainer.data.remote import is_remote, remote_facts, remote_files
+from llmtrainer.data.remote import RemoteFile, is_remote, remote_facts, remote_files
 from llmtrainer.data.tokens import Cutter, Ids, Vocabulary
 
 __all__ = ["Document", "SourceFile", "Tokens", "contents", "documents", "find"]
@@ -42,7 +42,7 @@ def find(path: Path | str, warn: Callable[[str], None] | None = None) -> list[So
     if text.startswith(stdlib.PREFIX):
         return stdlib.find(text)
     if is_remote(text):
-        return _remote(text)
+        return _remote(text, warn)
     place = Path(text)
     if is_store(place):
         raise UserError(
@@ -216,10 +216,10 @@ def _readers() -> dict[str, Reader]:
     return found
 
 
-def _remote(text: str) -> list[SourceFile]:
+def _remote(text: str, warn: Callable[[str], None] | None) -> list[SourceFile]:
     found = remote_files(text)
     if len(found) != 1 or found[0].url != text:    # a file that was named is read or refused, never left out
-        found = [file for file in found if _is_known(file)]
+        found = _documents_of(found, text, warn)
     files = {file.url: file for file in found}
     for file in found:
         index = file.with_suffix(".idx")
@@ -231,6 +231,26 @@ def _remote(text: str) -> list[SourceFile]:
     for file in ordered:
         reader_of(file)
     return [SourceFile(file, remote_facts(file).bytes or 0) for file in ordered]
+
+
+def _documents_of(files: list[RemoteFile], text: str, warn: Callable[[str], None] | None) -> list[RemoteFile]:
+    """Those files of a remote folder or pattern that a local one would give: nothing hidden, no receipt of ours, and
+    token ids only where there is no text."""
+    seen = [file for file in files if file.name != RECEIPT and not _is_hidden(file.url, text)]
+    known = [file for file in seen if _is_known(file)]
+    texts = [file for file in known if reader_of(file).holds == "text"]
+    unknown = [file for file in seen if file not in (texts or known)]
+    if unknown and known and warn is not None:
+        first = min(file.url for file in unknown)
+        warn(f"{len(unknown):,} files below {text} are no text and were left out, such as {first}")
+    return texts or known
+
+
+def _is_hidden(url: str, folder: str) -> bool:
+    """Whether a name below the folder begins with a dot; names above it are the user's own choice."""
+    place, above = (address.partition("://")[2].lstrip("/") for address in (url, folder))
+    below = place.removeprefix(above) if place.startswith(above) else place.rpartition("/")[2]
+    return any(name.startswith(".") for name in below.split("/"))
 
 
 def _is_known(path: AnyPath) -> bool:

@@ -29,7 +29,7 @@ def records_in(value: Any, path: AnyPath, reading: Reading) -> Iterator[tuple[An
             yield from records_in(value[names[0]], path, reading)
             return
         value = [value] if found else list(value.values())
-    array = _array(value)
+    array = _array(value, path)
     if array is not None:
         yield from _of_array(array, path, alone=True)
     elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
@@ -53,7 +53,7 @@ def _whole(value: Any) -> list[Any]:
 
 
 def _document(item: Any, where: str, reading: Reading) -> Iterator[tuple[Any, int | None]]:
-    array = _array(item)
+    array = _array(item, where)
     if array is not None:
         yield from _of_array(array, where, alone=False)
     elif isinstance(item, dict) and IDS in item and not reading.chosen(list(item)):
@@ -61,7 +61,13 @@ def _document(item: Any, where: str, reading: Reading) -> Iterator[tuple[Any, in
     elif isinstance(item, str | dict):
         yield item, None
     elif isinstance(item, list | tuple) and all(type(number) is int for number in item):
-        yield Ids(np.asarray(item, dtype=np.int64)), None
+        try:
+            yield Ids(np.asarray(item, dtype=np.int64)), None
+        except OverflowError:
+            raise UserError(
+                f"a token id is {max(item, key=abs):,}", where=where, why="no vocabulary has that many ids",
+                fix="save the ids as whole numbers of 32 bits",
+            ) from None
     else:
         raise UserError(
             f"a document is a {type(item).__name__}", where=where,
@@ -83,11 +89,17 @@ def _of_array(array: np.ndarray[Any, Any], where: object, *, alone: bool) -> Ite
         yield from ((ids, None) for ids in columns_of(array, alone=alone))
 
 
-def _array(value: Any) -> np.ndarray[Any, Any] | None:
+def _array(value: Any, where: object) -> np.ndarray[Any, Any] | None:
     """An array, or a tensor as one."""
     if isinstance(value, np.ndarray):
         return value
     if type(value).__module__.partition(".")[0] != "torch" or not hasattr(value, "numpy"):
         return None
+    if value.is_sparse or value.is_nested or str(value.layout) != "torch.strided":
+        raise UserError(
+            "a sparse or nested tensor holds no documents", where=str(where),
+            why="ids are whole numbers, one after the other",
+            fix="save .to_dense() of it, or a list of tensors",
+        )
     # numpy has no bfloat16: a tensor of fractions is refused by its type anyway, whichever that is.
     return np.asarray((value.detach().double() if value.is_floating_point() else value).numpy())

@@ -273,7 +273,7 @@ class _Batch:
             return [None] * len(self.rows)
         model_BV = self.logits_BV.log_softmax(dim=1)
         model_B = model_BV.gather(1, token_B[:, None])[:, 0]
-        top = model_BV.topk(self.sampling.logprobs, dim=1)
+        top = model_BV.topk(min(self.sampling.logprobs, model_BV.shape[1]), dim=1)
         tops = [tuple(zip(*both, strict=True)) for both in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
         return [Logprobs(*one) for one in zip(model_B.tolist(), sampled_B.tolist(), tops, strict=True)]
 

@@ -34,14 +34,14 @@ class Sampling(Config):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Draw from tokens at least this many times as likely as the likeliest (arXiv:2407.01082). 0: from all."""
 
-    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=1e-4, le=1e4)
     """Logits of tokens that occurred are divided by it where they are positive, multiplied where negative
     (arXiv:1909.05858 divides all). 1: no penalty; 1.2 is usual; below 1 it is a reward."""
 
-    presence_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    presence_penalty: float = Field(default=0.0, ge=-1e4, le=1e4)
     """Subtracted from the logits of tokens that occurred, however often."""
 
-    frequency_penalty: float = Field(default=0.0, allow_inf_nan=False)
+    frequency_penalty: float = Field(default=0.0, ge=-1e4, le=1e4)
     """Subtracted from a token's logit once for every time it occurred."""
 
     penalty_over: Literal["completion", "prompt", "both"] = "completion"
@@ -132,9 +132,10 @@ def require_ids(ids: Sequence[int], V: int, name: str) -> None:
 def distribution(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """What is drawn from: temperature, then top-k, then top-p of what top-k left, then min-p; each row sums to 1.
 
-    Temperature 0 is the limit: all probability on the most likely token, the lowest id of equal ones.
+    Temperature 0 is the limit: all probability on the most likely token, the lowest id of equal ones. One that the
+    logits' type would round to 0 is taken for it.
     """
-    if sampling.temperature == 0.0:
+    if sampling.temperature < torch.finfo(logits_BV.dtype).tiny:
         return torch.zeros_like(logits_BV).scatter_(1, greedy(logits_BV)[:, None], 1.0)
     if sampling.temperature != 1.0:
         # The largest logit is subtracted first: a tiny temperature would take the quotient past the largest

@@ -201,7 +201,8 @@ def _weight_files(folder: Path) -> list[Path]:
             "these weights are in pieces, as several processes wrote them", where=str(folder / MODEL),
             why="this needs a folder of whole tensors", fix=f"llmtrainer merge {folder} out=FOLDER, and name that",
         )
-    if (folder / INDEX).is_file():
+    # Where both are, somebody saved again without clearing the folder; transformers reads the one file too.
+    if (folder / INDEX).is_file() and not (folder / ONE_FILE).is_file():
         named = _read_json(folder / INDEX).get("weight_map")
         names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
         if not names or any(Path(name).name != name for name in names):

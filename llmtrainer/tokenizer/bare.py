@@ -29,7 +29,8 @@ def without_control(description: Mapping[str, Any], control: Mapping[str, int]) 
         vocabulary = {token: number for token, number in model["vocab"].items() if token in kept}
         # The library numbers added tokens anew, unless the model lists them under their ids too.
         listed = {token["content"]: token["id"] for token in words}
-        bare["model"] = {**model, "vocab": vocabulary | listed}
+        # Merges left out at random would give the same text other ids every time.
+        bare["model"] = {**model, "vocab": vocabulary | listed, "dropout": None}
     elif model.get("type") == "Unigram":
         bare["model"] = {**model, "vocab": _unreachable(model, control)}
     return bare
@@ -75,4 +76,6 @@ def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
         changed.pop("add_prefix_space", None)
     elif part.get("type") == "ByteLevel":
         changed |= {"add_prefix_space": False}
+    elif part.get("type") == "Strip":
+        changed |= {"strip_left": False}
     return changed

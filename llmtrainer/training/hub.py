@@ -49,7 +49,9 @@ def _fetched(repository: str, revision: str | None, weights: bool) -> Located:
     folder = _snapshot(repository, revision, MODEL if weights else TOKENIZER)
     commit = folder.name    # the library names a snapshot by its commit
     if weights:
-        _snapshot(repository, commit, _weight_files(folder))
+        _snapshot(repository, commit, (ONE_FILE,))
+        if not (folder / ONE_FILE).is_file():
+            _snapshot(repository, commit, _weight_files(folder))
     origin = f"{repository}@{commit}"
     say(f"{'model' if weights else 'tokenizer'} {origin}: {folder}")
     return Located(folder, origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_a_store_comes_back_from_its_pair(tmp_path: Path) -> None:
     again = write_store(find(tmp_path / "pair"), tmp_path, load_bytes, tmp_path / "again")
     assert [again.read(number).tolist() for number in range(4)] == documents
     assert isinstance(again, Store)
+
+
+@pytest.mark.parametrize("names", [("pair.bin.gz", "pair.idx.gz"), ("PAIR.BIN", "PAIR.IDX")])
+def test_a_pair_that_is_packed_or_named_otherwise_is_not_taken_for_ids(tmp_path: Path, names: tuple[str, str]) -> None:
+    prefix = write_pair(tmp_path / "pair", DOCUMENTS, 8)
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for name, suffix in zip(names, (".bin", ".idx"), strict=True):
+        content = prefix.with_suffix(suffix).read_bytes()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match="an index of Megatron-LM is read as it was written"):
+        write_store(find(str(folder)), tmp_path, load_bytes, tmp_path / "store")
 
 
 def test_a_pair_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:

@@ -190,6 +190,21 @@ def test_only_what_is_read_is_fetched_of_a_table(server: tuple[str, type[Server]
     assert 0 < fetched < len(sink.getvalue()) * 0.7
 
 
+def test_of_a_folder_behind_an_address_only_what_a_local_one_gives_is_read(memory: Any, tmp_path: Path) -> None:
+    files = {
+        "a.jsonl": b'{"text": "a"}', ".hidden.jsonl": b'{"text": "hidden"}', ".git/b.jsonl": b'{"text": "b"}',
+        "prepared.json": b'{"text": "receipt"}', "pytorch_model.bin": bytes(range(40)),
+    }  # fmt: skip
+    for name, content in files.items():
+        memory.pipe(f"/mix/{name}", content)
+        (tmp_path / "mix" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mix" / name).write_bytes(content)
+    for address in ("memory://mix", str(tmp_path / "mix")):
+        told: list[str] = []
+        assert [file.path.name for file in find(address, told.append)] == ["a.jsonl"]
+        assert len(told) == 1 and "pytorch_model.bin" in told[0]
+
+
 def test_megatrons_pair_is_read_from_afar(memory: Any, tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", DOCUMENTS, 8)
     for suffix in (".bin", ".idx"):

@@ -214,6 +214,9 @@ REFUSED = [
     ("a.pt", pt([torch.ones(3, dtype=torch.bfloat16)]), "type float64"),
     ("a.pt", pt(torch.tensor(A))[:-40], "not made of tensors"),
     ("a.pt", pt([[1, "x"]]), "a document is a list"),
+    ("a.pt", pt([[1, 2**70]]), "a token id is 1,180,591,620,717,411,303,424"),
+    ("a.pt", pt(torch.tensor(A[0]).to_sparse()), "sparse or nested"),
+    ("a.pkl", pickle.dumps([[1, -2**65]]), "a token id is -36,893,488,147,419,103,232"),
     ("a.pkl", pickle.dumps([1.5]), "a document is a float"),
     ("a.pkl", pickle.dumps(A)[:-3], "pickle cannot be read"),
 ]

@@ -256,3 +256,12 @@ def test_uniform_numbers_are_uniform_and_a_function_of_seed_row_and_position() -
 def test_settings_outside_their_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises((UserError, ValidationError)):
         Sampling.model_validate(wrong)
+
+
+def test_a_temperature_that_rounds_to_0_is_0_and_penalties_stay_numbers() -> None:
+    logits_BV = LOGITS.float()
+    expected = distribution(logits_BV, Sampling(temperature=0.0))
+    assert torch.equal(distribution(logits_BV, Sampling(temperature=1e-50)), expected)
+    for wrong in ({"presence_penalty": 1e39}, {"frequency_penalty": -1e39}, {"repetition_penalty": 1e-60}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            Sampling(**wrong)

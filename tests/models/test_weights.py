@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from llmtrainer.base.errors import UserError
@@ -120,6 +121,18 @@ def test_shards_have_an_index_and_load_like_one_file(tmp_path: Path) -> None:
     one, many = load_policy(tmp_path / "one"), load_policy(tmp_path / "many")
     for name, value in tensors(one).items():
         assert torch.equal(value, tensors(many)[name])
+
+
+def test_of_one_file_and_an_index_the_one_file_is_read_as_transformers_does(tmp_path: Path) -> None:
+    model, other = decoder(compute=torch.float32), decoder(compute=torch.float32)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2.0)
+    save_weights(model, tmp_path, shard_bytes=20_000)
+    save_weights(other, tmp_path / "again")
+    (tmp_path / "again/model.safetensors").rename(tmp_path / "model.safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = tensors(load_policy(tmp_path))["model.norm.weight"]
+    assert torch.equal(ours, theirs.model.norm.weight) and torch.equal(ours, other.model.norm.weight)
 
 
 def test_the_bytes_are_a_function_of_the_weights(tmp_path: Path) -> None:
@@ -255,6 +268,7 @@ def test_folders_without_readable_weights_say_what_is_wrong(tmp_path: Path) -> N
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "../other/model.safetensors"}}'])
 def test_an_index_that_names_no_files_of_the_folder_is_refused(tmp_path: Path, index: str) -> None:
     save_weights(decoder(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
         load_policy(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.tokenizer.byte_pairs import in_oniguruma, merges_of_ranks
@@ -126,6 +126,23 @@ def test_vocab_and_merges_give_the_ids_of_gpt2s_tokenizer(tmp_path: Path, probes
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CodeGenTokenizer"}')
     with pytest.raises(UserError, match="how CodeGenTokenizer cuts text is not known"):
         load_tokenizer(tmp_path)
+
+
+def test_merges_left_out_at_random_and_blanks_cut_in_front_do_not_reach_what_is_learned(tmp_path: Path) -> None:
+    bare = tokenizers.Tokenizer(models.BPE(dropout=0.5))
+    bare.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])  # type: ignore[assignment]
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bare.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bare.train_from_iterator(library_source(50_000), trainer)
+    bare.save(str(tmp_path / "tokenizer.json"))
+    ours, text = load_tokenizer(tmp_path), "return the default encoding of the string"
+    assert len({tuple(bare.encode(text).ids) for _ in range(20)}) > 1
+    assert len({tuple(ours.encode(text)) for _ in range(20)}) == 1
+    assert ours.decode(ours.encode("hello") + ours.encode_continuation(" world")) == "hello world"
 
 
 KINDS: dict[str, dict[str, Any]] = {

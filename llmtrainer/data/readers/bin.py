@@ -28,6 +28,12 @@ class Bin(Reader):
     def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
         if path.suffix == ".idx":    # a file of the corpus, and no document
             return
+        if ".idx" in (part.lower() for part in path.suffixes):
+            raise UserError(
+                "an index of Megatron-LM is read as it was written, beside its .bin", where=str(path),
+                why="it says at which byte of the .bin each document begins",
+                fix="unpack both, as NAME.bin and NAME.idx",
+            )
         index = path.with_suffix(".idx")
         if path.suffix == ".bin" and index.is_file():
             for ids in megatron.documents(stream, path, index):
