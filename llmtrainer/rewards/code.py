@@ -18,7 +18,6 @@ from llmtrainer.core.rollout import Answer, Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-_HARMLESS = ("wrong result", "time", "memory", "output", "disk", "died")
 
 
 class Code(Rule):
@@ -106,7 +105,7 @@ class Code(Rule):
             return Verdict(None, "tests call nothing")
         if passed == of:
             return Verdict(1.0)
-        return Verdict(passed / of if self.partial else 0.0, str(why) if why in _HARMLESS else f"raised {why}")
+        return Verdict(passed / of if self.partial else 0.0, str(why))
 
     def _by_output(self, source: str, cases: Sequence[tuple[str, str]], sandbox: Sandbox) -> Verdict:
         passed, reason = 0, None

@@ -15,6 +15,7 @@ import pytest
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core import sandbox as module
+from llmtrainer.core import scratch
 from llmtrainer.core.confined import decoded, encoded
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.core.syscalls import call_filter
@@ -162,6 +163,38 @@ def test_nothing_of_a_run_is_left_and_nothing_was_there(tmp_path: Path, monkeypa
     assert outcome.ended == "done" and outcome.output == b"[]\n"
     assert passes("def double(x):\n    return 2 * x\n")
     assert list(tmp_path.iterdir()) == [] and set(os.listdir("/proc/self/fd")) == before
+
+
+@confines
+@pytest.mark.parametrize("ends", ["import os\nos._exit({code})\n", "import sys\nsys.exit({code})\n"])
+def test_no_exit_code_of_the_code_says_that_the_sandbox_refused_it(ends: str) -> None:
+    # What the program that confines itself ends with where a limit could not be set, now or once.
+    for code in (1, 97):
+        assert printed(ends.format(code=code)).ended == "died"
+        assert Sandbox(SMALL).check(ends.format(code=code), RIGHT).ended != "sandbox"
+
+
+@confines
+@pytest.mark.parametrize("leaves", [
+    "for _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n",
+    "for _ in range(1100):\n    os.mkdir('d' * 20)\n    os.chdir('d' * 20)\nopen('last', 'w').write('x')\n",
+    "os.mkdir('a')\nos.mkdir('a/b')\nopen('a/b/c', 'w').write('x')\nos.mkdir('closed', 0)\n",
+])
+def test_folders_in_folders_are_removed_however_deep_and_closed(
+    leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    printed("import os\nos.umask(0)\n" + leaves, Limits())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_only_lets_itself_be_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "link").symlink_to("/etc")
+    for folder in (tmp_path / "a" / "b", tmp_path / "a", tmp_path):
+        folder.chmod(0o000)
+    scratch.remove(str(tmp_path))
+    assert not tmp_path.exists() and Path("/etc").is_dir()
 
 
 @confines

@@ -48,6 +48,39 @@ def test_an_answer_earns_what_its_tests_say(text: str, value: float, reason: str
     assert verdict(text, SQUARES) == Verdict(value, reason)
 
 
+@pytest.mark.parametrize(("text", "reason"), [
+    ("import os\ndef square(x): os._exit(97)", "died"),
+    ("class E(Exception): pass\nE.__name__ = 'tests do not run'\ndef square(x): raise E", "raised Exception"),
+    ("class E(Exception): pass\nE.__name__ = 'x' * 100000\ndef square(x): raise E", "raised Exception"),
+    ("class time(KeyError): pass\ndef square(x): raise time", "raised KeyError"),
+])
+def test_no_answer_chooses_that_it_is_not_judged_or_why(text: str, reason: str) -> None:
+    assert verdict(text, SQUARES) == Verdict(0.0, reason)
+
+
+def test_an_answer_that_leaves_deep_folders_is_judged_like_any_other() -> None:
+    deep = "import os\nfor _ in range(1100):\n    os.mkdir('d'); os.chdir('d')\ndef square(x): return x * x"
+    assert Code().verdicts([answer(deep, tests=SQUARES)]) == [Verdict(1.0)]
+
+
+def test_no_program_chooses_that_it_is_not_judged() -> None:
+    assert verdict("import sys; sys.exit(97)", [{"input": "1", "output": "2"}]) == Verdict(0.0, "died")
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("def square(x): raise ValueError", "raised ValueError"), ("import os\ndef square(x): os._exit(0)", "died"),
+])
+def test_a_test_that_stumbles_over_what_an_answer_did_counts_against_the_answer(text: str, reason: str) -> None:
+    tests = "try:\n    found = square(3)\nexcept Exception:\n    pass\nassert found == 9"
+    assert verdict(text, tests) == Verdict(0.0, reason)
+    assert verdict("def square(x): return 9", tests).value == 1.0
+
+
+def test_a_process_that_ended_while_every_test_forgave_it_died() -> None:
+    tests = "try:\n    square(3)\nexcept Exception:\n    pass"
+    assert verdict("import os\ndef square(x): os._exit(0)", tests) == Verdict(0.0, "died")
+
+
 def test_partial_credit_is_the_share_of_tests_that_pass() -> None:
     assert verdict("def square(x): return abs(x) ** 2 if x else 7", SQUARES, {"partial": True}).value == 2 / 3
     assert verdict("def square(x): return abs(x) ** 2 if x else 7", SQUARES).value == 0.0
