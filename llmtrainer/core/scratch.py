@@ -15,16 +15,16 @@ from contextlib import contextmanager, suppress
 
 BLOCK = 4096
 """Bytes that an empty file costs."""
-PATIENCE = 1.0
-"""Seconds in which a process that was told to stand still does so."""
+PATIENCE = 0.5
+"""Seconds to wait until every thread of a process stands still. One that does not then is inside a system call."""
 
 
 def exceeds(limit: int, folder: str, process: subprocess.Popen[bytes]) -> bool:
     """Whether a process holds more bytes in its folder than it may."""
     held, moved = _held(folder, process)
     if moved:   # nothing hides by being renamed while others are counted
-        with _still(process) as still:
-            held = _held(folder, process)[0] if still else math.inf
+        with _still(process):
+            held, _ = _held(folder, process)
     return held > limit
 
 
@@ -141,11 +141,14 @@ def _size(found: os.stat_result) -> int:
 
 
 @contextmanager
-def _still(process: subprocess.Popen[bytes]) -> Iterator[bool]:
-    """Whether a process stands still, or is over, as long as this lasts."""
+def _still(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A process stands still, or is over, as long as this lasts."""
     process.send_signal(signal.SIGSTOP)
     try:
-        yield _stands(process.pid)
+        until = time.monotonic() + PATIENCE
+        while not _stands(process.pid) and time.monotonic() < until:
+            time.sleep(0.001)
+        yield
     finally:
         process.send_signal(signal.SIGCONT)
 
@@ -153,10 +156,7 @@ def _still(process: subprocess.Popen[bytes]) -> Iterator[bool]:
 def _stands(pid: int) -> bool:
     if not hasattr(os, "waitid"):
         return True
-    until = time.monotonic() + PATIENCE
-    with suppress(ChildProcessError):   # it is over, and was waited for
-        while os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.001)
-    return True
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    except ChildProcessError:   # it is over, and was waited for
+        return True
