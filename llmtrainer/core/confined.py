@@ -20,11 +20,10 @@ import resource
 import struct
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-REFUSED = 97
-"""Exit code where a limit that was asked for could not be set."""
 DEPTH = 200
 """Lists in lists in a value that is sent."""
 
@@ -42,8 +41,10 @@ def main() -> None:
         task = json.load(told)
     failed = confine(task)
     if failed and task["required"]:
-        print(f"{', '.join(failed)}", file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(", ".join(failed))
+    # Said before anything runs that nobody trusts, where only this program can say it.
+    os.write(task["begins"], b"+")
+    os.close(task["begins"])
     {"script": _script, "serve": _serve, "test": _test}[task["do"]](task)
 
 
@@ -79,7 +80,7 @@ def _limit(task: Mapping[str, Any]) -> None:
 def _end_with_parent(libc: ctypes.CDLL, parent: int) -> None:
     _done(libc.prctl(1, 9, 0, 0, 0))      # PR_SET_PDEATHSIG
     if os.getppid() != parent:
-        sys.exit(REFUSED)
+        sys.exit("the parent is gone")
 
 
 def _drop(libc: ctypes.CDLL) -> None:
@@ -159,7 +160,7 @@ def _serve(task: Mapping[str, Any]) -> None:
         Text(task["source"]).into(module)
         say(replies, {"ready": True})
     except BaseException as error:
-        say(replies, {"error": type(error).__name__})
+        say(replies, {"error": kinds_of(error)})
         return
     while (request := requests.next()) is not None:
         try:
@@ -167,8 +168,26 @@ def _serve(task: Mapping[str, Any]) -> None:
             value = function(*decoded(request["args"]), **decoded(request["named"]))
             reply = {"value": encoded(value)}
         except BaseException as error:
-            reply = {"error": type(error).__name__}
+            reply = {"error": kinds_of(error)}
         say(replies, reply)
+
+
+def kinds_of(error: BaseException) -> list[str]:
+    """The built-in exceptions that one is, the nearest first."""
+    return [kind.__name__ for kind in type(error).__mro__ if vars(builtins).get(kind.__name__) is kind]
+
+
+def known(names: Any) -> tuple[str, Exception]:
+    """What `kinds_of` told, or whoever pretends to it: the name of the nearest, and an exception to raise in its
+    place. The name is Python's own, never a text of the code's choosing."""
+    told = [vars(builtins).get(name) for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    kinds = [kind for kind in told if isinstance(kind, type) and issubclass(kind, BaseException)]
+    name = kinds[0].__name__ if kinds else "Exception"
+    for kind in kinds:
+        with suppress(TypeError):       # some want more than a text
+            if issubclass(kind, Exception):
+                return name, kind(name)
+    return name, RuntimeError(name)
 
 
 class Gone(Exception):
@@ -194,7 +213,7 @@ class Line:
         self.calls = 0
         self.gone = False
         self.error: str | None = None
-        """The first exception that was told."""
+        """The first exception that was told, as a reason."""
 
     def ready(self) -> None:
         """Wait until the functions are there."""
@@ -215,13 +234,9 @@ class Line:
             self.gone = True
             raise Gone
         if "error" in reply:
-            name = str(reply["error"])
-            self.error = self.error or name
-            found = getattr(builtins, name, None)
-            odd = (Warning, UnicodeError, BaseExceptionGroup)
-            if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, odd):
-                raise found(name)
-            raise RuntimeError(name)
+            name, error = known(reply["error"])
+            self.error = self.error or f"raised {name}"
+            raise error
         try:
             return decoded(reply["value"]) if "value" in reply else None
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
@@ -250,11 +265,17 @@ def _test(task: Mapping[str, Any]) -> None:
             verdict["passed"] += not line.gone
         except AssertionError:
             verdict["why"] = verdict["why"] or "wrong result"
-        except (SyntaxError, NameError, ImportError) as error:
-            verdict["why"] = verdict["why"] or line.error or f"tests do not run: {type(error).__name__}"
         except Exception as error:
-            verdict["why"] = verdict["why"] or line.error or ("died" if line.gone else type(error).__name__)
+            verdict["why"] = verdict["why"] or line.error or ("died" if line.gone else _reason(error))
+    if line.gone:
+        verdict["why"] = verdict["why"] or "died"
     tell(task["verdict"], verdict, line)
+
+
+def _reason(error: Exception) -> str:
+    """Why a test ended, where nothing the code did is the cause."""
+    name, _ = known(kinds_of(error))
+    return f"tests do not run: {name}" if isinstance(error, SyntaxError | NameError | ImportError) else f"raised {name}"
 
 
 def tell(descriptor: int, verdict: dict[str, Any], line: Line) -> None:

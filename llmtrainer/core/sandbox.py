@@ -1,8 +1,8 @@
 """Code that nobody trusts, run where it can do no harm: a process of its own without files, network, children or time.
 
 Linux does the holding, without root and inside containers too: Landlock closes the files, a filter of system calls
-(seccomp) everything else, limits bound memory and time. What this machine really keeps from the code is tried out
-before the first run, not assumed.
+(seccomp) everything else, limits bound memory and time. Landlock does not hide that a file is there, how large it is
+and when it was changed. What this machine really keeps from the code is tried out before the first run, not assumed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,12 +30,12 @@ from pydantic import Field
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
-from llmtrainer.core import confined
+from llmtrainer.core import confined, scratch
 from llmtrainer.core.syscalls import call_filter
 
 MIB = 2**20
 GLANCE = 0.02
-"""Seconds between two looks at what the code has written to its folder."""
+"""Seconds between two looks at what the code holds in its folder."""
 
 
 class Limits(Config):
@@ -55,7 +54,8 @@ class Limits(Config):
     """What it may print, and the longest value that a function may return."""
 
     disk_mib: int = Field(default=16, ge=1)
-    """Files in its own folder, which is empty at first and deleted afterwards."""
+    """Files in its own folder, which is empty at first and deleted afterwards; those that it has open without a name
+    count, too."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,15 @@ class Sandbox:
 class _Run:
     process: subprocess.Popen[bytes]
     folder: str
-    decides: bool
-    """Whether the run is over when it is."""
+    do: str
+    """What it does: `script`, `serve` or `test`."""
+    disk: int
+    """Bytes that it may hold, what it was given among them."""
+
+    @property
+    def decides(self) -> bool:
+        """Whether the run is over when it is."""
+        return self.do != "serve"
 
 
 @dataclass
@@ -187,21 +194,25 @@ class _Watched:
     ) -> None:
         """Start one more process. `keep`: descriptors that it has beside its own three. `verdict`: where its verdict
         comes from."""
-        folder = tempfile.mkdtemp(prefix="llmtrainer-sandbox-")
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        job = stack.enter_context(_holding(json.dumps({**task, "folder": folder}).encode()))
-        decides = task["do"] != "serve"
+        folder = os.path.realpath(tempfile.mkdtemp(prefix="llmtrainer-sandbox-"))
+        stack.callback(scratch.remove, folder)
+        began, begins = (stack.enter_context(io.FileIO(*end)) for end in zip(os.pipe(), "rw", strict=True))
+        task = {**task, "folder": folder, "begins": begins.fileno()}
+        job = stack.enter_context(_holding(json.dumps(task).encode()))
+        given = sum(os.fstat(file.fileno()).st_size for file in (job, stdin) if file is not None)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(Path(confined.__file__)), str(job.fileno())],
             stdin=subprocess.DEVNULL if stdin is None else stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={}, cwd="/", pass_fds=(job.fileno(), *keep), start_new_session=True,
+            env={}, cwd="/", pass_fds=(job.fileno(), begins.fileno(), *keep), start_new_session=True,
         )  # fmt: skip
         stack.callback(_end, process)
-        self.runs.append(_Run(process, folder, decides))
+        begins.close()
+        self.runs.append(_Run(process, folder, task["do"], self.limits.disk_mib * MIB + given))
         assert process.stdout is not None and process.stderr is not None
         limit = self.limits.output_kib * 1024
         self.pipes[process.stdout.fileno()] = ("output" if task["do"] == "script" else "printed", limit)
         self.pipes[process.stderr.fileno()] = (f"told by {task['do']}", 8 * limit)
+        self.pipes[began.fileno()] = (f"begun by {task['do']}", 1)
         if verdict is not None:
             self.pipes[verdict] = ("verdict", limit)
 
@@ -216,13 +227,17 @@ class _Watched:
             run.process.kill()
         codes = {run.decides: run.process.wait() for run in self.runs}
         told = bytes(self.said.get("told by script", b"") + self.said.get("told by serve", b""))[-2000:]
-        if ended == "done" and confined.REFUSED in codes.values():
+        if ended == "done" and any(self._stillborn(run, codes[run.decides]) for run in self.runs):
             ended = "sandbox"
         elif ended == "done":
             ended = self._why(codes[True], told)
             if ended == "done" and (code := by_itself.get(False)) and self._why(code, told) != "died":
                 ended = self._why(code, told)
         return Outcome(ended, bytes(self.said.get("output", b"")), told, verdict)
+
+    def _stillborn(self, run: _Run, code: int) -> bool:
+        """Whether it ended before the code began. Its exit code alone does not say: code chooses its own."""
+        return code != -signal.SIGKILL and not self.said.get(f"begun by {run.do}")
 
     def _verdict(self) -> Mapping[str, Any] | None:
         try:
@@ -249,7 +264,7 @@ class _Watched:
 
     def _read(self) -> str:
         deadline = time.monotonic() + self.limits.seconds
-        silent = time.monotonic()
+        silent = looked = time.monotonic()
         with selectors.DefaultSelector() as selector:
             for descriptor in self.pipes:
                 selector.register(descriptor, selectors.EVENT_READ)
@@ -266,13 +281,16 @@ class _Watched:
                     if len(said) > limit:
                         del said[limit:]
                         return "output"
-                if any(_bytes_in(run.folder) > self.limits.disk_mib * MIB for run in self.runs):
-                    return "disk"
                 # Only when nothing more can come from it is a process over; its end alone may leave words in a pipe.
-                if not selector.get_map() or all(run.process.poll() is not None for run in self.runs if run.decides):
+                over = not selector.get_map() or all(run.process.poll() is not None for run in self.runs if run.decides)
+                now = time.monotonic()
+                if over or now > looked + GLANCE:
+                    if any(scratch.exceeds(run.disk, run.folder, run.process) for run in self.runs):
+                        return "disk"
+                    looked = time.monotonic()
+                if over:
                     self._rest(selector)
                     return "done"
-                now = time.monotonic()
                 if now > deadline or (self.quiet is not None and now > silent + self.quiet):
                     return "time"
 
@@ -298,21 +316,6 @@ def _holding(data: bytes) -> Iterator[IO[bytes]]:
         file.write(data)
         file.seek(0)
         yield file
-
-
-def _bytes_in(folder: str) -> int:
-    """Bytes of the files in a folder; what vanishes meanwhile has none. An empty file is not free either."""
-    total, waiting = 0, [folder]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    total += max(4096, entry.stat(follow_symlinks=False).st_size)
-        except OSError:
-            continue
-    return total
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

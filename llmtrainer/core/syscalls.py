@@ -13,7 +13,7 @@ _EVERYWHERE = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, close 3 57, close_range 436 436,
 lseek 8 62, fstat 5 80, newfstatat 262 79, statx 332 291, faccessat 269 48, faccessat2 439 439, openat 257 56,
 getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50, readlinkat 267 78, mkdirat 258 34, unlinkat 263 35,
-renameat 264 38, renameat2 316 276, ftruncate 77 46, fsync 74 82, fdatasync 75 83, fadvise64 221 223, fallocate 285 47,
+renameat 264 38, renameat2 316 276, ftruncate 77 46, fsync 74 82, fdatasync 75 83, fadvise64 221 223,
 flock 73 32, umask 95 166, dup 32 23, dup3 292 24, pipe2 293 59, ppoll 271 73, pselect6 270 72, epoll_create1 291 20,
 epoll_ctl 233 21, epoll_pwait 281 22, eventfd2 290 19, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226,
 madvise 28 233, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132,
@@ -32,14 +32,16 @@ dup2 33, pipe 22, poll 7, select 23, epoll_wait 232, time 201, alarm 37, getpgrp
 
 # Architecture (linux/audit.h), column of the table, and the numbers of calls that are allowed in part.
 _MACHINES = {
-    "x86_64": (0xC000003E, 1, {"clone": 56, "ioctl": 16, "fcntl": 72}),
-    "aarch64": (0xC00000B7, 2, {"clone": 220, "ioctl": 29, "fcntl": 25}),
+    "x86_64": (0xC000003E, 1, {"clone": 56, "ioctl": 16, "fcntl": 72, "fallocate": 285}),
+    "aarch64": (0xC00000B7, 2, {"clone": 220, "ioctl": 29, "fcntl": 25, "fallocate": 47}),
 }
 _CLONE_THREAD = 0x10000
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """Is it a terminal, of which size; how much waits to be read; close on exec, or not."""
 _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)
 """Duplicates, flags, locks, the size of a pipe. Not F_SETOWN: it has the kernel send signals to others."""
+_FALLOCATE = (0,)
+"""Room that the size of the file tells."""
 _X32 = 0x40000000
 _NEWEST = 450
 """Calls after this one, and clone3, are answered as by an older kernel, so that the C library takes the older call."""
@@ -68,6 +70,7 @@ def call_filter(machine: str) -> bytes | None:
     code += _when(partly["clone"], 16, [(_ANY_BIT, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _ALLOW)])
     code += _when(partly["ioctl"], 24, _one_of(_IOCTL))
     code += _when(partly["fcntl"], 24, _one_of(_FCNTL))
+    code += _when(partly["fallocate"], 24, _one_of(_FALLOCATE))
     code += [(_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERROR | _NO_SUCH_CALL)]
     code += [(_AT_LEAST, 0, 1, _NEWEST), (_RETURN, 0, 0, _ERROR | _NO_SUCH_CALL)]
     code += [(_RETURN, 0, 0, _ERROR | _NO_PERMISSION)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -18,7 +19,6 @@ from llmtrainer.core.rollout import Answer, Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-_HARMLESS = ("wrong result", "time", "memory", "output", "disk", "died")
 
 
 class Code(Rule):
@@ -28,6 +28,9 @@ class Code(Rule):
     the outputs they have to give (`[{"input", "output"}]`, or `{"inputs": [], "outputs": []}`). They run in another
     process than the answer, which is asked for plain values: it can neither read what is expected nor say that it
     passed. Answers have the standard library, one process, and no files but their own.
+
+    The program in an answer is its last fence labelled as Python, else its last one without a label, else all of it.
+    Tests may name modules of the standard library without importing them (`math.isclose`).
     """
 
     tests: str = "tests"
@@ -106,7 +109,7 @@ class Code(Rule):
             return Verdict(None, "tests call nothing")
         if passed == of:
             return Verdict(1.0)
-        return Verdict(passed / of if self.partial else 0.0, str(why) if why in _HARMLESS else f"raised {why}")
+        return Verdict(passed / of if self.partial else 0.0, str(why))
 
     def _by_output(self, source: str, cases: Sequence[tuple[str, str]], sandbox: Sandbox) -> Verdict:
         passed, reason = 0, None
@@ -126,10 +129,7 @@ class Code(Rule):
         """The tests of a record. UserError where there are none, or nobody knows what they are."""
         given = fact(answer, self.tests, self.title)
         if isinstance(given, Mapping) and {"inputs", "outputs"} <= set(given):
-            given = [
-                {"input": one, "output": other}
-                for one, other in zip(given["inputs"], given["outputs"], strict=False)
-            ]
+            given = self._paired(answer, given["inputs"], given["outputs"])
         several = [given] if isinstance(given, str) else given
         if isinstance(several, list | tuple) and several:
             if all(isinstance(item, str) for item in several):
@@ -142,26 +142,44 @@ class Code(Rule):
             fix='assertions as a text or a list of texts, or [{"input": "1 2", "output": "3"}]',
         )
 
+    def _paired(self, answer: Answer, inputs: Any, outputs: Any) -> Any:
+        if not (isinstance(inputs, list | tuple) and isinstance(outputs, list | tuple)):
+            return {"inputs": inputs, "outputs": outputs}
+        if len(inputs) != len(outputs):
+            raise UserError(
+                f"`{self.tests}` of a record has {len(inputs):,} inputs and {len(outputs):,} outputs",
+                where=f"the record of {shown(answer)}", why="nobody can tell which belong together",
+                fix="an output for each input, or leave the record out",
+            )
+        return [{"input": one, "output": other} for one, other in zip(inputs, outputs, strict=True)]
+
     def _of_functions(self, answer: Answer, tests: tuple[str, ...]) -> Checks:
         setup = [str(fact(answer, key, self.title)) for key in (self.setup, self.before) if key is not None]
         trusted = "\n".join(_whole(text) for text in setup)
+        whole = "\n".join([trusted, *tests])
         entry = answer.facts.get(self.entry_point)
-        defined, names = names_in("\n".join([trusted, *tests]))
+        defined, names = names_in(whole)
         in_tests, called = names_in("\n".join(tests))
         check = "check" if "check" in in_tests and "check" not in called else None
         if check is not None and not isinstance(entry, str):
             fact(answer, self.entry_point, self.title)
         wanted = {name for name in names if name not in defined and not hasattr(builtins, name)}
-        wanted |= {entry} if isinstance(entry, str) else set()
+        # What is only asked for its attributes is a module: what an answer has here are functions alone.
+        modules = wanted & only_of_attributes(whole)
+        wanted = wanted - modules | ({entry} if isinstance(entry, str) else set())
+        known = sorted(modules & sys.stdlib_module_names - wanted)
+        trusted = "\n".join([trusted, *(f"import {name}" for name in known)])
         return Checks(tests, trusted, tuple(sorted(wanted)), check, entry if isinstance(entry, str) else None)
 
 
 def code_in(text: str) -> str:
-    """The program in an answer: its last fence of Python, or of no language, closed or not; without fences all."""
+    """The program in an answer: its last fence labelled as Python, else its last one without a label, which may hold
+    what a program prints; closed or not. Without fences all."""
     fences = [(language.lower(), code) for language, code in _FENCE.findall(text)]
-    known = [code for language, code in fences if language in ("", "python", "python3", "py")]
-    if known:
-        return str(known[-1])
+    for languages in (("python", "python3", "py"), ("",)):
+        known = [code for language, code in fences if language in languages]
+        if known:
+            return str(known[-1])
     return "" if fences else text
 
 
@@ -174,6 +192,19 @@ def names_in(source: str) -> tuple[set[str], set[str]]:
     return set(_defined(tree)), {
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }
+
+
+def only_of_attributes(source: str) -> set[str]:
+    """Names that a source uses for nothing but their attributes; none where it is no Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    of_attributes = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    alone = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in of_attributes}
+    return {node.id for node in of_attributes} - alone
 
 
 def _defined(tree: ast.AST) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core import sandbox as module
+from llmtrainer.core import scratch
 from llmtrainer.core.confined import decoded, encoded
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.core.syscalls import call_filter
@@ -155,6 +157,89 @@ def test_code_without_end_or_measure_is_ended_with_its_reason(source: str, ended
 
 
 @confines
+@pytest.mark.parametrize("hides", [
+    # Removed, and still open.
+    "kept = []\nfor _ in range(9):\n    kept.append(open('f', 'wb', buffering=0))\n    kept[-1].write(b'x' * 2 ** 19)\n"
+    "    os.unlink('f')\n",
+    # Removed and closed, and still in the memory.
+    "import ctypes\nmap = ctypes.CDLL(None).mmap\nfor _ in range(9):\n    with open('f', 'w+b', buffering=0) as f:\n"
+    "        f.write(b'x' * 2 ** 19)\n        os.unlink('f')\n"
+    "        map(None, ctypes.c_size_t(4096), 1, 2, f.fileno(), ctypes.c_long(0))\n",
+    # Where no path leads to.
+    "for i in range(9):\n    open(f'{i}', 'wb').write(b'x' * 2 ** 16)\nfor _ in range(30):\n    os.mkdir('d' * 200)\n"
+    "    os.chdir('d' * 200)\nfor i in range(9):\n    open(f'{i}', 'wb').write(b'x' * 2 ** 19)\n",
+])
+def test_files_count_wherever_code_hides_them(hides: str) -> None:
+    limits = SMALL.model_copy(update={"seconds": 20.0, "cpu_seconds": 20})
+    assert printed("import os\n" + hides + "while True:\n    pass\n", limits).ended == "disk"
+
+
+def test_files_that_move_while_they_are_counted_are_counted_while_nothing_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = scratch._held
+    states: list[str] = []
+
+    def held(folder: str, process: subprocess.Popen[bytes]) -> tuple[float, bool]:
+        states.append(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0])
+        # What a look finds of a folder that has another name by the time it is opened.
+        return real(folder, process) if len(states) > 1 else (0.0, True)
+
+    monkeypatch.setattr(scratch, "_held", held)
+    (tmp_path / "file").write_bytes(b"x" * 9999)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert scratch.exceeds(9998, str(tmp_path), process)
+        assert len(states) == 2 and states[0] != "T" == states[1]
+        assert not scratch.exceeds(99999, str(tmp_path), process)
+        assert process.communicate(b"it goes on")[0] == b"it goes on"
+
+
+def test_a_file_that_vanishes_while_others_are_counted_hides_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("before", "file", "then"):
+        (tmp_path / name).write_bytes(b"x" * 9000)
+    real = os.scandir
+
+    class Late:
+        """A folder that one file leaves as soon as it was listed."""
+
+        def __init__(self, folder: str) -> None:
+            with real(folder) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name)
+            (tmp_path / "file").unlink()
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", Late)
+    assert scratch._named(str(tmp_path)) == (2 * 3 * 4096, True)
+
+
+@confines
+def test_code_that_makes_and_removes_files_all_the_time_holds_no_more_than_one() -> None:
+    source = "for i in range(4000):\n    with open('f', 'wb') as f:\n        f.write(b'x' * 999)\n    os.unlink('f')\n"
+    outcome = printed("import os\n" + source + "print('through')\n", Limits())
+    assert outcome.ended == "done" and outcome.output == b"through\n"
+
+
+@confines
+def test_what_a_program_is_given_is_not_what_it_holds() -> None:
+    outcome = Sandbox(SMALL).script("print(len(input()))", given="x" * 2**21)
+    assert outcome.ended == "done" and outcome.output == b"2097152\n"
+
+
+@confines
+def test_no_room_is_taken_that_the_size_of_a_file_does_not_tell() -> None:
+    keep_size = "import ctypes\nprint(ctypes.CDLL(None).fallocate(f.fileno(), 1, *map(ctypes.c_long, (0, 2 ** 30))))\n"
+    assert printed("f = open('f', 'wb')\n" + keep_size).output == b"-1\n"
+    assert printed("import os\nf = open('f', 'wb')\nos.posix_fallocate(f.fileno(), 0, 4096)\nprint(1)").output == b"1\n"
+
+
+@confines
 def test_nothing_of_a_run_is_left_and_nothing_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(os.listdir("/proc/self/fd"))
@@ -162,6 +247,38 @@ def test_nothing_of_a_run_is_left_and_nothing_was_there(tmp_path: Path, monkeypa
     assert outcome.ended == "done" and outcome.output == b"[]\n"
     assert passes("def double(x):\n    return 2 * x\n")
     assert list(tmp_path.iterdir()) == [] and set(os.listdir("/proc/self/fd")) == before
+
+
+@confines
+@pytest.mark.parametrize("ends", ["import os\nos._exit({code})\n", "import sys\nsys.exit({code})\n"])
+def test_no_exit_code_of_the_code_says_that_the_sandbox_refused_it(ends: str) -> None:
+    # What the program that confines itself ends with where a limit could not be set, now or once.
+    for code in (1, 97):
+        assert printed(ends.format(code=code)).ended == "died"
+        assert Sandbox(SMALL).check(ends.format(code=code), RIGHT).ended != "sandbox"
+
+
+@confines
+@pytest.mark.parametrize("leaves", [
+    "for _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\n",
+    "for _ in range(1100):\n    os.mkdir('d' * 20)\n    os.chdir('d' * 20)\nopen('last', 'w').write('x')\n",
+    "os.mkdir('a')\nos.mkdir('a/b')\nopen('a/b/c', 'w').write('x')\nos.mkdir('closed', 0)\n",
+])
+def test_folders_in_folders_are_removed_however_deep_and_closed(
+    leaves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    printed("import os\nos.umask(0)\n" + leaves, Limits())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_only_lets_itself_be_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "link").symlink_to("/etc")
+    for folder in (tmp_path / "a" / "b", tmp_path / "a", tmp_path):
+        folder.chmod(0o000)
+    scratch.remove(str(tmp_path))
+    assert not tmp_path.exists() and Path("/etc").is_dir()
 
 
 @confines

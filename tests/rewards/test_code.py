@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 from typing import Any
 
 import pytest
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.core.confined import known
 from llmtrainer.core.rollout import Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 from llmtrainer.rewards.code import Code, code_in
@@ -48,6 +50,39 @@ def test_an_answer_earns_what_its_tests_say(text: str, value: float, reason: str
     assert verdict(text, SQUARES) == Verdict(value, reason)
 
 
+@pytest.mark.parametrize(("text", "reason"), [
+    ("import os\ndef square(x): os._exit(97)", "died"),
+    ("class E(Exception): pass\nE.__name__ = 'tests do not run'\ndef square(x): raise E", "raised Exception"),
+    ("class E(Exception): pass\nE.__name__ = 'x' * 100000\ndef square(x): raise E", "raised Exception"),
+    ("class time(KeyError): pass\ndef square(x): raise time", "raised KeyError"),
+])
+def test_no_answer_chooses_that_it_is_not_judged_or_why(text: str, reason: str) -> None:
+    assert verdict(text, SQUARES) == Verdict(0.0, reason)
+
+
+def test_an_answer_that_leaves_deep_folders_is_judged_like_any_other() -> None:
+    deep = "import os\nfor _ in range(1100):\n    os.mkdir('d'); os.chdir('d')\ndef square(x): return x * x"
+    assert Code().verdicts([answer(deep, tests=SQUARES)]) == [Verdict(1.0)]
+
+
+def test_no_program_chooses_that_it_is_not_judged() -> None:
+    assert verdict("import sys; sys.exit(97)", [{"input": "1", "output": "2"}]) == Verdict(0.0, "died")
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("def square(x): raise ValueError", "raised ValueError"), ("import os\ndef square(x): os._exit(0)", "died"),
+])
+def test_a_test_that_stumbles_over_what_an_answer_did_counts_against_the_answer(text: str, reason: str) -> None:
+    tests = "try:\n    found = square(3)\nexcept Exception:\n    pass\nassert found == 9"
+    assert verdict(text, tests) == Verdict(0.0, reason)
+    assert verdict("def square(x): return 9", tests).value == 1.0
+
+
+def test_a_process_that_ended_while_every_test_forgave_it_died() -> None:
+    tests = "try:\n    square(3)\nexcept Exception:\n    pass"
+    assert verdict("import os\ndef square(x): os._exit(0)", tests) == Verdict(0.0, "died")
+
+
 def test_partial_credit_is_the_share_of_tests_that_pass() -> None:
     assert verdict("def square(x): return abs(x) ** 2 if x else 7", SQUARES, {"partial": True}).value == 2 / 3
     assert verdict("def square(x): return abs(x) ** 2 if x else 7", SQUARES).value == 0.0
@@ -87,7 +122,46 @@ def test_tests_that_test_nothing_cost_the_answer_and_give_it_no_point(tests: str
     assert verdict("def square(x): return x * x", tests) == Verdict(None, reason)
 
 
-@pytest.mark.parametrize("tests", [[], [1], {"inputs": [1]}, 7, [{"input": "x"}]])
+def test_tests_may_name_modules_without_importing_them() -> None:
+    right = "def square(x): return x * x"
+    assert verdict(right, "assert math.isclose(square(3), 9.0001, rel_tol=1e-3)") == Verdict(1.0)
+    assert verdict(right, "assert np.allclose(square(3), 9)") == Verdict(None, "tests do not run")
+    # A function of the answer that is called like a module is still the answer's.
+    assert verdict("def bisect(x): return x / 2", "assert bisect(3) == 1.5") == Verdict(1.0)
+    assert verdict("def bisect(x): return x / 2", "assert bisect.bisect([1], bisect(2)) == 1").value == 0.0
+
+
+@pytest.mark.parametrize(("raised", "expected"), [
+    ("class MyE(ValueError): pass\ndef square(x): raise MyE('no')", "ValueError"),
+    ("import json\ndef square(x): return json.loads('{')", "ValueError"),
+    ("def square(x): return b'\\xff'.decode()", "ValueError"),
+    ("class MyE(LookupError, ArithmeticError): pass\ndef square(x): raise MyE", "LookupError"),
+    ("class MyE(Exception): pass\ndef square(x): raise MyE", "Exception"),
+    ("def square(x): raise DeprecationWarning", "DeprecationWarning"),
+])
+def test_an_exception_of_the_answers_own_is_what_it_derives_from(raised: str, expected: str) -> None:
+    tests = f"try:\n    square(3)\nexcept {expected}:\n    pass\nelse:\n    raise AssertionError"
+    assert verdict(raised, tests) == Verdict(1.0)
+    assert verdict("class MyE(KeyError): pass\ndef square(x): raise MyE", SQUARES) == Verdict(0.0, "raised KeyError")
+
+
+@pytest.mark.parametrize("told", [
+    None, 7, "ValueError", [], [7, None, []], ["tests do not run"], ["\ud800"], ["print", "object", "__doc__"],
+    ["SystemExit"], ["UnicodeDecodeError"], ["BaseExceptionGroup"],
+])
+def test_whatever_an_answer_tells_of_an_exception_is_one_that_can_be_raised(told: Any) -> None:
+    name, error = known(told)
+    assert issubclass(getattr(builtins, name), BaseException) and type(error) is RuntimeError
+
+
+def test_inputs_without_their_outputs_are_refused() -> None:
+    with pytest.raises(UserError, match="2 inputs and 1 outputs"):
+        verdict("print(3)", {"inputs": ["1 2", "5 6"], "outputs": ["3"]})
+
+
+@pytest.mark.parametrize("tests", [
+    [], [1], {"inputs": [1]}, 7, [{"input": "x"}], {"inputs": "12", "outputs": "34"}, {"inputs": None, "outputs": None},
+])
 def test_what_is_no_test_is_refused_before_anything_runs(tests: Any) -> None:
     with pytest.raises(UserError, match="holds no tests"):
         verdict("x = 1", tests)
@@ -120,3 +194,5 @@ def test_the_program_in_an_answer_is_its_last_fence_of_python() -> None:
     assert code_in("x = 1") == "x = 1"
     assert code_in("a\n```python\nx = 1\n```\nb\n```text\nout\n```\n") == "x = 1\n"
     assert code_in("```js\n1\n```") == ""
+    assert code_in("```python\nx = 1\n```\nOutput:\n```\n1\n```\n") == "x = 1\n"
+    assert code_in("```\nx = 0\n```\nor\n```\nx = 1\n```\n") == "x = 1\n"
