@@ -18,9 +18,21 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+])?(?:(?P<whole>\d+)[ ]+(?=\d+[ ]?/[ ]?\d))?(?P<top>(?:{_PLAIN}){_SCIENCE})"
     rf"(?:[ ]?/[ ]?(?P<bottom>{_PLAIN}))?(?P<times>[\u4e07\u4ebf])?[ ]?(?P<percent>%)?"
 )
-_BEFORE = re.compile(r"[A-Za-z0-9.^_/]\Z|\d:\Z|[A-Za-z0-9)]\s*\^\s*\{?\Z|\d\s*,\Z")
-"""What makes the number behind it a part of something else: a name, a power, a date, a time."""
-_AFTER = re.compile(r"[.,:/^_]?\d|\s*\^|\s*/\s*[A-Za-z0-9]|\s*\\times|\s*\*\s*10|\s*[x\u00d7]\s*10\s*\^|[eE]\d|!")
+_FUNCTION = (
+    r"\\(?:sqrt|neq?|not|[gl]eq?|[gl]eqslant|[gl]t|pm|mp|sin|cos|tan|log|ln|exp|min|max|lfloor|lceil|binom|cdot|times|div|"
+    r"pi|infty|theta|alpha|beta|gamma|phi)(?![A-Za-z])"
+)
+_BEFORE = re.compile(
+    r"[A-Za-z0-9.^_/]\Z|\d:\Z|[A-Za-z0-9)]\s*\^\s*\{?\Z|\d\s*,\Z"
+    rf"|{_FUNCTION}\s*(?:\[[^\]]*\]\s*)?[{{(]?\s*\Z|[\u00b1\u2213\u221a\u2260\u2264\u2265\u00d7\u03c0\u221e]\s*\(?\s*\Z|(?<![-=])[<>]\s*\Z"
+    r"|(?:\\infty|\u221e)\s*,\s*\Z|(?i:\bnot|\bnever|n't)\s+\Z|(?:\u4e0d\u662f|\u4e0d\u7b49\u4e8e|\u5e76\u975e)\s*\Z"
+)
+"""What makes the number behind it a part of something else: a name, a power, a date, a time, a root, an inequality; or
+says that it is not this number."""
+_AFTER = re.compile(
+    r"[.,:/^_]?\d|\s*\^|_|\s*/\s*[A-Za-z0-9]|\s*\*\s*10|\s*[x\u00d7]\s*10\s*\^|[eE]\d|!"
+    rf"|\s*{_FUNCTION}|\s*[\u03c0\u221a\u00b1\u221e]|[inkpqw](?![A-Za-z])|\s?[xyz](?![A-Za-z])|\s*,\s*[-+]?\s*(?:\\infty|\u221e)"
+)
 _TIMES = {"\u4e07": 10_000, "\u4ebf": 100_000_000}
 
 _DIGITS = {digit: place for place, digit in enumerate("\u96f6\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d")}
@@ -46,14 +58,25 @@ class Number:
 
 def cleaned(text: str) -> str:
     """ASCII digits, plain minus signs, no decoration: what LaTeX and typography put between the digits is gone."""
+    # Powers and indices, before they look like digits of the number in front.
+    text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", r"^\g<0>", text)
+    text = re.sub("[\u2080-\u2089]+", r"_\g<0>", text)
     text = narrow(text).replace("\u2212", "-").replace("\u2013", "-").replace("\\%", "%")
     text = re.sub(r"\\[dt]?frac", r"\\frac", text)
+    text = re.sub(r"(?<=\d)\s*\^\s*(?:\{\s*)?\\circ(?:\s*\})?|(?<=\d)\s*\u00b0", " ", text)
+    text = re.sub(r"(?<=[-+])\\?\$(?=[\d.])", "", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\!)(?=\d{3}(?!\d))", ",", text).replace(",\\!", ",")
     text = re.sub(r"(?<=\d),\s?\\,?(?=\d{3}(?!\d))", ",", text)
-    text = re.sub(r"\\frac\s*\{?\s*(-?\d+)\s*\}?\s*\{\s*(-?\d+)\s*\}", r" \1/\2 ", text)
-    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r" \1/\2 ", text)
+    # Behind a sign without a blank between, so that the sign stays the number's.
+    text = re.sub(r"()\\frac\s*\{?\s*(-?\d+)\s*\}?\s*\{\s*(-?\d+)\s*\}", _fraction, text)
+    text = re.sub(r"()\\frac\s*(\d)\s*(\d)", _fraction, text)
     return re.sub(r"\$|\*\*|\\left|\\right|\\[,;:! ]|~|`", " ", text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    signed = match.start() > 0 and match.string[match.start() - 1] in "-+"
+    return f"{'' if signed else ' '}{match[2]}/{match[3]} "
 
 
 def only_number(region: str) -> Number | None:
@@ -99,6 +122,12 @@ def _number(match: re.Match[str], text: str) -> Number | None:
 
 def _plain(text: str) -> Fraction:
     return Fraction(text.replace(",", "") if not text.startswith(".") else "0" + text)
+
+
+def chinese_number(text: str) -> Number | None:
+    """The number of a text that is nothing but Chinese numerals, and a full stop perhaps."""
+    bare = cleaned(text).strip().rstrip(".\u3002")
+    return _chinese(bare) if _CHINESE_NUMBER.fullmatch(bare) else None
 
 
 def _chinese(region: str) -> Number | None:

@@ -98,7 +98,7 @@ class Choice(Rule):
     def _also(self, behind: str) -> Iterator[str]:
         """Letters that go on with a choice: `B or C`, `A, B`."""
         while match := _joined(self.letters).match(behind):
-            yield match[1]
+            yield match[1] or match[2]
             behind = behind[match.end() :]
 
 
@@ -115,5 +115,10 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
 
 @cache
 def _joined(letters: str) -> re.Pattern[str]:
-    between = r"(?:,|/|&|\+|\bor\b|\band\b|\u6216\u8005?|\u548c|\u3001)"
-    return re.compile(rf"[)\]\"'$*.\s]*{between}+\s*(?:option\s+)?{_letter(letters)}")
+    between = (
+        r"(?:[,/&+|;(]|(?i:\b(?:or|and|maybe|perhaps|possibly|also)\b)|\u6216\u8005?|\u548c|\u3001|\uff0c|\u4e5f\u8bb8|\u6216\u8bb8)"
+    )
+    named = rf"[)\]\"'$*.\s]*(?:{between}\s*)+(?:option\s+)?{_letter(letters)}"
+    # One letter after the other, with nothing but blanks between; not `A I think`, where a word begins.
+    listed = rf"[ ]+(?-i:([{letters}]))(?=[ ]*(?:$|[\n,.;|/)]|[ ][{letters}](?![A-Za-z0-9'])))"
+    return re.compile(f"{named}|{listed}")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.answer_text import NO_ANSWER, boxed, final, has_box
-from llmtrainer.core.numbers import Number, cleaned, last_number, only_number
+from llmtrainer.core.numbers import Number, chinese_number, cleaned, last_number, only_number
 from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
 
@@ -66,6 +66,8 @@ class Numeric(Rule):
         if reference and (alone := only_number(text)) is not None:
             return alone
         found = last_number(text)
+        if found is None and (alone := chinese_number(text)) is not None:
+            return None if cut else alone
         if found is None and where == "auto" and (said := _SAID.findall(text)):
             return None if cut and text.endswith(said[-1]) else only_number(said[-1])
         # Of a text that was cut inside a number, nobody knows which it would have been.
