@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,8 @@ import torch
 
 torch.set_num_threads(1)
 
+MOST_DESCRIPTORS = 200
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -23,6 +27,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str((base.parent if one_of_several else base) / "compiled"))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_descriptors() -> Iterator[None]:
+    """Mapped stores are closed when Python collects garbage, which a process of thousands of tests does too rarely for
+    the thousand descriptors that it may have."""
+    yield
+    if Path("/proc/self/fd").is_dir() and len(os.listdir("/proc/self/fd")) > MOST_DESCRIPTORS:
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
