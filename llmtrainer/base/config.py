@@ -148,6 +148,11 @@ def _no_such_word(config_type: type[Config], word: str) -> UserError:
     names = config_type.words
     why = f"the words here are: {', '.join(names)}" if names else "no bare words are taken here"
     key, equals, _ = word.partition("=")
+    if equals and _is_key(config_type, key, {}):
+        return UserError(
+            f"`{word}` is one word too many", where=COMMAND_LINE,
+            why=f"{why}; behind `--` a setting is taken for a word as well", fix=f"put {word} before the `--`",
+        )
     if equals and _is_name(key):
         return unknown_key(config_type, key.split("."), {}, COMMAND_LINE)
     return UserError(f"`{word}` is one word too many", where=COMMAND_LINE, why=why)

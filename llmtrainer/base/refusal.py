@@ -79,6 +79,8 @@ def _wrong_value(
     fix = f"did you mean `{near}`?" if near else None
     if isinstance(annotation, type) and issubclass(annotation, Kind) and isinstance(given, str):
         fix = f"write `{path[-1]}: {{kind: {given}}}`"
+        if path[-1].isdecimal():
+            fix = f"write `{{kind: {given}}}` in its place, as in {'.'.join(path[:-1])}='[{{kind: {given}}}]'"
     return UserError(f"`{'.'.join(path)}` is {shown}" if path else message, where=where, why=why, fix=fix)
 
 

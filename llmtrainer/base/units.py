@@ -101,12 +101,36 @@ class Duration(_Text):
     def __str__(self) -> str:
         return f"{_plain(self.value)} {self.unit}"
 
+    def rounded_down(self) -> Duration:
+        """Whole steps and tokens; four digits behind the point of what has no smallest part."""
+        digits = 1 if self.unit in ("steps", "tokens") else 10_000
+        return Duration(math.floor(self.value * digits) / digits, self.unit)
+
     def share(self, progress: Progress) -> float:
         """How much of this duration has passed: 0 at the start, 1 at its end, more beyond."""
         return progress.amount(self.unit) / self.value if self.value else math.inf
 
     def reached(self, progress: Progress) -> bool:
         return progress.amount(self.unit) >= self.value
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much of each unit an optimizer step takes on average, of those that are known before the run."""
+
+    epochs: float | None = None
+    tokens: float | None = None
+
+    def converted(self, duration: Duration, unit: TimeUnit) -> Duration | None:
+        """The same stretch of a run in another unit; None where nobody can know."""
+        if duration.unit == unit:
+            return duration
+        per_step = {"steps": 1.0, "epochs": self.epochs, "tokens": self.tokens}
+        given, wanted = per_step.get(duration.unit), per_step.get(unit)
+        return Duration(duration.value / given * wanted, unit) if given and wanted else None
+
+
+UNKNOWN_PACE = Pace()
 
 
 @dataclass(frozen=True)

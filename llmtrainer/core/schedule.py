@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from llmtrainer.base.config import Kind
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.units import UNKNOWN_PACE, Duration, Pace, Progress
 
 
 class Schedule(Kind):
@@ -73,11 +72,11 @@ class Schedule(Kind):
         has passed and the warm-up ends at `warm_share`; both may exceed 1."""
         raise NotImplementedError
 
-    def require_fit(self, length: Duration) -> None:
+    def require_fit(self, length: Duration, pace: Pace = UNKNOWN_PACE) -> None:
         """Refuse settings that do not fit the length, first of all a warm-up that outlasts the part of it that it may
-        have: the run would never see its peak."""
+        have: the run would never see its peak. `pace` compares what is written in different units."""
         part = self.room_for_warmup()
-        room = Duration(length.value * part, length.unit)
+        room = pace.converted(Duration(length.value * part, length.unit), self.warmup.unit)
         if self.start_ratio > 0.0 and self.warmup.value == 0.0:
             raise UserError(
                 f"a climb from {self.start_ratio} of the peak is asked for, and a warm-up of {self.warmup}",
@@ -85,14 +84,18 @@ class Schedule(Kind):
                 why="the first update would already have the peak",
                 fix="optim.schedule.warmup='100 steps', or leave optim.schedule.start_ratio out",
             )
-        if self.warmup.unit == room.unit and length.value > 0 and self.warmup.value >= max(room.value, 1e-9):
+        if room is not None and length.value > 0 and self.warmup.value >= max(room.value, 1e-9):
             of_length = f"the schedule's length of {length}"
+            if room.unit != length.unit:
+                of_length += f", about {Duration(room.value / part, room.unit).rounded_down()}"
+            whole = pace.converted(room, "steps") or room
+            tenth = Duration(whole.value / 10, whole.unit).rounded_down()
             raise UserError(
                 f"the warm-up of {self.warmup} is not shorter than "
                 + (of_length if part == 1.0 else f"the {room} that this shape leaves it of {of_length}"),
                 where="optim.schedule.warmup",
                 why="the rate would never reach its peak",
-                fix=f"optim.schedule.warmup='{Duration(math.floor(room.value / 10), room.unit)}'",
+                fix=f"optim.schedule.warmup='{tenth}'",
             )
 
     def room_for_warmup(self) -> float:

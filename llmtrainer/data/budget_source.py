@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.share import Share
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
@@ -19,9 +20,6 @@ from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
 from llmtrainer.data.plan import Part, plan
 from llmtrainer.data.read_ahead import ReadAhead
-
-_BLOCK = 2**17
-"""Documents whose lengths are looked at at a time."""
 
 
 class BudgetSource:
@@ -88,6 +86,11 @@ class BudgetSource:
     def steps_per_epoch(self) -> float:
         return self._draws.steps_per_epoch
 
+    @property
+    def pace(self) -> Pace:
+        """What a step is of an epoch, and how many tokens it reads on average."""
+        return self._draws.pace(self._plan.tokens() / self.rows_per_epoch - 1)
+
     def epochs(self, step: int) -> float:
         """Passes over the data after so many steps."""
         return self._draws.epochs(step)
@@ -144,19 +147,7 @@ class BudgetSource:
 
     def _sequences_of(self, tokens: int) -> int:
         """How many sequences read so many tokens on average, 1 at least."""
-        documents = self._plan.documents
-        if documents is None or len(documents) == self.store.documents:
-            total = self.store.tokens
-        else:
-            total = sum(map(self._tokens_in, range(0, len(documents), _BLOCK)))
-        return max(1, round(tokens * self.rows_per_epoch / (total - self.rows_per_epoch)))
-
-    def _tokens_in(self, first: int) -> int:
-        """Tokens of a block of the chosen documents."""
-        assert self._plan.documents is not None
-        numbers = self._plan.documents[first : first + _BLOCK]
-        offsets = self.store.offsets[int(numbers[0]) : int(numbers[-1]) + 2]
-        return int(np.diff(offsets)[numbers - numbers[0]].sum())
+        return max(1, round(tokens * self.rows_per_epoch / (self._plan.tokens() - self.rows_per_epoch)))
 
 
 def _require_sizes(

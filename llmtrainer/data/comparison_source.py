@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.share import Share
 from llmtrainer.data.branches import AnswerRows, collate_comparisons, no_comparison, read_tokens
@@ -129,6 +130,11 @@ class ComparisonSource:
     @property
     def steps_per_epoch(self) -> float:
         return self._draws.steps_per_epoch
+
+    @property
+    def pace(self) -> Pace:
+        """What a step is of an epoch, and how many tokens it reads on average."""
+        return self._draws.pace(float(self._lengths[self._numbers].mean()))
 
     def epochs(self, step: int) -> float:
         """Passes over the data after so many steps."""

@@ -111,8 +111,8 @@ class Reading:
         if not self.allow_truncated:
             raise UserError(
                 what, where=where, why=why,
-                fix="fetch the file again, or leave the broken record out: allow_truncated=true (in a recipe "
-                "data.allow_truncated=true)",
+                fix="fetch the file again, or leave the broken record out: allow_truncated=true for prepare and "
+                "evaluate, data.allow_truncated=true in a recipe",
             )
         if self.warn is not None:
             self.warn(f"{what}: left out ({where}: {why})")

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrainer.base.units import Pace
 from llmtrainer.core.randomness import derive
 from llmtrainer.data.permutation import Permutation
 
@@ -39,6 +40,10 @@ class Draws:
     @property
     def steps_per_epoch(self) -> float:
         return self.rows_per_epoch / self.rows_per_step
+
+    def pace(self, tokens_per_row: float) -> Pace:
+        """A step in epochs and tokens."""
+        return Pace(epochs=1.0 / self.steps_per_epoch, tokens=tokens_per_row * self.rows_per_step)
 
     def epochs(self, step: int) -> float:
         """Passes over the data after so many steps. One division of whole numbers: a whole epoch is exact."""

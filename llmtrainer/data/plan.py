@@ -63,6 +63,25 @@ class Plan:
         total = int(self.starts[-1])
         return max(total - 1, 0) // self.sequence_length if self.policy == "stream" else total
 
+    def tokens(self) -> int:
+        """Tokens of the chosen documents, counted in blocks."""
+        if self.documents is None or len(self.documents) == self.store.documents:
+            return self.store.tokens
+        return sum(map(self._tokens_in, range(0, len(self.documents), _BLOCK)))
+
+    def tokens_per_row(self) -> float:
+        """Tokens that the model reads of a row on average; where long documents are cut, at most so many."""
+        if self.policy == "stream":
+            return self.sequence_length
+        read = self.tokens() - (len(self.starts) - 1)    # nothing is predicted from a document's last token
+        return min(read / self.rows, self.sequence_length)
+
+    def _tokens_in(self, first: int) -> int:
+        assert self.documents is not None
+        numbers = self.documents[first : first + _BLOCK]
+        offsets = self.store.offsets[int(numbers[0]) : int(numbers[-1]) + 2]
+        return int(np.diff(offsets)[numbers - numbers[0]].sum())
+
     def pieces(self, row: int, epoch: int) -> list[Piece]:
         """What one row is made of, in order. `epoch` matters to policy `sample` alone."""
         assert 0 <= row < self.rows, f"row {row} of {self.rows}"

@@ -105,12 +105,13 @@ def remote_sha256(file: RemoteFile, report: Callable[[int], None] | None = None)
 
 
 def remote_files(url: str) -> list[RemoteFile]:
-    """The files behind an address: itself, those of a pattern, or all below a folder (an address that ends in `/`,
-    or that the protocol calls a folder). Unsorted."""
+    """The files behind an address: itself, whatever its name holds, those of a pattern, or all below a folder (an
+    address that ends in `/`, or that the protocol calls a folder). Unsorted."""
     system, path = _system(url)
     pattern = any(sign in url for sign in ("*", "[")) or ("?" in url and not url.startswith("http"))
     with explained(url):
-        if pattern:
+        # Names that are published do hold brackets: what stands there under this very name is meant.
+        if pattern and not system.isfile(path):
             found = [name for name, told in system.glob(path, detail=True).items() if told["type"] == "file"]
         elif url.endswith("/") or (not url.startswith("http") and system.isdir(path)):
             found = system.find(path)

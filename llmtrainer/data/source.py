@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.share import Share
 from llmtrainer.data.collate import Row, collate, filler
@@ -76,6 +77,11 @@ class DiskSource:
     @property
     def steps_per_epoch(self) -> float:
         return self._draws.steps_per_epoch
+
+    @property
+    def pace(self) -> Pace:
+        """What a step is of an epoch, and how many tokens it reads on average."""
+        return self._draws.pace(self._plan.tokens_per_row())
 
     def epochs(self, step: int) -> float:
         """Passes over the data after so many steps."""

@@ -107,7 +107,8 @@ def _require_fit(missing: Sequence[str], left_over: Sequence[str], wrong: Sequen
                 f"the optimizer's state {what} {len(names):,} tensor{'s' if len(names) > 1 else ''}",
                 where=shown,
                 why="a run continued with part of its state is another run",
-                fix="continue with the model and optim settings of the checkpoint, or from an older one",
+                fix="continue with the model and optim settings of the checkpoint, or begin anew from its weights, "
+                "with an optimizer that remembers nothing: run=runs/other model.start_from=CHECKPOINT",
             )
 
 

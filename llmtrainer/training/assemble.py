@@ -17,7 +17,7 @@ from llmtrainer.base.errors import UserError
 from llmtrainer.base.events import EventLog
 from llmtrainer.base.process import StopRequests
 from llmtrainer.base.rundir import RunDir
-from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.units import Progress
 from llmtrainer.base.version import VERSION
 from llmtrainer.core.example import Message
 from llmtrainer.core.precision import DTYPES, resolve
@@ -45,6 +45,7 @@ from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, continued
 from llmtrainer.training.saving import Saver
+from llmtrainer.training.schedule_length import schedule_length
 from llmtrainer.training.shared_prompts import require_exact_sharing
 from llmtrainer.training.spread import keeper, write_spread
 from llmtrainer.training.throughput import flops_per_token, peak_flops
@@ -97,7 +98,7 @@ def assemble(
     feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
     facts |= {**told, **feed.facts, **exact_facts(recipe, engine, precision, told, rows, resumption, warn)}
     # 6. How long, and at which rate.
-    length = schedule_length(recipe, resumption, warn)
+    length = schedule_length(recipe, resumption, rows, warn)
     # 7. What is watched and kept.
     saver = Saver(
         run, recipe.save, dump(recipe), tokenizer, {**facts, "schedule_length": str(length)},
@@ -188,22 +189,6 @@ def look_before(
         max_dropped_share=rows.max_dropped_share, largest=rows.largest, annotators=annotators,
         tokens_per_batch=recipe.data.tokens_per_batch, allow=recipe.allow, warn=warn,
     )  # fmt: skip
-
-
-def schedule_length(recipe: Recipe, resumption: Resumption | None, warn: Callable[[str], None]) -> Duration:
-    """What the schedule is stretched over: as given, else as the run began, else the duration. UserError where its
-    warm-up does not fit."""
-    length = recipe.optim.schedule.length
-    if length is None and resumption is not None:
-        length = resumption.schedule_length
-        if length != recipe.duration:
-            warn(
-                f"the learning rate keeps its schedule of {length}; optim.schedule.length='{recipe.duration}' "
-                "stretches it"
-            )
-    length = length or recipe.duration
-    recipe.optim.schedule.require_fit(length)
-    return length
 
 
 def average_of(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import Field
 
 from llmtrainer.base.config import Kind
+from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.protocols import Engine
 from llmtrainer.data.packed import Store
@@ -46,6 +47,11 @@ class Rows(Protocol):
 
     @property
     def steps_per_epoch(self) -> float: ...
+
+    @property
+    def pace(self) -> Pace:
+        """What a step is of an epoch, and how many tokens it reads on average."""
+        ...
 
     def epochs(self, step: int) -> float: ...
 

@@ -49,7 +49,7 @@ class Judged:
 
 def judged(
     opened: Opened, data: str, *, template: str = "auto", tokens_per_batch: int | None = None,
-    comparisons: int | None = None,
+    comparisons: int | None = None, allow_truncated: bool = False,
 ) -> Judged:
     """Score the answers of a file of comparisons in any form that training reads. UserError where the model gives no
     score, or an answer is beyond its context."""
@@ -58,7 +58,7 @@ def judged(
     budget = tokens_per_batch or max(TOKENS_PER_BATCH, 2 * policy.context_length)
     dataset = Preferences(
         train=(data,), template=template, too_long="keep", sequence_length=policy.context_length,
-        tokens_per_batch=budget, max_dropped_share=1.0,
+        tokens_per_batch=budget, max_dropped_share=1.0, allow_truncated=allow_truncated,
     )
     with tempfile.TemporaryDirectory() as cache:
         store, _ = dataset.prepared(tokenizer_folder(opened.folder), Path(cache))

@@ -118,11 +118,15 @@ def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str
     if changed := differences(began, recipe):
         told = "; ".join(f"{key} was {before!r} and is {after!r}" for key, (before, after) in changed.items())
         parts = sorted({key.rpartition(".")[0] or key for key in changed})
+        fix = f"undo the change, or allow it by name: allow=[{', '.join(parts)}], or begin anew: run=runs/other"
+        if "optim.rule.kind" in changed:
+            # What one rule remembers is nothing that another can go on with, whoever allows it.
+            fix = f"undo the change, or begin anew from these weights: run=runs/other model.start_from={old.folder}"
         raise UserError(
             f"the recipe differs from the one this run began with in {', '.join(f'`{key}`' for key in changed)}",
             where=str(old.folder / "recipe.yaml"),
             why=told,
-            fix=f"undo the change, or allow it by name: allow=[{', '.join(parts)}], or begin anew: run=runs/other",
+            fix=fix,
         )
     for name, now in fingerprints.items():
         if old.manifest.get(name) != now:

@@ -58,6 +58,9 @@ class Evaluation(Config):
     documents: int | None = Field(default=None, ge=1)
     """Only the first so many documents."""
 
+    allow_truncated: bool = False
+    """Leave out the broken record at the end of a file that was cut off, instead of refusing it."""
+
     tokenizer: str | None = None
     """A folder with tokenizer.json or a hub id, if the model's own folder has none."""
 
@@ -148,7 +151,7 @@ def evaluate(settings: Evaluation) -> Evaluated:
     for suite in settings.suites:
         with bar(suite.title, None, "bytes") as advance:
             suites[suite.title] = suite.run(
-                opened.policy, opened.tokenizer, lambda path: _texts(path, settings.fields), advance
+                opened.policy, opened.tokenizer, lambda path: _texts(path, settings), advance
             )
     seconds = time.perf_counter() - started
     return Evaluated(
@@ -179,7 +182,7 @@ def _measure(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
 def _judge(opened: Opened, settings: Evaluation, data: str) -> dict[str, Any]:
     found = judged(
         opened, data, template=settings.template, tokens_per_batch=settings.tokens_per_batch,
-        comparisons=settings.documents,
+        comparisons=settings.documents, allow_truncated=settings.allow_truncated,
     )
     figures = found.figures()
     items = [{"comparison": number + 1, "scores": list(scores)} for number, scores in enumerate(found.scores)]
@@ -196,7 +199,8 @@ def _documents(
     tokenizer = opened.tokenizer
     if not is_store(Path(data)):
         files = find(data)
-        return files, contents(files, Vocabulary.of(tokenizer), Reading(settings.fields, warn=warn))
+        reading = Reading(settings.fields, allow_truncated=settings.allow_truncated, warn=warn)
+        return files, contents(files, Vocabulary.of(tokenizer), reading)
     store = Store(data)
     store.require_tokenizer(tokenizer.fingerprint, tokenizer.vocabulary)
     numbers = range(store.documents)
@@ -223,8 +227,9 @@ def _item_line(item: dict[str, Any]) -> str:
     return f"  {item['loss']:<8.4f} {item['bits_per_byte']:<10.4f} {item['tokens']:<9,} {place}"
 
 
-def _texts(path: str, fields: tuple[str, ...]) -> Iterable[str]:
-    return (document.text for document in documents(find(path), fields=fields, warn=warn))
+def _texts(path: str, settings: Evaluation) -> Iterable[str]:
+    found = documents(find(path), fields=settings.fields, allow_truncated=settings.allow_truncated, warn=warn)
+    return (document.text for document in found)
 
 
 def _bytes_of(files: Iterable[SourceFile]) -> int | None:

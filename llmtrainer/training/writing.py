@@ -71,7 +71,8 @@ def write(
     screen = _Screen(text_stream(sampling, tokenizer, before[0]), shown) if stream else None
     # As long as one cache lives, the others share its copy of the weights.
     kept = opened.policy.cache(1, 1)
-    with bar("generate", None if stream else len(texts) * sampling.max_new_tokens, "tokens") as advance:
+    most = sum(min(sampling.max_new_tokens, max(opened.policy.context_length - len(ids), 0)) for ids in before)
+    with bar("generate", None if stream else most, "tokens") as advance:
         for start in range(0, len(texts), rows_at_once):
             batch = before[start : start + rows_at_once]
             for chosen in generate(opened.policy, batch, sampling, tokenizer, seed=seed, first_row=start):

@@ -309,6 +309,19 @@ def test_words_fill_the_named_fields_and_the_last_takes_all_that_are_left() -> N
         load(Cone, None, (), ["shap=b"])
 
 
+def test_a_setting_behind_the_two_dashes_is_sent_in_front_of_them() -> None:
+    _, overrides, words = sorted_words(Cone, ["--", "height=2"])
+    with pytest.raises(UserError, match="one word too many") as caught:
+        load(Cone, None, overrides, words)
+    assert caught.value.fix == "put height=2 before the `--`"
+
+
+def test_the_name_of_a_kind_in_a_list_is_answered_with_a_list_that_loads() -> None:
+    fix = refused(None, "more=[chocolate]").fix or ""
+    assert fix.endswith("as in more='[{kind: chocolate}]'")
+    assert load(Order, None, ["more=[{kind: chocolate}]"]).more[0].kind == "chocolate"
+
+
 def test_an_item_of_a_list_can_be_set_but_not_added(tmp_path: Path) -> None:
     file = written(tmp_path, "tables: [1, 2]\nmore: [{pods: 1}]\n")
     assert load(Order, file, ["tables.1=5", "more.0.pods=7"]) == Order(tables=(1, 5), more=(Vanilla(pods=7),))

@@ -16,6 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.data.budget_source import BudgetSource
 from llmtrainer.data.packed import Store
 from tests.data.worlds import counting, make_store
+from tests.tolerances import RATE_RELATIVE
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(2, 40, size=90)]
 
@@ -160,3 +161,11 @@ def test_what_cannot_be_is_refused_with_a_remedy(store: Store, settings: dict[st
     with pytest.raises(UserError, match=what) as error:
         source(store, **settings)
     assert fix in str(error.value.fix)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.3])
+def test_the_pace_is_what_the_steps_of_an_epoch_read(store: Store, held_out: float) -> None:
+    rows = source(store, sequences_per_step=1, held_out=held_out)
+    read = sum(batch.input_tokens for step in range(rows.rows_per_epoch) for batch in rows.batches(step))
+    assert rows.pace.epochs == 1 / rows.rows_per_epoch
+    assert rows.pace.tokens == pytest.approx(read / rows.rows_per_epoch, rel=RATE_RELATIVE)

@@ -15,6 +15,7 @@ from llmtrainer.data.comparison_source import ComparisonSource
 from llmtrainer.data.packed import Store
 from tests.data.compared import compared_store, random_comparisons
 from tests.data.worlds import counting, make_store
+from tests.tolerances import RATE_RELATIVE
 
 DRAW = np.random.default_rng(2)
 SIZES = [tuple(DRAW.integers(1, 15, size=3 + place % 2).tolist()) for place in range(30)]
@@ -176,3 +177,11 @@ def test_one_answer_cannot_be_put_to_another_prompt(tmp_path: Path) -> None:
     store = compared_store(tmp_path / "liked", random_comparisons([(3, 4), (5, 6)]), liked=[True, False])
     with pytest.raises(UserError, match="no other prompt"):
         source(store, pairs_per_step=1).mismatched(0)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_the_pace_is_what_the_steps_of_an_epoch_read(store: Store, share_prompt: bool) -> None:
+    rows = source(store, pairs_per_step=1, share_prompt=share_prompt)
+    read = sum(batch.input_tokens for step in range(rows.rows_per_epoch) for batch in rows.batches(step))
+    assert rows.pace.epochs == 1 / rows.rows_per_epoch
+    assert rows.pace.tokens == pytest.approx(read / rows.rows_per_epoch, rel=RATE_RELATIVE)

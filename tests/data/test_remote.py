@@ -120,6 +120,13 @@ def test_a_folder_a_pattern_and_a_file_behind_an_address_are_found_in_order(memo
         find("memory://corpus/*.parquet")
 
 
+def test_a_name_with_signs_of_a_pattern_is_read_as_it_stands(memory: Any) -> None:
+    memory.pipe("/signs/a[1].jsonl", b'{"text": "one"}\n')
+    memory.pipe("/signs/a1.jsonl", b'{"text": "two"}\n')
+    assert texts(find("memory://signs/a[1].jsonl")) == ["one"]
+    assert texts(find("memory://signs/a[0-9].jsonl")) == ["two"]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_streams_from_memory(memory: Any, name: str) -> None:
     memory.pipe(f"/x/{name}", FILES[name])

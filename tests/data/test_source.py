@@ -16,6 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.data.packed import Store
 from llmtrainer.data.source import DiskSource
 from tests.data.worlds import counting, make_store
+from tests.tolerances import RATE_RELATIVE
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 40, size=90)]
 POLICIES = ["stream", "split", "truncate", "sample"]
@@ -236,3 +237,11 @@ def test_batches_do_not_share_memory_between_steps(store: Store) -> None:
     kept = first.tokens_BT.clone()
     rows.batches(0)[0].tokens_BT.zero_()
     assert torch.equal(first.tokens_BT, kept)
+
+
+@pytest.mark.parametrize("policy", ["stream", "split"])
+def test_the_pace_is_what_the_steps_of_an_epoch_read(store: Store, policy: str) -> None:
+    rows = source(store, policy=policy, rows_per_step=1, held_out=0.3)
+    read = sum(batch.input_tokens for step in range(rows.rows_per_epoch) for batch in rows.batches(step))
+    assert rows.pace.epochs == 1 / rows.rows_per_epoch
+    assert rows.pace.tokens == pytest.approx(read / rows.rows_per_epoch, rel=RATE_RELATIVE)

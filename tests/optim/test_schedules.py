@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from llmtrainer.base.config import forget_reads, unread
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.kinds import kinds_in
-from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.units import Duration, Pace, Progress
 from llmtrainer.core.schedule import Schedule
 from llmtrainer.optim.schedules.constant import Constant
 from llmtrainer.optim.schedules.cosine import Cosine
@@ -182,6 +182,43 @@ def test_a_warmup_that_outlasts_the_length_is_refused_with_one_that_fits() -> No
         Constant(warmup=Duration(50, "steps")).require_fit(Duration(50, "steps"))
     Constant(warmup=Duration(49, "steps")).require_fit(Duration(50, "steps"))
     Constant(warmup=Duration(49, "steps")).require_fit(Duration(1, "minutes"))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "length", "told", "fix"),
+    [
+        ("4000 tokens", "4 steps", "length of 4 steps, about 4000 tokens", "0 steps"),
+        ("100 steps", "2.5 epochs", "length of 2.5 epochs, about 100 steps", "10 steps"),
+        ("3 epochs", "100k tokens", "length of 100000 tokens, about 2.5 epochs", "10 steps"),
+    ],
+)
+def test_a_warmup_in_another_unit_is_held_against_what_a_step_takes(
+    warmup: str, length: str, told: str, fix: str
+) -> None:
+    pace = Pace(epochs=0.025, tokens=1000)
+    with pytest.raises(UserError) as caught:
+        Constant(warmup=Duration.parse(warmup)).require_fit(Duration.parse(length), pace)
+    assert told in caught.value.what and caught.value.fix == f"optim.schedule.warmup='{fix}'"
+    shorter = Duration.parse(warmup)
+    shorter = Duration(shorter.value * 0.8, shorter.unit)
+    Constant(warmup=shorter).require_fit(Duration.parse(length), pace)
+    Constant(warmup=Duration.parse(warmup)).require_fit(Duration.parse(length))    # nobody knows
+    Constant(warmup=Duration.parse(warmup)).require_fit(Duration.parse("1 min"), pace)
+
+
+def test_the_part_of_a_shape_and_a_period_are_compared_in_other_units_too() -> None:
+    pace, length = Pace(epochs=0.025, tokens=1000), Duration(100, "steps")
+    decayed = {"kind": "cosine", "warmup": "50k tokens", "decay_share": 0.5}
+    with pytest.raises(UserError, match="50000 tokens that this shape leaves it") as caught:
+        Schedule.model_validate(decayed).require_fit(length, pace)
+    assert "100 steps, about 100000 tokens" in caught.value.what
+    Schedule.model_validate({**decayed, "warmup": "49k tokens"}).require_fit(length, pace)
+    restarted = {"kind": "cosine_restarts", "warmup": "0.5 epochs", "period": "2.1 epochs"}
+    with pytest.raises(UserError, match="beyond the length of 100 steps") as caught:
+        Schedule.model_validate(restarted).require_fit(length, pace)
+    assert "after 2.6 epochs" in caught.value.what and caught.value.what.endswith("about 2.5 epochs")
+    assert caught.value.fix == "optim.schedule.period='2 epochs'"
+    Schedule.model_validate({**restarted, "period": "2 epochs"}).require_fit(length, pace)
 
 
 @pytest.mark.parametrize("warmup", ["0 steps", "50 steps", "50 tokens"])

@@ -125,6 +125,18 @@ def test_what_allow_names_may_differ(recipe: Make) -> None:
     assert train(recipe("optim.schedule.peak=1e-4", "allow=[optim.schedule]")).step == 12
 
 
+def test_another_rule_is_answered_with_a_way_that_works(recipe: Make, tmp_path: Path) -> None:
+    train_until(recipe(), 3)
+    for allowed, said in ((), "differs"), (("allow=[optim.rule]",), "the optimizer's state"):
+        with pytest.raises(UserError, match=said) as caught:
+            train(recipe("optim.rule.kind=lion", *allowed))
+        fix = str(caught.value.fix)
+        assert "run=runs/other model.start_from=" in fix and "allow=" not in fix
+    began = RunDir(tmp_path / "run").newest_checkpoint()
+    anew = (f"run={tmp_path / 'other'}", f"model={{start_from: {began}}}")
+    assert train(recipe("optim.rule.kind=lion", *anew)).step == 12
+
+
 @pytest.mark.parametrize("override", ["data.tokens_per_batch=160", "save.every=1 steps", "evaluate.every=never"])
 def test_what_the_contract_lets_change_may_change(recipe: Make, override: str) -> None:
     train_until(recipe(), 3)

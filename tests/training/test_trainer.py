@@ -277,3 +277,13 @@ def test_a_saved_recipe_runs_again_with_every_default_spelled_out(
         train(recipe(*started))
     saved = tmp_path / ("started" if beyond else "run") / "recipe.yaml"
     assert train(load(Recipe, saved, overrides=[f"run={tmp_path / 'again'}"])).step == 2
+
+
+@pytest.mark.parametrize(
+    ("warmup", "told"), [("10k tokens", "not shorter than the schedule's length of 12 steps, about"),
+                         ("1.1 epochs", "12 steps, about")],
+)
+def test_a_warmup_beyond_the_run_is_refused_in_whatever_unit(recipe: Make, warmup: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught, open_trainer(recipe(f"optim.schedule.warmup={warmup}")):
+        pass
+    assert caught.value.fix == "optim.schedule.warmup='1 steps'"

@@ -139,6 +139,17 @@ def test_only_the_first_documents_are_read_if_so_many_are_asked_for(model: Path,
     assert (found["documents"], found["bytes"]) == (1, len(LINES[0].encode()))
 
 
+def test_a_file_that_breaks_off_is_read_as_far_as_it_goes_where_that_is_allowed(model: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    whole.write_text('{"text": "alpha beta"}\n')
+    cut.write_text('{"text": "alpha beta"}\n{"text": "gam')
+    with pytest.raises(UserError) as error:
+        evaluate(Evaluation(model=str(model), data=str(cut)))
+    assert "allow_truncated=true for prepare and evaluate" in str(error.value.fix)
+    found = evaluate(Evaluation(model=str(model), data=str(cut), allow_truncated=True))
+    assert found.loss == evaluate(Evaluation(model=str(model), data=str(whole))).loss
+
+
 def test_a_compressed_file_gives_the_figures_of_the_file_itself(model: Path, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(TEXT[:300])
     with gzip.open(tmp_path / "x.txt.gz", "wt") as file:

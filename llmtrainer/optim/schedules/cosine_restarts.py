@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.units import UNKNOWN_PACE, Duration, Pace, Progress
 from llmtrainer.core.schedule import Schedule
 
 
@@ -56,15 +56,18 @@ class CosineRestarts(Schedule):
         passed = self._passed(since)
         return self.final_ratio + (1.0 - self.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
-    def require_fit(self, length: Duration) -> None:
-        super().require_fit(length)
+    def require_fit(self, length: Duration, pace: Pace = UNKNOWN_PACE) -> None:
+        super().require_fit(length, pace)
+        whole = pace.converted(length, self.period.unit)
         end = self.warmup.value + self.period.value
-        if self.period.unit == length.unit and end > length.value > 0:
+        if whole is not None and end > whole.value * (1 + 1e-9) and length.value > 0:
+            told = "" if whole.unit == length.unit else f", about {whole.rounded_down()}"
+            first = Duration(whole.value - self.warmup.value, whole.unit)
             raise UserError(
-                f"the first period ends after {Duration(end, length.unit)}, beyond the length of {length}",
+                f"the first period ends after {Duration(end, whole.unit)}, beyond the length of {length}{told}",
                 where="optim.schedule.period",
                 why=f"{self.warmup} of warm-up and a period of {self.period}: the rate would never come down",
-                fix=f"optim.schedule.period='{Duration(length.value - self.warmup.value, length.unit)}'",
+                fix=f"optim.schedule.period='{first.rounded_down()}'",
             )
 
     def _passed(self, since: float) -> float:

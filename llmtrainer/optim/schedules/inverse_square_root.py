@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.units import Duration, Progress
+from llmtrainer.base.units import UNKNOWN_PACE, Duration, Pace, Progress
 from llmtrainer.core.schedule import Schedule
 
 
@@ -22,8 +22,8 @@ class InverseSquareRoot(Schedule):
         since = at.amount(timescale.unit) - self.warmup.value
         return math.sqrt(timescale.value / max(timescale.value + since, timescale.value))
 
-    def require_fit(self, length: Duration) -> None:
-        super().require_fit(length)
+    def require_fit(self, length: Duration, pace: Pace = UNKNOWN_PACE) -> None:
+        super().require_fit(length, pace)
         self._timescale()
 
     def _timescale(self) -> Duration:
