@@ -13,16 +13,18 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.base.rundir import sync_folder
+from llmtrainer.data import compression
 from llmtrainer.data.packed import NumberFile, Store, shard_name
 from llmtrainer.data.remote import RemoteFile
 
+AnyFile = TypeVar("AnyFile", Path, RemoteFile, Path | RemoteFile)
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Codes of the types an id may have; 6 and 7 are for numbers with a fraction."""
@@ -43,10 +45,50 @@ class Index:
     """First sequence of each document, and the number of sequences: one more than documents."""
 
 
+def partner(path: AnyFile) -> AnyFile | None:
+    """The .idx of a .bin or the .bin of an .idx, in capitals or packed as well; None where there is none, and for
+    any other file."""
+    stem, ending, packing = parts(path.name)
+    other = {".bin": ".idx", ".idx": ".bin"}.get(ending.lower())
+    return _first(path, stem, other, packing, ending.isupper()) if other else None
+
+
+def of_prefix(prefix: Path) -> Path | None:
+    """The .bin of the pair PREFIX.bin and PREFIX.idx, in capitals or packed as well; None where there is no pair."""
+    found = _first(prefix, prefix.name, ".bin", "", False) if prefix.name else None
+    return found if found is not None and partner(found) is not None else None
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """`corpus.bin.gz` -> `corpus`, `.bin`, `.gz`."""
+    inner, packing = os.path.splitext(name)
+    if packing.lower() not in compression.SUFFIXES:
+        inner, packing = name, ""
+    return *os.path.splitext(inner), packing
+
+
+def _first(path: AnyFile, stem: str, ending: str, packing: str, capitals: bool) -> AnyFile | None:
+    """The first file beside `path` that is there: most likely it is spelled and packed as its partner is."""
+    own, other = (ending.upper(), ending) if capitals else (ending, ending.upper())
+    names = [own + packing, own]
+    if isinstance(path, Path):    # behind an address each look is a request, and most files of ids have no index
+        names += [spelled + packed for spelled in (own, other) for packed in ("", *compression.SUFFIXES)]
+    for name in dict.fromkeys(names):
+        found = path.with_name(stem + name)
+        if found.is_file():
+            return found
+    return None
+
+
 def read_index(path: Path | RemoteFile) -> Index:
-    """The index of a pair; UserError if it is none, is cut, or contradicts itself."""
-    with path.open("rb") as file:
-        content = file.read()
+    """The index of a pair, packed or not; UserError if it is none, is cut, or contradicts itself."""
+    try:
+        with compression.opened(path) as file:
+            content = file.read()
+    except EOFError as error:
+        raise _wrong(path, f"it breaks off: {error}") from error
+    except compression.Damage as error:
+        raise compression.damage(error, path) from error
     if len(content) < _HEADER.size or content[:9] != MAGIC:
         raise _wrong(path, "its first bytes are not those of an index")
     _, version, code, sequences, borders = _HEADER.unpack_from(content)

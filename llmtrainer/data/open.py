@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data import compression, readers, samples, stdlib
+from llmtrainer.data import compression, megatron, readers, samples, stdlib
 from llmtrainer.data.document import AnyPath, Document, Reader, Reading, SourceFile, Tokens
 from llmtrainer.data.packed import is_store
 from llmtrainer.data.remote import RemoteFile, is_remote, remote_facts, remote_files
@@ -56,8 +56,8 @@ def find(path: Path | str, warn: Callable[[str], None] | None = None) -> list[So
     elif glob.has_magic(text):
         matched = glob.iglob(text, recursive=True)
         found = sorted((Path(name) for name in matched if os.path.isfile(name)), key=lambda item: natural(item.parts))
-    elif Path(f"{text}.idx").is_file() and Path(f"{text}.bin").is_file():
-        found = [Path(f"{text}.bin")]
+    elif (pair := megatron.of_prefix(place)) is not None:
+        found = [pair]
     else:
         raise _missing(place)
     if not found:
@@ -115,7 +115,7 @@ def holds_tokens(files: Iterable[SourceFile]) -> bool:
 
 def is_container(path: AnyPath) -> bool:
     """Whether a file's size is not that of its text."""
-    return path.suffix in compression.SUFFIXES or reader_of(path).kind != "text"
+    return path.suffix.lower() in compression.SUFFIXES or reader_of(path).kind != "text"
 
 
 def reader_of(path: AnyPath) -> Reader:
@@ -220,17 +220,12 @@ def _remote(text: str, warn: Callable[[str], None] | None) -> list[SourceFile]:
     found = remote_files(text)
     if len(found) != 1 or found[0].url != text:    # a file that was named is read or refused, never left out
         found = _documents_of(found, text, warn)
-    files = {file.url: file for file in found}
-    for file in found:
-        index = file.with_suffix(".idx")
-        if file.suffix == ".bin" and index.is_file():
-            files[index.url] = index
-    if not files:
+    if not found:
         raise _nothing_in(text)
-    ordered = sorted(files.values(), key=lambda file: natural(file.url.split("/")))
-    for file in ordered:
+    found = _with_indexes(sorted(found, key=lambda file: natural(file.url.split("/"))))
+    for file in found:
         reader_of(file)
-    return [SourceFile(file, remote_facts(file).bytes or 0) for file in ordered]
+    return [SourceFile(file, remote_facts(file).bytes or 0) for file in found]
 
 
 def _documents_of(files: list[RemoteFile], text: str, warn: Callable[[str], None] | None) -> list[RemoteFile]:
@@ -261,22 +256,30 @@ def _is_known(path: AnyPath) -> bool:
     return True
 
 
-def _with_indexes(paths: list[Path]) -> list[Path]:
+def _with_indexes(paths: Sequence[megatron.AnyFile]) -> list[megatron.AnyFile]:
     """A .bin that Megatron-LM wrote comes with its .idx, which says where its documents are: both are the data."""
-    known = set(paths)
+    whole: dict[megatron.AnyFile, None] = {}
     for path in paths:
-        if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
-            known.add(path.with_suffix(".idx"))
-        if path.suffix == ".idx" and not path.with_suffix(".bin").is_file():
-            raise _missing(path.with_suffix(".bin"))
-        if path.suffix == ".idx":
-            known.add(path.with_suffix(".bin"))
-    order = {path: place for place, path in enumerate(paths)}
-    return sorted(known, key=lambda path: (order.get(path, order.get(_other(path), 0)), path.suffix))
+        other = megatron.partner(path)
+        pair = [path] if other is None else [path, other]
+        if megatron.parts(path.name)[1].lower() == ".idx":
+            if other is None or megatron.partner(other) is None:
+                raise _half_a_pair(path, other)
+            pair.reverse()
+        whole |= dict.fromkeys(pair)
+    return list(whole)
 
 
-def _other(path: Path) -> Path:
-    return path.with_suffix(".bin" if path.suffix == ".idx" else ".idx")
+def _half_a_pair(index: AnyPath, ids: AnyPath | None) -> UserError:
+    if ids is None:
+        return UserError(
+            "an .idx without its .bin", where=str(index), why="it says where documents are, and a .bin holds their ids",
+            fix="fetch both files of the pair",
+        )
+    return UserError(
+        "an .idx and its .bin are not named alike", where=str(index), why=f"{ids.name} would be read without it",
+        fix="pack both in the same way, or neither, and give both one name before the ending",
+    )
 
 
 def _nothing_in(text: str) -> UserError:

@@ -51,9 +51,10 @@ class RemoteFile:
     def suffixes(self) -> list[str]:
         return PurePosixPath(self.name).suffixes
 
-    def with_suffix(self, suffix: str) -> RemoteFile:
-        """The file beside it with another ending."""
-        return RemoteFile(self.url.replace(self.name, str(PurePosixPath(self.name).with_suffix(suffix))))
+    def with_name(self, name: str) -> RemoteFile:
+        """The file beside it with another name."""
+        place, mark, query = self.url.partition("?")
+        return RemoteFile(place.removesuffix(self.name) + name + mark + query)
 
     def is_file(self) -> bool:
         system, path = _system(self.url)

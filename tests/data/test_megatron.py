@@ -15,6 +15,7 @@ from llmtrainer.data import megatron
 from llmtrainer.data.encode import write_store
 from llmtrainer.data.open import find
 from llmtrainer.data.packed import Store
+from tests.data.test_open import PACK
 from tests.data.worlds import END, load_bytes, make_store
 
 CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
@@ -75,6 +76,48 @@ def test_a_pair_becomes_a_store_with_its_documents(tmp_path: Path, code: int, mo
         assert [store.read(document).tolist() for document in range(store.documents)] == STORED
 
 
+SPELLED = [
+    (".bin.gz", ".idx.gz"), (".bin.zst", ".idx.zst"), (".bin", ".idx.xz"), (".bin.bz2", ".idx"), (".BIN", ".IDX"),
+    (".BIN", ".idx"), (".bin", ".IDX"), (".BIN.gz", ".IDX.gz"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("endings", SPELLED, ids=" ".join)
+def test_a_pair_is_known_packed_and_in_capitals(tmp_path: Path, endings: tuple[str, str]) -> None:
+    prefix, folder = write_pair(tmp_path / "p", DOCUMENTS, 8), tmp_path / "pair"
+    folder.mkdir()
+    for ending in endings:
+        plain = prefix.with_suffix(ending[:4].lower()).read_bytes()
+        (folder / f"corpus.v1{ending}").write_bytes(PACK[ending[4:].lower()](plain))
+    names = [folder, folder / f"corpus.v1{endings[0]}", folder / f"corpus.v1{endings[1]}", folder / "corpus.v1"]
+    for number, name in enumerate(names):
+        files = find(name)
+        assert [file.path.name for file in files] == [f"corpus.v1{ending}" for ending in endings]
+        store = write_store(files, tmp_path, load_bytes, tmp_path / "out" / str(number))
+        assert [store.read(document).tolist() for document in range(store.documents)] == STORED
+
+
+def test_a_pair_whose_files_would_miss_each_other_is_refused(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "p", DOCUMENTS, 8)
+    (tmp_path / "p.idx.GZ").write_bytes(gzip.compress(prefix.with_suffix(".idx").read_bytes()))
+    prefix.with_suffix(".idx").unlink()
+    for path in (tmp_path, tmp_path / "p.idx.GZ"):
+        with pytest.raises(UserError, match="not named alike"):
+            find(path)
+
+
+def test_a_packed_index_that_is_cut_or_damaged_is_refused_by_its_own_name(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "p", DOCUMENTS, 8)
+    packed = gzip.compress(prefix.with_suffix(".idx").read_bytes())
+    prefix.with_suffix(".idx").unlink()
+    for content, what in ((packed[:-9], "dataset cannot be read"), (b"no gzip", "damaged"), (b"", "cannot be read")):
+        (tmp_path / "p.idx.gz").write_bytes(content)
+        for lenient in (False, True):    # half an index says nothing of any document
+            with pytest.raises(UserError, match=what) as error:
+                write_store(find(prefix), tmp_path, load_bytes, tmp_path / "out", allow_truncated=lenient)
+            assert "p.idx.gz" in str(error.value.where)
+
+
 @pytest.mark.parametrize("vocabulary", [1000, 70_000])
 def test_what_is_written_an_independent_reader_reads(
     tmp_path: Path, vocabulary: int, monkeypatch: pytest.MonkeyPatch
@@ -100,17 +143,6 @@ def test_a_store_comes_back_from_its_pair(tmp_path: Path) -> None:
     assert isinstance(again, Store)
 
 
-@pytest.mark.parametrize("names", [("pair.bin.gz", "pair.idx.gz"), ("PAIR.BIN", "PAIR.IDX")])
-def test_a_pair_that_is_packed_or_named_otherwise_is_not_taken_for_ids(tmp_path: Path, names: tuple[str, str]) -> None:
-    prefix = write_pair(tmp_path / "pair", DOCUMENTS, 8)
-    folder = tmp_path / "named"
-    folder.mkdir()
-    for name, suffix in zip(names, (".bin", ".idx"), strict=True):
-        content = prefix.with_suffix(suffix).read_bytes()
-        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(UserError, match="an index of Megatron-LM is read as it was written"):
-        write_store(find(str(folder)), tmp_path, load_bytes, tmp_path / "store")
-
 
 def test_a_pair_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "p", DOCUMENTS, 8)
@@ -132,5 +164,5 @@ def test_a_pair_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
             write_store(find(prefix), tmp_path, load_bytes, tmp_path / "out")
         assert why in str(error.value.why) and str(tmp_path / "p") in str(error.value.where)
     prefix.with_suffix(".bin").unlink()
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match=r"an \.idx without its \.bin"):
         find(prefix.with_suffix(".idx"))

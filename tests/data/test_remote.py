@@ -216,9 +216,11 @@ def test_megatrons_pair_is_read_from_afar(memory: Any, tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", DOCUMENTS, 8)
     for suffix in (".bin", ".idx"):
         memory.pipe(f"/m/pair{suffix}", prefix.with_suffix(suffix).read_bytes())
-    store = write_store(find("memory://m/pair.bin"), tmp_path, load_bytes, tmp_path / "store")
-    assert [store.read(number).tolist() for number in range(store.documents)] == STORED
-    assert len(store.manifest["sources"]) == 2
+        memory.pipe(f"/packed/PAIR{suffix.upper()}.gz", gzip.compress(prefix.with_suffix(suffix).read_bytes()))
+    for address in ("memory://m/pair.bin", "memory://m/pair.idx", "memory://m", "memory://packed/*.BIN.gz"):
+        store = write_store(find(address), tmp_path, load_bytes, tmp_path / hashlib.md5(address.encode()).hexdigest())
+        assert [store.read(number).tolist() for number in range(store.documents)] == STORED
+        assert len(store.manifest["sources"]) == 2
 
 
 def test_a_protocol_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,5 +260,5 @@ def test_a_server_that_is_not_there_is_the_users_to_mend() -> None:
 def test_a_remote_file_has_the_names_that_readers_ask_for() -> None:
     file = RemoteFile("https://host/a/part-1.jsonl.zst?x=1.2/3")
     assert (file.name, file.suffix, file.suffixes) == ("part-1.jsonl.zst", ".zst", [".jsonl", ".zst"])
-    assert str(RemoteFile("s3://a/b.bin").with_suffix(".idx")) == "s3://a/b.idx"
+    assert str(RemoteFile("s3://b.bin/b.bin?x=b.bin").with_name("b.idx")) == "s3://b.bin/b.idx?x=b.bin"
     assert remote_facts.__doc__

@@ -19,23 +19,17 @@ _MOST_HIGH_PART = 16
 
 
 class Bin(Reader):
-    """A `.bin` beside an `.idx` of the same name is Megatron-LM's: each of its documents is one. Any other is ids
-    end to end, two bytes each, or four with `raw_ids=uint32`."""
+    """A `.bin` beside an `.idx` of the same name, either of them packed or not, is Megatron-LM's: each of its
+    documents is one. Any other is ids end to end, two bytes each, or four with `raw_ids=uint32`."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".bin", ".idx")
     holds: ClassVar[Literal["text", "tokens"]] = "tokens"
 
     def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
-        if path.suffix == ".idx":    # a file of the corpus, and no document
+        if megatron.parts(path.name)[1].lower() == ".idx":    # a file of the corpus, and no document
             return
-        if ".idx" in (part.lower() for part in path.suffixes):
-            raise UserError(
-                "an index of Megatron-LM is read as it was written, beside its .bin", where=str(path),
-                why="it says at which byte of the .bin each document begins",
-                fix="unpack both, as NAME.bin and NAME.idx",
-            )
-        index = path.with_suffix(".idx")
-        if path.suffix == ".bin" and index.is_file():
+        index = megatron.partner(path)
+        if index is not None:
             for ids in megatron.documents(stream, path, index):
                 yield Ids(ids, rule="documents are as the .idx says"), None
             return
