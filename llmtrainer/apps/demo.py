@@ -38,6 +38,8 @@ STAGES: tuple[Stage, ...] = (
 
 SHARES: dict[Stage, tuple[float, int]] = {"answer": (0.2, 4), "prefer": (0.125, 8), "reinforce": (0.125, 8)}
 """Time that a stage after training learns, as a share of training's; and by what its number of steps is divided."""
+SHAPE = {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 640}
+"""Of the model: what two cores teach something in minutes."""
 QUESTIONS = "questions"
 """The name of the held-out questions in the events."""
 SENTENCE = r"[A-Z]\S*( [^\s.]+([.][^\s.]+)*){3,20}[.]"
@@ -162,10 +164,7 @@ def _recipe(settings: Demo, steps: int) -> Recipe:
     """The run as `recipe.yaml` will hold it; `llmtrainer train runs/demo/recipe.yaml` is the same run."""
     return Recipe.model_validate({
         "run": settings.run,
-        "model": {
-            "kind": "llama", "hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 640,
-            "context_length": 256, "tied_head": True,
-        },
+        "model": {"kind": "llama", **SHAPE, "context_length": 256, "tied_head": True},
         "tokenizer": {"vocabulary": settings.vocabulary},
         "data": {
             "train": {"path": settings.data}, "sequence_length": 256, "tokens_per_batch": 2048,

@@ -35,8 +35,9 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
-    """A demo of a few steps on a few small files, in an empty folder."""
+    """A demo of a few steps of a smaller model on a few small files, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "SHAPE", {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128})
     monkeypatch.setattr(module, "_has_compiler", lambda: False)    # compiling takes longer than all the rest
     for part, count in (("train", 40), ("held_out", 12)):
         (tmp_path / part).mkdir()

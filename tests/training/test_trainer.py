@@ -57,7 +57,7 @@ def test_a_repeated_pattern_is_learned_and_the_losses_are_the_same_twice(recipe:
     losses = []
     for name in ("once", "twice"):
         train(recipe(
-            "duration=200 steps", f"data.train={store}", "data.held_out=0", "model.dropout=0", f"run={tmp_path / name}",
+            "duration=70 steps", f"data.train={store}", "data.held_out=0", "model.dropout=0", f"run={tmp_path / name}",
             "optim.schedule.peak=1e-2", "save.every=never", "evaluate={every: never}",
         ))  # fmt: skip
         losses.append([event["loss"] for event in steps(tmp_path / name / "events.jsonl")])
