@@ -63,11 +63,20 @@ class Exported(Result):
     """Fields of config.json that are not as the source had them."""
     loader: str = "AutoModelForCausalLM"
     """The class of transformers that reads the folder."""
+    combinations: tuple[str, ...] = ()
+    """Of a gated mixture: the folders of its adapters below `path`."""
 
     def text(self) -> str:
-        lines = [f"{self.path}: {self.tensors:,} tensors, {self.bytes / 1e6:,.1f} MB in {self.precision}"]
+        held = f"{len(self.combinations):,} adapters" if self.combinations else f"{self.tensors:,} tensors"
+        lines = [f"{self.path}: {held}, {self.bytes / 1e6:,.1f} MB in {self.precision}"]
         lines += [f"  {name:<18} {told}" for name, told in self.checks.items()]
         lines += [f"  differs            {told}" for told in self.differences]
+        if self.combinations:
+            lines += [
+                "", "Load one of them with transformers and PEFT:",
+                f'  model = AutoModelForCausalLM.from_pretrained("{Path(self.path) / self.combinations[0]}")',
+            ]
+            return "\n".join(lines)
         lines += [
             "", "Load it with transformers:",
             f'  tokenizer = AutoTokenizer.from_pretrained("{self.path}")',
@@ -117,4 +126,5 @@ def _combinations(source: Path, out: Path) -> Exported:
     return Exported(
         str(out), "float32", len(files), sum(path.stat().st_size for path in files), sorted(names),
         {"adapters": f"{len(names)} combinations of gates, each an ordinary adapter"},
+        combinations=tuple(sorted(names)),
     )

@@ -141,8 +141,9 @@ def inspect(settings: Inspection) -> Inspected:
         rows = list(_of_documents(settings))
         if not rows:
             raise UserError(
-                f"there are no documents {settings.step * settings.rows:,} and following", where=settings.source,
-                fix="step=0",
+                f"there are no documents {settings.step * settings.rows:,} and following" if settings.step
+                else "there is nothing in it to show", where=settings.source,
+                fix="step=0" if settings.step else "name a file with documents or conversations",
             )
     colored = settings.color == "always" or (settings.color == "auto" and sys.stdout.isatty())
     return Inspected(settings.source, settings.step, rows, settings.boundaries, colored)

@@ -107,7 +107,8 @@ class BatchPlan(Result):
             f"samples_per_step  {least:,} to {most:,}, in {few:,} to {many:,} bins",
             f"bins              {self.bins:,} for {self.sequences:,} sequences, {self.tokens:,} tokens: {best}",
             f"fill              {self.fill:.2%}",
-            f"in a recipe       data.tokens_per_batch={self.tokens_per_batch} data.sequences_per_step={least}",
+            *([f"in a recipe       data.tokens_per_batch={self.tokens_per_batch} data.sequences_per_step={least}"]
+              if self.tokens_per_batch else []),
             *([f"note              below max_length, {self.below:,}: a longer sequence does not fit a micro-batch"]
               if self.below else []),
         ])
@@ -157,11 +158,13 @@ def _plan(settings: BatchPlanning, lengths: NDArray[np.int64], group_size: int, 
     tokens, longest = int(lengths.sum()), settings.max_length or int(lengths.max())
     if settings.compatible:
         steps = find_steps(lengths, group_size, batch_size)
-        bins, bound = len(steps.bins), lower_bound(np.minimum(lengths, steps.budget), steps.budget)
-        within = int(np.minimum(lengths, steps.budget).sum())
+        bins, within = len(steps.bins), np.minimum(lengths, steps.budget)
+        # With as few sequences a step as bins, the search of auto_get_size ends at no token at all: each is alone.
+        bound = lower_bound(within, steps.budget) if steps.budget else bins
+        fill = int(within.sum()) / (bins * steps.budget) if steps.budget else 0.0
         return BatchPlan(
-            steps.budget, 1, steps.budget, steps.samples_per_step, (group_size, group_size),
-            within / (bins * steps.budget), bins, bound, bins / bound - 1, len(lengths), tokens,
+            steps.budget, 1, steps.budget, steps.samples_per_step, (group_size, group_size), fill, bins, bound,
+            bins / bound - 1, len(lengths), tokens,
             longest if steps.budget < longest else None,
         )  # fmt: skip
     # Which imports torch: seconds that only this plan needs.

@@ -104,13 +104,15 @@ def cost_of(lengths: Numbers, pair_cost: float = PAIR_COST) -> NDArray[np.float6
 
 
 def cut_step(lengths: Numbers, budget: int, ranks: int = 1, pair_cost: float = PAIR_COST) -> list[list[Numbers]]:
-    """The micro-batches of one step: for each rank as many, each the places of its sequences, ascending.
+    """The micro-batches of one step: for each rank as many, each the places of its sequences, ascending. A sequence
+    beyond the budget is a micro-batch alone.
 
     As few micro-batches as best fit finds, rounded up to a multiple of the ranks; over these the work is spread
     evenly where the budget allows. A micro-batch may be empty: there are fewer sequences than ranks.
     """
-    numbers = pack(lengths, budget)
     costs = cost_of(lengths, pair_cost)
+    lengths = np.minimum(lengths, budget)
+    numbers = pack(lengths, budget)
     bins = int(numbers.max()) + 1 if len(numbers) else 1
     bins = -(-bins // ranks) * ranks
     even = _spread(lengths, costs, bins, budget)

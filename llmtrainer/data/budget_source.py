@@ -50,13 +50,16 @@ class BudgetSource:
         cache: Path | None = None,
         prefetch: bool = True,
         pair_cost: float = PAIR_COST,
+        longer_alone: bool = False,
     ) -> None:
         """`tokens_per_step` is what a step reads on average: it becomes the nearest number of sequences, the same in
         every step. `share` stands in place of rank and world size. `cache` is the folder of the plan's tables. Raises
-        UserError where a document is longer than `sequence_length` or there is none."""
+        UserError where a document is longer than `sequence_length` or there is none. `longer_alone`: a document may be
+        longer than `tokens_per_batch`, and is then a micro-batch of its own."""
         assert 0 <= rank < world_size
         assert (sequences_per_step is None) != (tokens_per_step is None), "one of the two says how large a step is"
-        _require_sizes(sequence_length, sequences_per_step, tokens_per_batch, held_out, part)
+        most = sequence_length if not longer_alone else min(sequence_length, tokens_per_batch)
+        _require_sizes(most, sequences_per_step, tokens_per_batch, held_out, part)
         self.store = store
         self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
         self._share, self._pair_cost = share or Share((rank,), world_size), pair_cost

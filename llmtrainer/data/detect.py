@@ -135,6 +135,8 @@ def _only(known: tuple[Known, ...], first: list[Record]) -> Known:
     fits = [format for format in known if all(format.matches(record.value) for record in first)]
     if len(fits) == 1:
         return fits[0]
+    if not fits:
+        _require_one(known, first)
     odd = next((record for record in first if not any(format.matches(record.value) for format in known)), first[0])
     if (meant := _meant(known, first, odd)) is not None:
         placed(meant, odd)    # says which key is missing or wrong
@@ -148,6 +150,19 @@ def _only(known: tuple[Known, ...], first: list[Record]) -> Known:
     raise UserError(
         f"{len(fits)} formats fit these records", where=odd.place, why=f"they have {keys}",
         fix=f"name the one that is meant (in a recipe data.format): {names}",
+    )
+
+
+def _require_one(known: tuple[Known, ...], first: list[Record]) -> None:
+    """Refuse records of which each fits a format, and all of them none."""
+    kinds = [[format.kind for format in known if format.matches(record.value)] for record in first]
+    if not all(kinds):
+        return
+    other = next(place for place, found in enumerate(kinds) if not set(found) & set(kinds[0]))
+    raise UserError(
+        "the records are of different formats", where=first[other].place,
+        why=f"this one is {' or '.join(kinds[other])}, and {first[0].place} is {' or '.join(kinds[0])}",
+        fix="one format a file: keep the others in files of their own, and name all of them",
     )
 
 

@@ -18,6 +18,14 @@ ROLES = {
 """Who speaks, by the names that files have for it. `function_call` and `tool_call` are the assistant's calls."""
 
 
+THOUGHT = ("thinking", "reasoning", "reasoning_content", "think")
+"""Names of what an assistant thought before it spoke."""
+CALLED = ("tool_calls", "function_call")
+"""Names of what it calls."""
+MOST_WEIGHT = 1_000_000
+"""Beyond it, float32 would lose every other token beside the one that weighs so much."""
+
+
 class RecordFormat(Kind):
     """How a file writes something down. `auto` looks at the first records, says what they are, and shows one."""
 
@@ -166,28 +174,29 @@ def message(value: object, path: str) -> Message:
     """One message under OpenAI's keys; the content a text, null, or a list of parts."""
     record = mapping(value, path)
     name = needed(record, "role", f"{path}.")
-    if "content" not in record and not record.get("tool_calls"):
+    if "content" not in record and not any(record.get(key) for key in CALLED):
         needed(record, "content", f"{path}.")
     content, thinking, made = _parts(record.get("content"), f"{path}.content")
-    for key in ("thinking", "reasoning", "reasoning_content", "think"):
-        thinking = optional_text(record, key, f"{path}.") or thinking
-    made = (*calls(record.get("tool_calls"), f"{path}.tool_calls"), *made)
     if name in ("function_call", "tool_call"):
         content, made = "", calls(content, f"{path}.content")
     return Message(
-        role(name, f"{path}.role"), content, thinking, made, optional_text(record, "name", f"{path}."),
-        optional_text(record, "tool_call_id", f"{path}."), _weight(record, path),
+        role(name, f"{path}.role"), content, _thought(record, path, thinking), (*_called(record, path), *made),
+        optional_text(record, "name", f"{path}."), optional_text(record, "tool_call_id", f"{path}."),
+        _weight(record, path),
     )
 
 
 def turn(value: object, path: str) -> Message:
-    """One message under ShareGPT's keys: `from` and `value`."""
+    """One message under ShareGPT's keys: `from` and `value`; what else it may have is called as OpenAI calls it."""
     record = mapping(value, path)
     who = needed(record, "from", f"{path}.")
-    said = text(needed(record, "value", f"{path}."), f"{path}.value")
+    said, made = text(needed(record, "value", f"{path}."), f"{path}.value"), _called(record, path)
     if who in ("function_call", "tool_call"):
-        return Message("assistant", "", tool_calls=calls(said, f"{path}.value"))
-    return Message(role(who, f"{path}.from"), said)
+        said, made = "", (*made, *calls(said, f"{path}.value"))
+    return Message(
+        role(who, f"{path}.from"), said, _thought(record, path, None), made, optional_text(record, "name", f"{path}."),
+        optional_text(record, "tool_call_id", f"{path}."), _weight(record, path),
+    )
 
 
 def either(value: object, path: str) -> Message:
@@ -207,7 +216,7 @@ def turns(value: object, path: str) -> tuple[Message, ...]:
 def are_turns(value: object) -> bool:
     """Whether a value is a message or a list of them, under OpenAI's keys or ShareGPT's."""
     found = [value] if isinstance(value, Mapping) else value
-    return are_messages(found, "role", ("content", "tool_calls")) or are_messages(found, "from", ("value",))
+    return are_messages(found, "role", ("content", *CALLED)) or are_messages(found, "from", ("value",))
 
 
 def _weight(record: Mapping[str, Any], path: str) -> float | None:
@@ -216,10 +225,29 @@ def _weight(record: Mapping[str, Any], path: str) -> float | None:
         value = record.get(key)
         if value is None:
             continue
-        if not isinstance(value, bool | int | float) or not 0.0 <= float(value) < float("inf"):
-            refused(f"`{path}.{key}` is {value!r}", f"{path}.{key}", "it is true, false or a number, at least 0")
+        if not isinstance(value, bool | int | float) or not 0.0 <= value <= MOST_WEIGHT:
+            why = f"it is true, false or a number from 0 to {MOST_WEIGHT:,}"
+            refused(f"`{path}.{key}` is {value!r}", f"{path}.{key}", why)
         return float(value)
     return None
+
+
+def _thought(record: Mapping[str, Any], path: str, in_parts: str | None) -> str | None:
+    """The reasoning of a message: in a part of its content, or under one of the names for it. UserError where two of
+    them differ: one would be lost."""
+    found = {key: optional_text(record, key, f"{path}.") for key in THOUGHT} | {"content": in_parts}
+    texts = {key: said for key, said in found.items() if said}
+    if len(set(texts.values())) > 1:
+        refused(
+            f"a message has reasoning in {' and '.join(f'`{key}`' for key in texts)}, and they differ", path,
+            "a message has one", "keep one of them",
+        )
+    return next(iter(texts.values()), next((said for said in found.values() if said is not None), None))
+
+
+def _called(record: Mapping[str, Any], path: str) -> tuple[Mapping[str, Any], ...]:
+    """The calls beside a message's content: `tool_calls`, or the one `function_call` of OpenAI's older form."""
+    return tuple(call for key in CALLED for call in calls(record.get(key), f"{path}.{key}"))
 
 
 def _parts(value: object, path: str) -> tuple[str, str | None, tuple[Mapping[str, Any], ...]]:

@@ -15,6 +15,8 @@ from llmtrainer.data.draws import Draws
 GRAIN = 32
 """Budgets are searched in multiples of this many tokens."""
 DIVIDERS = range(1, 17)
+MOST_TRIED = 4096
+"""Sequences of a step, up to which a larger one is looked for even where the data has fewer."""
 SPREAD = 2
 """So many sequences may the fullest step hold more than the emptiest."""
 
@@ -57,7 +59,7 @@ def find_plan(lengths: Numbers, group_size: int, batch_size: int, max_length: in
             return found
         if budget < max_length:
             break    # with more bins a step the budget only falls
-    raise _too_small(drawn, group_size, batch_size, max_length, best)
+    raise _too_small(lengths, seed, group_size, batch_size, max_length, best)
 
 
 def drawn_lengths(lengths: Numbers, batch_size: int, seed: int) -> Numbers:
@@ -132,16 +134,24 @@ def _require_lengths(lengths: Sequence[int] | NDArray[np.int64], max_length: int
         )
 
 
-def _too_small(drawn: Numbers, group_size: int, batch_size: int, max_length: int, budget: int) -> UserError:
-    fits = group_size
+def _too_small(
+    lengths: Numbers, seed: int, group_size: int, batch_size: int, max_length: int, budget: int
+) -> UserError:
+    drawn, fits = drawn_lengths(lengths, batch_size, seed), group_size
     while fits > 1 and smallest_budget(drawn, fits) < max_length:
         fits //= 2
+    fixes = [f"group_size={fits}"] * (smallest_budget(drawn, fits) >= max_length)
+    # The budget is that of the fullest step, which grows more slowly than the number of sequences: tried, not reckoned.
     more = batch_size * -(-max_length // budget)
-    fixes = [f"group_size={fits}"] * (smallest_budget(drawn, fits) >= max_length) + [f"batch_size={more}"]
+    while more <= max(len(lengths), MOST_TRIED) and (
+        smallest_budget(drawn_lengths(lengths, more, seed), group_size) < max_length
+    ):
+        more += -(-more // 8)
+    fixes += [f"batch_size={more}"] * (more <= max(len(lengths), MOST_TRIED))
     return UserError(
         f"{batch_size:,} sequences in {group_size:,} micro-batches make micro-batches of {budget:,} tokens, below "
         f"max_length, {max_length:,}",
         why="a micro-batch must hold the longest sequence; with so few sequences in so many micro-batches, each is "
         "nearly alone",
-        fix=f"{', or '.join(fixes)}, or compatible=true to be told regardless",
+        fix=", or ".join([*fixes, "compatible=true to be told regardless"]),
     )

@@ -48,6 +48,10 @@ _OTHER_FUNCTIONS = (
 )  # fmt: skip
 """Settings under which an adapter computes, or holds, something else than a LowRank does."""
 
+_SAME_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+"""First values of an adapter that leave the base as it is. All others, such as pissa, olora and corda, take from the
+base's own matrices what they put into A and B, each time that PEFT loads the adapter."""
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter instead of a model."""
@@ -163,6 +167,12 @@ def read_config(folder: Path) -> tuple[Lora, str | None]:
                 why="another function under the same weights would be another model",
                 fix="merge the adapter into its model with PEFT, and start from that",
             )
+    if (first := config.get("init_lora_weights")) not in _SAME_BASE:
+        raise UserError(
+            f"init_lora_weights is {first!r}: the adapter stands beside another base than its base's folder holds",
+            where=str(path), why="PEFT takes the first values of A and B away from the base's matrices, here and there",
+            fix="in PEFT, save it with path_initial_model_for_weight_conversion, or merge it into its model",
+        )
     if config.get("bias", "none") != "none":
         raise UserError(
             f"bias is {config['bias']!r}: biases of the model were trained too", where=str(path),

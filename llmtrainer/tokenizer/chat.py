@@ -180,7 +180,7 @@ class Chat:
             start, marks = len(before), rendered.of_message(place)
             missing = [
                 field for field in fields_of(texts.messages[place])
-                if (place, field) not in rendered.read.places and not self._may_lack(field)
+                if rendered.read.lacks((place, field)) and not self._may_lack(rendered, place, field)
             ]
             end = self._end_behind(rendered, max([start, *marks]))
             foreign = end is not None and any(
@@ -189,7 +189,7 @@ class Chat:
             )
             if end is None or missing or foreign or min([start, *marks]) < start:
                 if place + 1 == stop:
-                    raise self._unlearnable(texts.messages[place], place, missing, end)
+                    raise self._unlearnable(rendered, texts.messages[place], place, missing, end)
             elif alone[:end] == rendered.text[:end]:
                 learned[place] = (start, end)
         return learned
@@ -212,8 +212,8 @@ class Chat:
             found = own_of(prompt.text, "" if call == prompt.text else call, alone, messages[-1], place)
         for field in fields_of(messages[-1]):
             filled = field == "thinking" and found is not None and found[1]
-            if (last, field) not in alone.read.places and not self._may_lack(field) and not filled:
-                raise self._renderer.dropped(messages[-1], place, field)
+            if alone.read.lacks((last, field)) and not self._may_lack(alone, last, field) and not filled:
+                raise self._renderer.dropped(messages[-1], place, field, part=(last, field) in alone.read.cut)
         end = None if found is None else self._end_behind(alone, max([found[0], *alone.of_message(last)]))
         if found is None or end is None or not is_alone(alone, last, found[0]):
             raise self._parted(texts, place)
@@ -239,9 +239,12 @@ class Chat:
         name = self._ends_by_next.get(bool(messages[-1].tool_calls)) if messages[-1].role == ASSISTANT else None
         return rendered if name is None else closed(rendered, name, self.tokenizer.control[name])
 
-    def _unlearnable(self, message: Message, place: int, missing: Sequence[str], end: int | None) -> UserError:
+    def _unlearnable(
+        self, rendered: Rendered, message: Message, place: int, missing: Sequence[str], end: int | None
+    ) -> UserError:
         if missing:
-            return self._renderer.dropped(message, place, missing[0])
+            part = (place, missing[0]) in rendered.read.cut
+            return self._renderer.dropped(message, place, missing[0], part=part)
         if end is None:
             names = ", ".join(name for name, token in self.tokenizer.control.items() if token in self.end_ids)
             return self._renderer.refusal(f"message {place + 1:,} has no end", f"{names} does not follow it")
@@ -255,8 +258,11 @@ class Chat:
             (item.stop for item in rendered.controls if item.start >= place and item.token in self.end_ids), None
         )
 
-    def _may_lack(self, field: str) -> bool:
-        return field != "content" and ("thinking" if field == "thinking" else "tools") in self._leave_out
+    def _may_lack(self, rendered: Rendered, place: int, field: str) -> bool:
+        """Whether a field of an answer may be left out; of its text only a part may, which then is reasoning."""
+        if field == "content":
+            return "thinking" in self._leave_out and (place, field) in rendered.read.places
+        return ("thinking" if field == "thinking" else "tools") in self._leave_out
 
     def _encode(
         self, texts: _Texts, stop: int, rendered: Rendered, learned: Mapping[int, tuple[int, int]]

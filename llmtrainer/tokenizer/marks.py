@@ -29,6 +29,12 @@ class Read:
     """Of each field that was rendered: where its marks stood, in characters of `text`. Rising."""
     marks: tuple[int, ...]
     """Where each mark stands in `with_marks`. Rising."""
+    cut: frozenset[Owner] = frozenset()
+    """The fields of which a part was not rendered."""
+
+    def lacks(self, owner: Owner) -> bool:
+        """Whether a field was not rendered, or not all of it."""
+        return owner not in self.places or owner in self.cut
 
     def place(self, place: int) -> int:
         """A place in `with_marks` as a place in `text`."""
@@ -43,6 +49,8 @@ class Marker:
         self._names = names
         self._free = (chr(code) for code in range(FIRST, LAST + 1) if chr(code) not in taken)
         self.of: dict[str, Owner | None] = {}
+        self._texts: dict[Owner, list[tuple[str, str, int]]] = {}
+        """Of each field, for every text in it: the marks at both its ends, and how many letters it has."""
 
     def text(self, text: str, owner: Owner | None = None) -> str:
         """The text with its marks. Without an owner, only where a name of a control token could begin or end."""
@@ -60,6 +68,8 @@ class Marker:
         for place in sorted(set(places)):
             parts += [text[last:place], self._mark(owner)]
             last = place
+        if owner is not None:
+            self._texts.setdefault(owner, []).append((parts[1], parts[-1], _letters(core)))
         return "".join([*parts, text[last:]])
 
     def value(self, value: Any, owner: Owner | None = None) -> Any:
@@ -87,12 +97,29 @@ class Marker:
             if owner is not None:
                 places.setdefault(owner, []).append(length)
         found = {owner: tuple(where) for owner, where in places.items()}
-        return Read("".join(parts[::2]), rendered, found, tuple(marks))
+        text, seen = "".join(parts[::2]), frozenset(parts[1::2])
+        spans = {owner: text[where[0] : where[-1]] for owner, where in found.items()}
+        cut = frozenset(owner for owner, span in spans.items() if self._is_cut(owner, seen, span))
+        return Read(text, rendered, found, tuple(marks), cut)
+
+    def _is_cut(self, owner: Owner, seen: frozenset[str], written: str) -> bool:
+        """Whether an end of a field is missing, or letters between its ends. `written`: what stands between the first
+        and the last of its marks."""
+        whole = [first in seen and last in seen for first, last, _ in self._texts[owner]]
+        if owner[1] not in ("content", "thinking"):
+            return not all(whole)
+        # Reasoning stands under several names, of which a template reads one.
+        return not any(whole) or _letters(written) < max(letters for *_, letters in self._texts[owner])
 
     def _mark(self, owner: Owner | None) -> str:
         mark = next(self._free)
         self.of[mark] = owner
         return mark
+
+
+def _letters(text: str) -> int:
+    """How many characters are no blanks: templates strip, and some join words anew."""
+    return len("".join(text.split()))
 
 
 class Names:

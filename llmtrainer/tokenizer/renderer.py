@@ -65,6 +65,8 @@ class Renderer:
         for place, message in enumerate(messages):
             if message.content.strip() and (place, "content") not in read.places:
                 raise self.dropped(message, place, "content")
+            if message.role != "assistant" and (place, "content") in read.cut:
+                raise self.dropped(message, place, "content", part=True)
         if tools and "tools" not in self._leave_out and self.text(messages, prompt=prompt) == text:
             raise self.refusal(
                 "the template leaves out the tools", "the text is the same without them",
@@ -101,13 +103,17 @@ class Renderer:
                 fix=f'llmtrainer add-tokens MODEL out=FOLDER "tokens=[{named}]"',
             )
 
-    def dropped(self, message: Message, place: int, field: str) -> UserError:
+    def dropped(self, message: Message, place: int, field: str, *, part: bool = False) -> UserError:
+        """The refusal of a template that does not write a field of a message, or only a part of it."""
         kind = {"content": "text", "thinking": "reasoning"}.get(field, "tool calls")
         fix = "another template"
+        if part and field == "content" and message.role == "assistant":
+            fix = "reasoning in a field of its own (`thinking`), another template, or leave_out=[thinking]"
         if field != "content":
             fix += f", or leave_out=[{'thinking' if field == 'thinking' else 'tools'}]"
         return self.refusal(
-            f"the template leaves out the {kind} of a message", f"message {place + 1:,} is by {message.role}", fix=fix
+            f"the template leaves out {'a part of ' if part else ''}the {kind} of a message",
+            f"message {place + 1:,} is by {message.role}", fix=fix,
         )
 
     def refusal(self, what: str, why: str, *, fix: str = "another template") -> UserError:

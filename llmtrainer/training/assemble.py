@@ -218,6 +218,11 @@ def evaluations_of(
 ) -> Evaluations:
     """Held-out rows, named sets, suites and samples, with every setting read now and not at the first evaluation."""
     settings, fields, tokens = recipe.evaluate, recipe.data.texts(), recipe.evaluate.max_new_tokens
+    if policy.adapter is not None and policy.adapter.gated and (settings.prompts or settings.suites):
+        raise UserError(
+            "prompts and suites do not say which adapters their text goes through", where="evaluate",
+            why="every sample of a gated mixture names its gates", fix="evaluate.prompts=[] evaluate.suites=[]",
+        )
 
     # A suite reads its settings when it runs, which may be hours from now. That each kind reads all of them is held by
     # a test.

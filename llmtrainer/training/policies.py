@@ -118,6 +118,14 @@ def _started(recipe: Recipe, compute: torch.dtype, continued: Path | None) -> Po
     _require_no_adapter_shape(adapter)
     # Its dropout is this run's own: nothing of what was learned depends on it.
     insert_adapter(policy, continued or model_folder(adapter.start_from), adapter.dropout)
+    assert policy.adapter is not None
+    # The kind that is taken where none is named contradicts nothing.
+    if adapter.kind not in (adapter.default_kind, policy.adapter.kind):
+        raise UserError(
+            f"`model.adapter.kind` is {adapter.kind}, and the adapter that it starts from is {policy.adapter.kind}",
+            where=f"model.adapter.start_from {adapter.start_from}", why="the kind comes from that folder",
+            fix=f"model.adapter.kind={policy.adapter.kind}, or leave the kind out",
+        )
     return policy
 
 

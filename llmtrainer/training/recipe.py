@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
+from llmtrainer.base.refusal import all_keys
+from llmtrainer.base.text import nearest
 from llmtrainer.base.units import Duration, Every
 from llmtrainer.core.environment import Environment
 from llmtrainer.core.objective import Objective
@@ -28,6 +30,13 @@ from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Dataset
 from llmtrainer.training.tracking import Tracker
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+GUARDS = (
+    "preflight", "zero_targets", "end_token", "truncation", "padding", "duplicates", "context", "vocabulary", "memory",
+    "equal_answers", "empty_answers", "labels",
+)  # fmt: skip
+"""Names of the preflight's guards, as `allow` takes them; the first stands for all."""
 
 
 def _several(value: Any) -> Any:
@@ -318,8 +327,24 @@ class Recipe(Config):
 
     allow: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
     """Keys that may differ from the recipe a continued run began with, such as `optim.schedule`; and guards of the
-    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, vocabulary, memory; of
+    preflight that may trip: zero_targets, end_token, truncation, padding, duplicates, context, vocabulary, memory; of
     comparisons also equal_answers, empty_answers, labels; or all of them: preflight."""
+
+    @model_validator(mode="after")
+    def _allows_what_there_is(self) -> Recipe:
+        keys = all_keys(type(self), self.plain())
+        for name in self.allow:
+            # A key below a part may be that of a kind that the run began with: only what is nearly right is refused.
+            if name in GUARDS or name in keys or any(key.startswith(f"{name}.") for key in keys):
+                continue
+            near = nearest(name, [*GUARDS, *keys], cutoff=0.8)
+            if near is not None or "." not in name:
+                raise UserError(
+                    f"`allow` names `{name}`, which is neither a guard nor a key",
+                    why=f"guards: {', '.join(GUARDS)}",
+                    fix=f"did you mean `{near}`?" if near else "remove it, or write the key with its dots: optim.rule",
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_what_it_measures(self) -> Recipe:

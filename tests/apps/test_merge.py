@@ -161,6 +161,7 @@ def test_a_gated_mixture_is_exported_as_an_adapter_for_every_combination_and_is_
     initialise(policy, 4)
     write_adapter(adapter_tensors(policy), adapter_config(policy, str(base)), tmp_path / "gated")
     told = export(Export(model=str(tmp_path / "gated"), out=str(tmp_path / "out")))
+    assert "16 adapters" in told.text() and f'from_pretrained("{tmp_path / "out" / "t0a0"}")' in told.text()
     assert len(told.files) == 16 and sorted(path.name for path in (tmp_path / "out").iterdir()) == told.files
     assert merge(Merge(model=str(tmp_path / "out" / "t1a3"), out=str(tmp_path / "one"))).changed == 0
     with pytest.raises(UserError, match="which adapters it goes through"):

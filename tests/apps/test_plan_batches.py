@@ -104,6 +104,29 @@ def test_what_is_no_plan_is_refused_and_says_what_would_be(
     assert "below max_length" in error["what"] and "batch_size=64" in error["fix"]
 
 
+@pytest.mark.parametrize(("group_size", "max_length"), [(4, 20_000), (32, 1024), (3, 5000)])
+def test_what_would_be_a_plan_is_one(
+    folder: Path, group_size: int, max_length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan-batches", str(folder / "lengths.jsonl"), f"group_size={group_size}", f"max_length={max_length}"]
+    assert main([*words, "batch_size=8", "--json"]) == 2
+    fix = json.loads(capsys.readouterr().out)["error"]["fix"]
+    larger = next(word for word in fix.split(", or ") if word.startswith("batch_size="))
+    assert main([*words, larger, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_max_tokens"] >= max_length
+
+
+def test_as_many_sequences_as_bins_are_a_plan_of_the_old_tool_without_a_token(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(folder / "lengths.jsonl"), "compatible=true", "batch_size=4")
+    for group_size in (4, 8):
+        found = told(capsys, *words, f"group_size={group_size}")
+        assert (found["batch_max_tokens"], found["bins"], found["lower_bound"], found["fill"]) == (0, 1000, 1000, 0.0)
+    assert main(["plan-batches", *words, "group_size=4"]) == 0
+    assert "in a recipe" not in capsys.readouterr().out
+
+
 def test_questions_and_yaml_are_counted_as_the_conversations_that_training_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

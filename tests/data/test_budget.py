@@ -168,6 +168,13 @@ def test_a_million_lengths_are_packed() -> None:
     assert np.bincount(bins, weights=lengths).max() <= 8192
 
 
+def test_a_sequence_beyond_the_budget_is_a_micro_batch_alone() -> None:
+    for ranks in (1, 2):
+        cut = cut_step(np.array([3, 25, 4, 11, 3]), 10, ranks)
+        held = sorted(micro.tolist() for rank in cut for micro in rank)
+        assert [1] in held and [3] in held and sorted(place for micro in held for place in micro) == [0, 1, 2, 3, 4]
+
+
 def test_a_sequence_beyond_the_budget_is_a_defect_of_the_caller() -> None:
     with pytest.raises(AssertionError):
         pack(np.array([5, 11]), 10)

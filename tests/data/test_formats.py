@@ -118,6 +118,37 @@ def test_weights_of_messages_and_earlier_turns_are_taken() -> None:
     assert [item.weight for item in PromptCompletion().example(earlier).messages] == [0.0, 0.0, 0.0, None]
 
 
+def test_a_turn_of_sharegpt_has_weight_reasoning_and_calls_like_a_message() -> None:
+    call = {"name": "weather", "arguments": {}}
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b", "weight": 0, "reasoning": "Hm.", "tool_calls": [call]},
+        {"from": "gpt", "value": "c", "train": False},
+    ]
+    made = Conversations().example({"conversations": turns}).messages
+    assert [item.weight for item in made] == [None, 0.0, 0.0]
+    assert made[1].thinking == "Hm." and made[1].tool_calls == ({"type": "function", "function": call},)
+
+
+def test_the_older_form_of_a_call_is_a_call() -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"at": "b"}'}}
+    record = {"messages": [SPOKEN[0], called, {"role": "function", "name": "look", "content": "17"}]}
+    assert Messages().matches(record) and Messages().matches({"messages": [SPOKEN[0], {**called, "content": "x"}]})
+    made = Messages().example(record).messages
+    assert made[1].tool_calls == ({"type": "function", "function": {"name": "look", "arguments": {"at": "b"}}},)
+    assert [item.role for item in made] == ["user", "assistant", "tool"]
+
+
+def test_reasoning_under_two_names_is_taken_where_it_is_one_and_refused_where_it_is_two() -> None:
+    spoken = {**SPOKEN[1], "thinking": "Hm.", "reasoning_content": "Hm."}
+    assert Messages().example({"messages": [spoken]}).messages[0].thinking == "Hm."
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "x"}]
+    for wrong in ({**spoken, "reasoning_content": "Ah."}, {**SPOKEN[1], "content": parts, "think": "Ah."}):
+        with pytest.raises(UserError, match="they differ") as error:
+            Messages().example({"messages": [wrong]})
+        assert error.value.where == "key `messages.0`"
+
+
 def test_keys_of_another_name_may_be_given() -> None:
     format = Format.model_validate({"kind": "instruction", "input": "context", "output": "response"})
     example = format.example({"instruction": "Add.", "context": "1 and 2", "response": "3"})
@@ -138,6 +169,8 @@ def test_keys_of_another_name_may_be_given() -> None:
          "messages.0.content.0.type"),
         (Messages(), {"messages": [{**SPOKEN[1], "weight": -1}]}, "-1", "messages.0.weight"),
         (Messages(), {"messages": [{**SPOKEN[1], "weight": float("nan")}]}, "nan", "messages.0.weight"),
+        (Messages(), {"messages": [{**SPOKEN[1], "weight": 1e300}]}, "1e\\+300", "messages.0.weight"),
+        (Messages(), {"messages": [{**SPOKEN[1], "weight": 10**400}]}, "is 1000", "messages.0.weight"),
         (Messages(), {"messages": SPOKEN, "tools": "{"}, "no JSON", "tools"),
         (Conversations(), {"conversations": [{"from": "cat", "value": "x"}]}, "nobody is called",
          "conversations.0.from"),
@@ -183,6 +216,10 @@ def test_a_file_that_fits_no_format_or_several_is_refused_with_their_names(tmp_p
     with pytest.raises(UserError, match="2 formats fit") as error:
         detect(Format.model_validate("auto"), found(tmp_path / "b.jsonl", [both]))
     assert "format=conversations or format=messages" in str(error.value.fix)
+    mixed = [{"messages": SPOKEN}, {"conversations": [{"from": "human", "value": "x"}]}]
+    with pytest.raises(UserError, match="of different formats") as error:
+        detect(Format.model_validate("auto"), found(tmp_path / "c.jsonl", mixed))
+    assert error.value.where == f"{tmp_path / 'c.jsonl'}, line 2" and "line 1 is messages" in str(error.value.why)
     assert detect(Format.model_validate("auto"), []) is None
     named = detect(Messages(), found(tmp_path / "b.jsonl", [both]))
     assert named is not None and named.format == Messages()

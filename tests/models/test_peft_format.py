@@ -71,7 +71,11 @@ def test_matrices_that_no_last_part_of_a_name_tells_apart_are_listed_by_whole_na
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 2}), ("bias", "all"), ("peft_type", "IA3")],
+    [
+        ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 2}), ("bias", "all"), ("peft_type", "IA3"),
+        ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
+    ],
 )
 def test_an_adapter_that_computes_something_else_is_refused_by_the_name_of_the_setting(
     key: str, value: Any, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_every_answer_is_learned_once_behind_its_own_prompt(
     [
         ("message.content | trim", " b \n"), ("message.content.strip()", "\n\nb\t"), ("message['content']", "b"),
         ("(message.content | trim | upper)", " b"), ("message.content.replace('x', 'yy')", "bx"),
-        ("message.content.split('###')[-1].lstrip('\n')", "c###\nb"), ("(message.content ~ '')", "b"),
+        ("message.content.split('###')[-1].lstrip('\n')", "\nb"), ("(message.content ~ '')", "b"),
+        ("message.content.split() | join(' ')", "b  c\nd"),
         ("(message.content | tojson)", '"b"\n'), ("(message.content | tojson(ensure_ascii=true))", "\u6625b"),
         ("([message.content, ''] | join('!'))", "b"), ("message.get('content')", " b"),
     ],
@@ -163,6 +165,50 @@ def test_what_a_template_does_to_a_text_leaves_its_place_known(
     filters.filters["tojson"] = lambda value, ensure_ascii=False: json.dumps(value, ensure_ascii=ensure_ascii)
     wanted = filters.from_string("{{ " + content + " }}").render(message={"content": said})
     assert learned(trained, row) == [wanted + CLOSE]
+
+
+LOSSY = {
+    "the first line": ("message.content.split('\n')[0]", "b\nc"),
+    "what stands behind the reasoning": ("message.content.split('</think>')[-1]", "<think>b</think>c"),
+    "both ends": ("message.content.split('(')[0] ~ message.content.split(')')[-1]", "b (c) d"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_template_that_writes_only_a_part_of_a_text_is_refused(
+    name: str, role: str, trained: FileTokenizer, tmp_path: Path
+) -> None:
+    source, said = LOSSY[name]
+    messages = {
+        "system": (Message("system", said), *turns("a", "b")), "user": turns(said, "b"), "assistant": turns("a", said),
+    }[role]
+    with pytest.raises(UserError, match="leaves out a part of the text of a message") as caught:
+        chat(trained, chatml(source), tmp_path).rows(Example(messages))
+    assert f"by {role}" in str(caught.value)
+
+
+def test_reasoning_in_a_text_may_be_left_out_by_name_and_of_earlier_answers_always(
+    trained: FileTokenizer, tmp_path: Path
+) -> None:
+    source, said = LOSSY["what stands behind the reasoning"]
+    (row,) = chat(trained, chatml(source), tmp_path, leave_out=["thinking"]).rows(Example(turns("a", said)))
+    assert learned(trained, row) == ["c" + CLOSE]
+    read = replace(turns("a", said)[1], weight=0.0)
+    (row,) = chat(trained, chatml(source), tmp_path).rows(Example((Message("user", "a"), read, *turns("d", "e"))))
+    assert learned(trained, row) == ["e" + CLOSE]
+
+
+def test_a_call_without_its_arguments_is_refused(trained: FileTokenizer, tmp_path: Path) -> None:
+    source = loop(
+        "{{ '<|im_start|>' + message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
+        "{{ call.function.name }}{% endfor %}<|im_end|>"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+    called = Message("assistant", "", tool_calls=(call,))
+    with pytest.raises(UserError, match="leaves out a part of the tool calls") as caught:
+        chat(trained, source, tmp_path).rows(Example((Message("user", "a"), called)))
+    assert "leave_out=[tools]" in str(caught.value.fix)
 
 
 def test_calls_are_learned_whatever_json_they_are_written_in(trained: FileTokenizer, tmp_path: Path) -> None:

@@ -116,6 +116,12 @@ def test_an_adapter_is_trained_on_from_its_folder_with_its_shape(
     with pytest.raises(UserError, match="second truth"):
         model = f"model={{start_from: {base}, adapter: {{start_from: {second.run}, rank: 8}}}}"
         train(recipe(model, f"run={tmp_path / 'third'}"))
+    plain = adapting(recipe, base, "lora", "duration=1 steps", f"run={tmp_path / 'plain'}")
+    train(plain)
+    with pytest.raises(UserError, match="is dora, and the adapter that it starts from is lora") as error:
+        model = f"model={{start_from: {base}, adapter: {{kind: dora, start_from: {plain.run}}}}}"
+        train(recipe(model, f"run={tmp_path / 'fourth'}"))
+    assert "model.adapter.kind=lora" in str(error.value.fix)
 
 
 def test_a_moving_average_of_an_adapter_is_an_adapter(recipe: Make, base: Path) -> None:

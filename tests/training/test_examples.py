@@ -15,7 +15,7 @@ import pytest
 
 from llmtrainer.base.config import load
 from llmtrainer.base.errors import UserError
-from llmtrainer.base.events import read_events
+from llmtrainer.base.events import read_events, steps
 from llmtrainer.base.rundir import RunDir
 from llmtrainer.data.packed import Store
 from llmtrainer.models.families.llama import Llama
@@ -27,6 +27,7 @@ from llmtrainer.training.datasets.examples import Examples
 from llmtrainer.training.prepare import Preparation, prepare
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.run import train
+from tests.tolerances import FLOAT32_LOSS
 from tests.training.test_resume import curve, hashes, train_until
 
 RECIPE = """
@@ -306,6 +307,10 @@ def test_a_row_that_is_kept_beyond_the_context_of_a_loaded_model_is_refused_by_n
         train(recipe(start, *keep))
     assert "the model's context is 40" in str(error.value.why)
     assert train(recipe(start, *keep, "allow=[context]")).step == 1
+    few = ("data.tokens_per_batch=64", "allow=[context]", f"run={files}/few")
+    assert train(recipe(start, *keep, *few)).step == 1
+    losses = [steps(Path(folder) / "events.jsonl")[0]["loss"] for folder in (recipe().run, files / "few")]
+    assert losses[0] == pytest.approx(losses[1], rel=FLOAT32_LOSS)    # a longer row is a micro-batch alone
     measured = [setting for setting in keep if "evaluate" not in setting] + [f"run={files}/measured"]
     long = (*measured, f"data.train={files}/c.jsonl", f"data.evaluate={{long: {files}/a.jsonl}}")
     with pytest.raises(UserError, match="the evaluation set long has rows beyond the model's context") as error:

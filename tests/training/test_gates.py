@@ -136,3 +136,12 @@ def test_a_store_prepared_with_gates_is_trained_on(recipe: Make, world: Path, tm
     )  # fmt: skip
     assert prepare(settings).documents == 20
     assert moved(recipe(f"data.train={tmp_path}/store")) == ["t1", "a3"]
+
+
+def test_text_that_names_no_gates_is_refused_before_the_first_step(recipe: Make) -> None:
+    for asked in ("evaluate.prompts=[hi]", "evaluate.suites=[{kind: perplexity, path: x.txt}]"):
+        settings = recipe(asked)
+        with pytest.raises(UserError, match="do not say which adapters") as error:
+            train(settings)
+        assert not list((Path(settings.run) / "checkpoints").iterdir())
+        assert train(recipe(asked, *str(error.value.fix).split(), f"run={settings.run}-{asked[9:12]}")).step == 3

@@ -21,7 +21,8 @@ from llmtrainer.data.format import (
 
 class Conversations(Format):
     """`{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}], "system", "tools"}`. Others who
-    speak: system, function_call (JSON of a call, or of several), observation or tool (what the call gave)."""
+    speak: system, function_call (JSON of a call, or of several), observation or tool (what the call gave). A turn may
+    have `weight`, reasoning and calls under the names that `messages` knows."""
 
     conversations: str = "conversations"
     """The key of the list."""

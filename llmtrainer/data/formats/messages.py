@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
-from llmtrainer.data.format import Format, are_messages, identity, mapping, message, needed, others, spoken, tools
+from llmtrainer.data.format import (
+    CALLED,
+    Format,
+    are_messages,
+    identity,
+    mapping,
+    message,
+    needed,
+    others,
+    spoken,
+    tools,
+)
 
 
 class Messages(Format):
     """`{"messages": [{"role", "content"}, ...], "tools": [...]}`. The content may be a list of parts; an assistant
-    may have `tool_calls` (arguments an object or its JSON text) and `thinking`, `reasoning` or `reasoning_content`;
-    `weight` (or `train`) says how much a message is learned."""
+    may have `tool_calls` or the older `function_call` (arguments an object or its JSON text) and `thinking`,
+    `reasoning` or `reasoning_content`; `weight` (or `train`) says how much a message is learned."""
 
     messages: str = "messages"
     """The key of the list."""
@@ -22,7 +33,7 @@ class Messages(Format):
     )
 
     def matches(self, record: object) -> bool:
-        return isinstance(record, dict) and are_messages(record.get(self.messages), "role", ("content", "tool_calls"))
+        return isinstance(record, dict) and are_messages(record.get(self.messages), "role", ("content", *CALLED))
 
     def example(self, record: object) -> Example:
         whole = mapping(record)

@@ -97,4 +97,7 @@ class Examples(PreparedFiles):
         longest = self.sequence_length
         if self.too_long == "keep":
             longest = int(np.diff(store.offsets[0 : store.documents + 1]).max())
-        return {"sequence_length": longest, "tokens_per_batch": self.tokens_per_batch, "seed": setting.seed}
+        return {
+            "sequence_length": longest, "tokens_per_batch": self.tokens_per_batch, "seed": setting.seed,
+            "longer_alone": self.too_long == "keep",
+        }  # fmt: skip
