@@ -155,7 +155,10 @@ def merge(settings: Merge) -> Merged:
             prove=prove, words=words,
         )  # fmt: skip
     else:
-        made = publish_foreign(decoder, tokenizer, base, out, precision, prove=prove, words=words)
+        made = publish_foreign(
+            decoder, tokenizer, base, out, precision, shard_bytes=settings.shard_bytes, check=settings.check,
+            prove=prove, words=words,
+        )  # fmt: skip
     effect = furthest(_like(decoder, load_base(base, compute, frozen=True).eval()), rows, wanted)
     del decoder
     checks = {**made.checks, "base": f"{changed} tensors changed; the adapter moves logits by {effect:.2e}"}

@@ -16,6 +16,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.core.share import Share
 from llmtrainer.data.budget import PAIR_COST, Numbers, cut_step
 from llmtrainer.data.collate import Row, collate, end_to_end, filler
+from llmtrainer.data.critical import Critical
 from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
 from llmtrainer.data.plan import Part, plan
@@ -51,6 +52,7 @@ class BudgetSource:
         prefetch: bool = True,
         pair_cost: float = PAIR_COST,
         longer_alone: bool = False,
+        critical: Critical | None = None,
     ) -> None:
         """`tokens_per_step` is what a step reads on average: it becomes the nearest number of sequences, the same in
         every step. `share` stands in place of rank and world size. `cache` is the folder of the plan's tables. Raises
@@ -62,7 +64,7 @@ class BudgetSource:
         _require_sizes(most, sequences_per_step, tokens_per_batch, held_out, part)
         self.store = store
         self.sequence_length, self.tokens_per_batch = sequence_length, tokens_per_batch
-        self._share, self._pair_cost = share or Share((rank,), world_size), pair_cost
+        self._share, self._pair_cost, self._critical = share or Share((rank,), world_size), pair_cost, critical
         try:
             self._plan = plan(
                 store, sequence_length=sequence_length, policy="whole", seed=seed, held_out=held_out, part=part,
@@ -80,6 +82,7 @@ class BudgetSource:
         self.rows_per_step = sequences_per_step or self._sequences_of(tokens_per_step or 1)
         """Sequences of one step over all ranks."""
         facts = [store.fingerprint, "budget", sequence_length, self.rows_per_step, seed, held_out, part, shuffle]
+        facts += [] if critical is None else [critical.facts]
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         """SHA-256 of the store and of every setting that decides the sequences of a step."""
         self._draws = Draws(self.rows_per_epoch, self.rows_per_step, seed, shuffle)
@@ -140,9 +143,11 @@ class BudgetSource:
 
     def _row(self, place: int, row: int) -> Row:
         document = self._document(row)
-        tokens = self.store.read(document)
+        tokens, counts = self.store.read(document), self.store.weights(document)
         one = np.zeros(len(tokens), dtype=np.int32)
-        return Row(tokens, one, place, self.store.weights(document), self.store.gates(document))
+        if self._critical is not None:
+            counts = self._critical.counts(tokens, counts)
+        return Row(tokens, one, place, counts, self.store.gates(document))
 
     def _document(self, row: int) -> int:
         (piece,) = self._plan.pieces(row, 0)

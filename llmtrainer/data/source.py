@@ -16,6 +16,7 @@ from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import Batch
 from llmtrainer.core.share import Share
 from llmtrainer.data.collate import Row, collate, filler
+from llmtrainer.data.critical import Critical
 from llmtrainer.data.draws import Draws
 from llmtrainer.data.packed import Store
 from llmtrainer.data.plan import Part, Policy, plan
@@ -51,6 +52,7 @@ class DiskSource:
         workers: int = 1,
         cache: Path | None = None,
         prefetch: bool = True,
+        critical: Critical | None = None,
     ) -> None:
         """`share` stands in place of rank and world size. `cache` is the folder of the plan's tables. Raises UserError
         if no row can be made of the data."""
@@ -60,7 +62,7 @@ class DiskSource:
         self.sequence_length, self.rows_per_step, self.documents = sequence_length, rows_per_step, documents
         self.rows_per_batch = tokens_per_batch // sequence_length
         self._share = share or Share((rank,), world_size)
-        self._worker, self._workers = worker, workers
+        self._worker, self._workers, self._critical = worker, workers, critical
         self._plan = plan(
             store, sequence_length=sequence_length, policy=policy, seed=seed,
             held_out=held_out, part=part, cache=cache,
@@ -69,6 +71,7 @@ class DiskSource:
         if self.rows_per_epoch == 0:
             raise _too_small(store, sequence_length, policy, held_out, part)
         facts = [store.fingerprint, sequence_length, rows_per_step, seed, documents, policy, held_out, part, shuffle]
+        facts += [] if critical is None else [critical.facts]
         self.fingerprint: str = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         """SHA-256 of the store and of every setting that decides the rows of a step."""
         self._draws = Draws(self.rows_per_epoch, rows_per_step, seed, shuffle)
@@ -136,7 +139,7 @@ class DiskSource:
             lengths = [piece.stop - piece.start for piece in pieces]
             ranks = np.concatenate([[0], np.cumsum(numbers[1:] != numbers[:-1])])
             document = np.repeat(ranks, lengths).astype(np.int32)
-        return Row(tokens, document, place)
+        return Row(tokens, document, place, None if self._critical is None else self._critical.counts(tokens, None))
 
 
 def _require_sizes(sequence_length: int, rows: int, tokens_per_batch: int, held_out: float, part: Part) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
@@ -22,84 +19,11 @@ from llmtrainer.core.protocols import Adapter, Head
 from llmtrainer.core.randomness import embedding_noise
 from llmtrainer.models import foreign_score, paths, scalar
 from llmtrainer.models.few_rows import with_few_shapes
-from llmtrainer.models.foreign_cache import KeyRows, Rows, Seen, attend_columns
+from llmtrainer.models.foreign_attention import NOW, Asked, Reading
+from llmtrainer.models.foreign_cache import KeyRows, Rows, attend_columns
 from llmtrainer.models.lora import Beside, LowRank
 from llmtrainer.models.paged import TokenPages
 from llmtrainer.models.scalar import ScalarHead
-from llmtrainer.models.visible import Visible
-
-ATTENTION = "llmtrainer"
-"""What our attention is called among those of transformers."""
-_NOW: ContextVar[_Reading] = ContextVar("reading")
-
-
-class _Reading:
-    """One forward pass: what its tokens may see, for every attention layer that asks."""
-
-    def __init__(self, batch: Batch | Seen, path: Callable[..., Tensor], compute: torch.dtype) -> None:
-        self.path, self.compute = path, compute
-        self.batch = batch
-        self._visible: dict[int | None, Any] = {}
-        self.calls = 0
-
-    def visible(self, window: int | None) -> Any:
-        if window not in self._visible:
-            batch = self.batch
-            self._visible[window] = batch.through(window) if isinstance(batch, Seen) else Visible.of(batch, window)
-        return self._visible[window]
-
-
-def attend_packed(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None,
-    position_bias: Tensor | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query [B, H, T, C], key and value [B, K, T, C] -> [B, T, H, C].
-
-    What may be seen follows from the documents of the batch that is being read; the mask that the model's class
-    makes knows nothing of them and is not looked at.
-    """
-    reading = _NOW.get()
-    reading.calls += 1
-    if is_causal is False or position_bias is not None:
-        raise UserError(
-            f"{type(module).__name__} is no causal softmax attention", where="model.kind hf",
-            why="it looks ahead" if position_bias is None else "it adds a bias for every pair of places",
-            fix="model.apart=true, or another model",
-        )
-    visible = reading.visible(sliding_window)
-    q_BTHC, k_BTKC, v_BTKC = (x.transpose(1, 2).to(reading.compute).contiguous() for x in (query, key, value))
-    scale = q_BTHC.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(query.device.type, enabled=False):
-        if softcap or s_aux is not None or dropout or v_BTKC.shape[-1] != q_BTHC.shape[-1]:
-            return _by_definition(q_BTHC, k_BTKC, v_BTKC, visible, scale, softcap, s_aux, dropout), None
-        # Our paths scale by the root of C.
-        factor = scale * math.sqrt(q_BTHC.shape[-1])
-        return reading.path(q_BTHC if factor == 1.0 else q_BTHC * factor, k_BTKC, v_BTKC, visible), None
-
-
-def _by_definition(
-    q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, visible: Visible, scale: float, softcap: float | None,
-    sinks_H: Tensor | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    """Attention with what only some models have: capped scores (arXiv:2408.00118, section 2), a score that no key
-    has (sinks), dropout of probabilities."""
-    groups = q_BTHC.shape[2] // k_BTKC.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores_BHTT = q @ k.transpose(2, 3) * scale
-    if softcap:
-        scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
-    scores_BHTT = scores_BHTT.masked_fill(~visible.mask_BTT[:, None], -math.inf)
-    wide = torch.promote_types(scores_BHTT.dtype, torch.float32)
-    if sinks_H is not None:
-        column = sinks_H.to(scores_BHTT.dtype)[None, :, None, None].expand(*scores_BHTT.shape[:3], 1)
-        scores_BHTT = torch.cat([scores_BHTT, column], dim=-1)
-    p = scores_BHTT.softmax(-1, dtype=wide).to(v.dtype)
-    if sinks_H is not None:
-        p = p[..., :-1]
-    return (F.dropout(p, dropout) @ v).transpose(1, 2)
 
 
 class AdaptedLinear(nn.Linear):
@@ -146,8 +70,8 @@ class Foreign(nn.Module):
         )
         self.vocabulary = int(self.head_weight.shape[0])
         self.neftune = 0.0    # size of the noise on embeddings while training
-        self.calls = 0
-        """How often the last pass asked for our attention."""
+        self.asked = Asked()
+        """What the last pass asked of our attention."""
         self.keeps_keys = False
         """Whether reading on from kept keys was proved to be reading the whole."""
         self.own_logits = False
@@ -157,7 +81,7 @@ class Foreign(nn.Module):
     def _noisy(self, embedding: nn.Module, inputs: Any, x_BTD: Tensor) -> Tensor:
         if not self.neftune or not self.training:
             return x_BTD
-        batch = _NOW.get().batch
+        batch = NOW.get().batch
         assert isinstance(batch, Batch), "nothing is trained token by token"
         return embedding_noise(x_BTD, self.neftune, batch.dropout_key, batch.document_BT, *batch.places)
 
@@ -267,20 +191,27 @@ class Foreign(nn.Module):
         named: dict[str, Any] = {"input_ids": batch.tokens_BT, "use_cache": False}
         if self._takes_positions:
             named["position_ids"] = batch.position_BT.long().clamp(max=self.context_length - 1)
-        return self._run(_Reading(batch, path, self.compute), named, logits)
+        return self._run(Reading(batch, path, self.compute), named, logits)
 
-    def _run(self, reading: _Reading, named: Mapping[str, Any], logits: bool) -> Tensor:
-        token = _NOW.set(reading)
+    def _run(self, reading: Reading, named: Mapping[str, Any], logits: bool) -> Tensor:
+        token = NOW.set(reading)
         try:
             with self._autocast(self.head_weight.device):
                 if logits:
                     found: Tensor = self.model(**named).logits
                 else:
-                    found = self.model.base_model(**named).last_hidden_state
+                    found = self._body(**named).last_hidden_state
         finally:
-            _NOW.reset(token)
-        self.calls = reading.calls
+            NOW.reset(token)
+        self.asked = reading.asked
         return found.to(self.compute)
+
+    @property
+    def _body(self) -> Any:
+        """The model without its head."""
+        # A class that is a part of a larger one has no body under the name that it states.
+        bodies = (self.model.base_model, getattr(self.model, "model", None), self.model.get_decoder())
+        return next(body for body in bodies if body is not None and body is not self.model)
 
     @property
     def _takes_positions(self) -> bool:
@@ -337,7 +268,7 @@ class Foreign(nn.Module):
             "input_ids": tokens_BT.to(device), "use_cache": True, "past_key_values": cache.held,
             "position_ids": seen.position_BT.clamp(min=0, max=self.context_length - 1),
         }
-        found = self._run(_Reading(seen, attend_columns, self.compute), named, self.own_logits)
+        found = self._run(Reading(seen, attend_columns, self.compute), named, self.own_logits)
         last_BD = found[torch.arange(len(found), device=device), (lengths_B.to(device) - 1).clamp(min=0)]
         if not self.own_logits:
             last_BD, weight_VD = self.with_bias(last_BD)

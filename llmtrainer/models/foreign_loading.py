@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.at_rest import at_rest
-from llmtrainer.core.batch import Batch
 from llmtrainer.core.memory import aligned
-from llmtrainer.core.randomness import derive
-from llmtrainer.models import proof
-from llmtrainer.models.foreign import ATTENTION, AdaptedLinear, Foreign, attend_packed, rows_of
-from llmtrainer.models.foreign_cache import KeyRows
+from llmtrainer.models.foreign import AdaptedLinear, Foreign
+from llmtrainer.models.foreign_attention import ATTENTION, attend_packed, made_mask
+from llmtrainer.models.foreign_proof import (
+    is_product,
+    keeps_keys,
+    require_causal,
+    require_own_attention,
+    require_packing,
+)
 from llmtrainer.models.foreign_score import with_own_head
+from llmtrainer.models.weights import SHARD_BYTES
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers that our attention computes."""
-_LENGTHS = (11, 7)
-"""Documents of the row that packing is proved with."""
 
 
 def load_foreign(
@@ -70,10 +73,13 @@ def load_foreign(
                 module.adapter = None   # type: ignore[assignment]
     policy = Foreign(model, compute, apart=apart, frozen=frozen)
     with at_rest(policy):
+        require_causal(policy, where)
         if not apart:
             require_packing(policy, where)
-        policy.own_logits = policy.worded and not _is_product(policy)
-        policy.keeps_keys = policy.worded and not apart and _keeps_keys(policy)
+            with silent:
+                require_own_attention(policy, where)
+        policy.own_logits = policy.worded and not is_product(policy)
+        policy.keeps_keys = policy.worded and not apart and keeps_keys(policy)
     policy.requires_grad_(not frozen)
     policy.train()
     return policy
@@ -92,66 +98,6 @@ def unpackable(model_class: Any, config: Any) -> str | None:
     return None
 
 
-@torch.no_grad()
-def require_packing(policy: Foreign, where: str) -> None:
-    """Read two documents in one row and apart: every state must be the same, or a UserError names the class."""
-    draw = torch.Generator().manual_seed(derive(0, "packing"))
-    documents = [
-        torch.randint(0, policy.vocabulary, (length,), generator=draw).tolist() for length in _LENGTHS
-    ]
-    device = policy.head_weight.device
-    packed = policy.hidden(_packed(documents, device))[0]
-    alone = torch.cat([policy.hidden(rows_of([ids], device))[0] for ids in documents])
-    off = proof.difference(packed, alone)
-    if policy.calls and off <= proof.ALLOWED[policy.compute]:
-        return
-    raise UserError(
-        f"packed rows are not exact in {type(policy.model).__name__}", where=where,
-        why=f"a document beside another is read as something else, off by {off:.1e}" if policy.calls
-        else "its class never asked for our attention",
-        fix="model.apart=true, which reads every document by itself",
-    )  # fmt: skip
-
-
-def _packed(documents: list[list[int]], device: torch.device) -> Batch:
-    tokens_BT = torch.tensor([[token for ids in documents for token in ids]], device=device)
-    owners = [number for number, ids in enumerate(documents) for _ in ids]
-    owner_BT = torch.tensor([owners], dtype=torch.int32, device=device)
-    position_BT = torch.tensor([[place for ids in documents for place in range(len(ids))]], dtype=torch.int32)
-    return Batch(
-        tokens_BT, tokens_BT, torch.zeros(tokens_BT.shape, device=device), owner_BT, position_BT.to(device), owner_BT,
-        torch.zeros(1, dtype=torch.int64, device=device),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _is_product(policy: Foreign) -> bool:
-    """Whether logits are hidden states times the head's rows, and nothing else."""
-    row = rows_of([[index % policy.vocabulary for index in range(3, 12)]], policy.head_weight.device)
-    policy.own_logits = True
-    right = policy.logits(row)
-    policy.own_logits = False
-    return proof.difference(policy.logits(row), right) <= proof.ALLOWED[policy.compute]
-
-
-@torch.no_grad()
-def _keeps_keys(policy: Foreign) -> bool:
-    """Whether two rows that are read in parts, from kept keys, are read as in one."""
-    parts = (((3, 7, 5, 9), (8, 4)), ((6,), (11, 2, 10)))
-    device = policy.head_weight.device
-    whole = [[token % policy.vocabulary for part in row for token in part] for row in zip(*parts, strict=True)]
-    right = policy._after(whole)
-    cache = KeyRows(2, 8, device)
-    try:
-        for part in parts:
-            width = max(map(len, part))
-            tokens_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in part], device=device)
-            read = policy.read(tokens_BT % policy.vocabulary, torch.tensor([len(ids) for ids in part]), cache)
-    except Exception:  # a class may do anything with keys that it keeps otherwise; then whole rows are read
-        return False
-    return len(cache.held.layers) > 0 and proof.difference(read, right) <= proof.ALLOWED[policy.compute]
-
-
 @dataclass(frozen=True)
 class ForeignModel:
     """A folder as transformers saves it."""
@@ -168,13 +114,13 @@ class ForeignModel:
                 found[name] = value.detach()
         return found
 
-    def write(self, named: Mapping[str, Tensor], folder: Path) -> None:
+    def write(self, named: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         model = self.policy.model
         tied = {name: value for name, value in model.state_dict().items() if name not in named}
         owners = {value.data_ptr(): name for name, value in model.state_dict().items() if name in named}
         whole = {**named, **{name: named[owners[value.data_ptr()]] for name, value in tied.items()}}
         with _Silence(_transformers()):
-            model.save_pretrained(str(folder), state_dict=whole)
+            model.save_pretrained(str(folder), state_dict=whole, max_shard_size=shard_bytes)
 
 
 def read_foreign(policy: Foreign, folder: Path) -> None:
@@ -237,13 +183,8 @@ def _transformers() -> Any:
             fix="pip install 'llmtrainer[hf]'",
         ) from None
     AttentionInterface.register(ATTENTION, attend_packed)
-    # Who may see whom is our attention's business; a mask would be made and thrown away.
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    AttentionMaskInterface.register(ATTENTION, made_mask)
     return transformers
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 class _Silence:

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Message
 
 FIRST, LAST = 0xF0000, 0x10FFFD
 """The private planes 15 and 16: no character there has a meaning."""
+
+_PRIVATE = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
 
 Owner = tuple[int, str]
 """A message's place and the field whose text a mark stands in."""
@@ -86,7 +89,7 @@ class Marker:
         """Take the marks out again."""
         if not self.of:
             return Read(rendered, rendered, {}, ())
-        parts = re.split(f"([{''.join(self.of)}])", rendered)
+        parts = self._parts(rendered)
         places: dict[Owner, list[int]] = {}
         marks: list[int] = []
         length = 0
@@ -111,8 +114,23 @@ class Marker:
         # Reasoning stands under several names, of which a template reads one.
         return not any(whole) or _letters(written) < max(letters for *_, letters in self._texts[owner])
 
+    def _parts(self, rendered: str) -> list[str]:
+        """Text and marks by turns."""
+        parts, last = [], 0
+        for match in _PRIVATE.finditer(rendered):
+            if match[0] in self.of:     # others are characters of somebody's text
+                parts += [rendered[last : match.start()], match[0]]
+                last = match.end()
+        return [*parts, rendered[last:]]
+
     def _mark(self, owner: Owner | None) -> str:
-        mark = next(self._free)
+        mark = next(self._free, None)
+        if mark is None:
+            raise UserError(
+                "a conversation names control tokens too often",
+                why=f"more than {LAST - FIRST:,} times: nothing is left to tell them from the template's",
+                fix="leave the record out: data.bad_records=drop",
+            )
         self.of[mark] = owner
         return mark
 

@@ -23,7 +23,7 @@ from llmtrainer.generation.sampling import Sampling
 from llmtrainer.models.decoder import Decoder
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.foreign import Foreign
-from llmtrainer.models.foreign_loading import ForeignModel
+from llmtrainer.models.foreign_loading import ForeignModel, load_foreign
 from llmtrainer.models.hugging_face import OWN, from_config, to_config, zero_biases
 from llmtrainer.models.weights import CONFIG, INDEX, MODEL, in_pieces, load_policy, save_tensors, tensors
 from llmtrainer.tokenizer.tokenizer import FileTokenizer, load_tokenizer
@@ -97,8 +97,9 @@ def publish(
 
 
 def publish_foreign(
-    policy: Foreign, tokenizer: FileTokenizer, source: Path, out: Path, precision: str, *, prove: Check, words: Path
-) -> Published:
+    policy: Foreign, tokenizer: FileTokenizer, source: Path, out: Path, precision: str, *, shard_bytes: int,
+    check: bool, prove: Check, words: Path,
+) -> Published:  # fmt: skip
     """As `publish`, of a model of transformers' own classes, in the form that they save themselves."""
     with appearing(out) as partial:
         form = ForeignModel(policy)
@@ -106,7 +107,7 @@ def publish_foreign(
             name: value.to(DTYPES[precision]) if value.is_floating_point() else value
             for name, value in form.tensors().items()
         }
-        form.write(weights, partial)
+        form.write(weights, partial, shard_bytes)
         # transformers writes the type of the model it holds, which is not the one of these weights.
         config = {**read_json(partial / CONFIG), "dtype": precision}
         _write_json(partial / CONFIG, config)
@@ -117,6 +118,9 @@ def publish_foreign(
         again = load_tokenizer(partial)
         _require(again.fingerprint == tokenizer.fingerprint, partial, "tokenizer", "its fingerprint")
         checks = {"tokenizer": "the same fingerprint", **prove(partial)}
+        if check:
+            again_policy = load_foreign(partial, torch.float32, apart=policy.apart).eval()
+            checks |= _checked_by_transformers(partial, again_policy, tokenizer)
     return Published.of(out, weights, checks, source, config)
 
 
@@ -215,7 +219,9 @@ def _meant(family: Llama, key: str) -> object:
     return getattr(family, {"head_size": "channels", "intermediate_size": "mlp_size"}.get(key, key))
 
 
-def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileTokenizer) -> dict[str, str]:
+def _checked_by_transformers(
+    folder: Path, decoder: Decoder | Foreign, tokenizer: FileTokenizer
+) -> dict[str, str]:
     """The same ids, logits and greedy text, or the same score, in float32. UserError, naming what differs, if not."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -236,7 +242,7 @@ def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileToke
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = model(tokens_BT).logits[0, -1]
-        cache = decoder.cache(1, len(prompt))
+        cache: Any = decoder.cache(1, len(prompt))    # each reads its own
         got = decoder.read(tokens_BT, torch.tensor([len(prompt)]), cache)[0, : wanted.shape[0]]
         far = float((wanted - got).abs().max() / wanted.abs().max())
         _require(far <= LOGITS_RELATIVE, folder, "logits", f"{far:.1e} of the largest")
@@ -249,7 +255,7 @@ def _checked_by_transformers(folder: Path, decoder: Decoder, tokenizer: FileToke
     }  # fmt: skip
 
 
-def _same_score(folder: Path, decoder: Decoder, prompt: list[int]) -> str:
+def _same_score(folder: Path, decoder: Decoder | Foreign, prompt: list[int]) -> str:
     """Of one text, by transformers' class for a sequence with one label."""
     from transformers import AutoModelForSequenceClassification
 

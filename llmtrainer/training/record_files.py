@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.format import RecordFormat
 from llmtrainer.data.outcome import RowChoices
-from llmtrainer.data.packed import Store
+from llmtrainer.data.packed import Store, is_store
 from llmtrainer.tokenizer.chat import Chat
 from llmtrainer.training.chats import load_chat
 from llmtrainer.training.dataset import Dataset, Rows, Setting
@@ -105,8 +105,27 @@ class RecordFiles(Dataset):
         }
 
 
+DECIDED = ("learn", "gate", "too_long", "cut_side", "cut_end", "prompt_cut", "max_prompt_length", "bad_records")
+"""Settings that a store has behind it when it is prepared."""
+
+
 class PreparedFiles(RecordFiles):
     """Which files of records become rows of a token store."""
+
+    def _require_choices(self, store: Store, choices: RowChoices) -> None:
+        """Refuse settings that a prepared store was not made with: they would be ignored silently."""
+        fields = type(self).model_fields
+        given = [name for name in DECIDED if name in fields and getattr(self, name) != fields[name].default]
+        # The length is what rows are held to below, wherever they were cut.
+        made, wanted = (
+            [item for item in facts if type(item) is not int] for facts in (store.manifest["choices"], choices.facts())
+        )
+        if given and made != wanted:
+            raise UserError(
+                f"`data.{given[0]}` is given, and the token store was made otherwise", where=str(store.path),
+                why=f"a store is taken as it is: it was made with {made}, the recipe asks for {wanted}",
+                fix=f"remove {', '.join(f'data.{name}' for name in given)}, or prepare the conversations again",
+            )
 
     def wished(self) -> tuple[RecordFormat, RowChoices]:
         """How the files are read, and what their rows are to be."""
@@ -126,6 +145,8 @@ class PreparedFiles(RecordFiles):
             "chat": self.chat(folder), "folder": folder,
         }  # fmt: skip
         train = prepared_examples(Wish(self.train, **shared), cache)
+        if len(self.train) == 1 and is_store(Path(self.train[0])):
+            self._require_choices(train, choices)
         return train, {name: prepared_examples(Wish((path,), **shared), cache) for name, path in self.sets().items()}
 
     def measured(self, store: Store, sets: Mapping[str, Store], setting: Setting) -> dict[str, Rows]:

@@ -16,7 +16,8 @@ from llmtrainer.core.protocols import Head
 from llmtrainer.data.branches import AnswerRows, collate_comparisons
 from llmtrainer.models.adapters.lora import Lora, adapters, initialise
 from llmtrainer.models.foreign import Foreign
-from llmtrainer.models.foreign_loading import ForeignModel, _packed, load_foreign, read_foreign
+from llmtrainer.models.foreign_loading import ForeignModel, load_foreign, read_foreign
+from llmtrainer.models.foreign_proof import packed_row
 from tests.tolerances import FOREIGN_FLOAT64
 from tests.worlds import ragged_documents, row_batch
 
@@ -52,7 +53,11 @@ the head, sinks."""
 APART: dict[str, Any] = {
     "mamba": lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=320),
     "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=320),
+    "doge": lambda: _of("DogeConfig"),
+    "phimoe": lambda: _of("PhimoeConfig", sliding_window=5, num_local_experts=4),
+    "llama4": lambda: _of("Llama4TextConfig", intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8),
 }
+"""Those that mix places otherwise: by a state, a bias of every pair, masks and windows and chunks of their own."""
 
 
 def folder_of(config: Any, folder: Path) -> Path:
@@ -79,7 +84,7 @@ def theirs(folder: Path, ids: list[int]) -> Tensor:
 
 
 def packed(documents: list[list[int]]) -> Batch:
-    return _packed(documents, torch.device("cpu"))
+    return packed_row(documents, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -137,6 +142,22 @@ def test_what_cannot_be_packed_is_refused_by_name_and_exact_apart(name: str, tmp
         found = policy.logits(packed(documents))[0]
     right = torch.cat([theirs(folder, ids) for ids in documents])
     assert (found - right).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_class_that_looks_ahead_is_refused_by_name(apart: bool, tmp_path: Path) -> None:
+    folder = folder_of(_of("BertConfig", is_decoder=False), tmp_path)
+    with pytest.raises(UserError, match="BertLMHeadModel does not predict the next token") as caught:
+        load_foreign(folder, apart=apart)
+    assert "is_decoder" in str(caught.value.fix)
+
+
+def test_a_head_that_reads_another_width_than_the_states_have_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    folder = folder_of(_of("ElectraConfig", embedding_size=24, is_decoder=True), tmp_path)
+    policy = load_foreign(folder, torch.float64, apart=True).eval()
+    (ids, _) = ragged_documents([13, 8])
+    with torch.no_grad():
+        assert (policy.logits(packed([ids]))[0] - theirs(folder, ids)).abs().max() < FOREIGN_FLOAT64["phi"]
 
 
 def test_layers_that_attention_cannot_tell_apart_are_named(tmp_path: Path) -> None:
@@ -268,7 +289,7 @@ def test_a_score_is_that_of_the_class_for_sequences_with_one_label(name: str, tm
     assert policy.score is not None and not policy.worded and "score.weight" in dict(policy.named_parameters())
     policy.score.initialise(0, head)
     documents = ragged_documents([5, 11, 2])
-    packed = _packed(documents, torch.device("cpu"))
+    packed = packed_row(documents, torch.device("cpu"))
     with torch.no_grad():
         found = policy(packed, ("score",)).score_S
     form = ForeignModel(policy)
@@ -293,7 +314,7 @@ def test_a_reward_model_of_transformers_classes_trains_and_does_not_write(tmp_pa
     policy.attach(Head.model_validate({"kind": "score"}))
     assert policy.score is not None
     policy.score.initialise(0, Head.model_validate({"kind": "score"}))
-    score_S = policy(_packed(ragged_documents([5, 4]), torch.device("cpu")), ("score",)).score_S
+    score_S = policy(packed_row(ragged_documents([5, 4]), torch.device("cpu")), ("score",)).score_S
     assert score_S is not None
     score_S.sum().backward()
     assert all(p.grad is not None for p in policy.parameters())

@@ -14,7 +14,7 @@ from llmtrainer.core.batch import Batch
 from llmtrainer.models.adapters.gated_lora import GatedLora, chosen
 from llmtrainer.models.adapters.lora import adapters, initialise
 from llmtrainer.models.decoder import Decoder
-from llmtrainer.models.foreign_loading import _packed
+from llmtrainer.models.foreign_proof import packed_row
 from llmtrainer.models.peft_format import (
     adapter_config,
     adapter_tensors,
@@ -41,7 +41,7 @@ def gated(**fields: object) -> Decoder:
 
 def rows(gates: list[str], adapter: GatedLora) -> Batch:
     """All samples packed in one row, each with its own gate."""
-    batch = _packed([ids[:-1] for ids in ragged_documents([9, 6, 8])], torch.device("cpu"))
+    batch = packed_row([ids[:-1] for ids in ragged_documents([9, 6, 8])], torch.device("cpu"))
     named = torch.tensor([adapter.numbers(gate) for gate in gates])[batch.document_BT.long()]
     return replace(batch, signals={"gates_BTG": named})
 
@@ -63,7 +63,7 @@ def single(gates: str, policy: Decoder, document: int) -> Tensor:
                 delta = low.lora_B[:, first : first + 2] @ low.lora_A[first : first + 2]
                 matrices[name].weight.data += 3.0 / 2 * delta
     documents = [ids[:-1] for ids in ragged_documents([9, 6, 8])]
-    return plain.hidden(_packed([documents[document]], torch.device("cpu")))[0]
+    return plain.hidden(packed_row([documents[document]], torch.device("cpu")))[0]
 
 
 def test_a_sample_goes_through_its_two_adapters_and_no_other() -> None:
@@ -152,6 +152,6 @@ def test_gates_are_read_from_a_string_and_nothing_else_is_a_gate() -> None:
 def test_rows_without_gates_and_reading_without_gates_are_refused() -> None:
     policy = gated()
     with pytest.raises(UserError, match="which adapters it goes through"):
-        policy.hidden(_packed([[1, 2, 3]], torch.device("cpu")))
+        policy.hidden(packed_row([[1, 2, 3]], torch.device("cpu")))
     with pytest.raises(UserError, match="which adapters"):
         policy.cache(1, 4)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmtrainer.base.units import Pace
 from llmtrainer.core.batch import GROUP, HIGH, LOW, MARGIN, Batch
 from llmtrainer.core.protocols import Engine
 from llmtrainer.data.collate import Row, end_to_end
@@ -59,6 +60,10 @@ class PairRows:
     @property
     def pairs(self) -> int:
         return self.store.documents // 2
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(epochs=1 / self.steps_per_epoch)
 
     @property
     def steps_per_epoch(self) -> float:

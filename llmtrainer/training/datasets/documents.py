@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmtrainer.base.config import Config
 from llmtrainer.base.errors import UserError
+from llmtrainer.data.critical import critical_of
+from llmtrainer.data.format import MOST_WEIGHT
 from llmtrainer.data.packed import Store
 from llmtrainer.data.source import DiskSource
 from llmtrainer.training.dataset import KNOWN_ELSEWHERE, Dataset, Opened, Rows, Setting
@@ -58,6 +60,10 @@ class Documents(Dataset):
     """How documents become rows: stream tiles the token stream; split cuts every document into rows; truncate
     keeps a document's head and its end; sample takes its head or a random window; whole refuses what is longer."""
 
+    critical: dict[str, Annotated[float, Field(ge=0.0, le=MOST_WEIGHT)]] = Field(default_factory=dict)
+    """Tokens that count more than once wherever training learns them, by control token, text of one token, or `#` and
+    id: `{"</think>": 2.0, "#42": 1.5}`. The loss is divided by the sum of the weights; evaluations count 1."""
+
     @property
     def rows_per_step(self) -> int:
         if self.sequences_per_step is not None:
@@ -101,7 +107,8 @@ class Documents(Dataset):
         store, engine = Store(path), setting.engine
         train = DiskSource(
             store, rows_per_step=self.rows_per_step, tokens_per_batch=self.tokens_per_batch, shuffle=self.shuffle,
-            part="train", share=engine.share, **self._cut(setting),
+            part="train", share=engine.share, critical=critical_of(self.critical, setting.tokenizer),
+            **self._cut(setting),
         )  # fmt: skip
         return Opened(train, lambda: self._measured(store, setting))
 

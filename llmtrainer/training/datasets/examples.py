@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llmtrainer.base.config import count_as_read
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.budget_source import BudgetSource
+from llmtrainer.data.critical import critical_of
 from llmtrainer.data.example_rows import Choices, Learn
-from llmtrainer.data.format import Format, RecordFormat
+from llmtrainer.data.format import MOST_WEIGHT, Format, RecordFormat
 from llmtrainer.data.formats.auto import Auto
 from llmtrainer.data.length import LengthPolicy
 from llmtrainer.data.outcome import RowChoices
@@ -48,6 +49,10 @@ class Examples(PreparedFiles):
     """Of an answer that was cut on the right: keep its end token behind what is left of it, or leave it out, so
     that the model does not learn to stop in mid-sentence. No token of the answer is overwritten."""
 
+    critical: dict[str, Annotated[float, Field(ge=0.0, le=MOST_WEIGHT)]] = Field(default_factory=dict)
+    """Tokens that count more than once wherever training learns them, by control token, text of one token, or `#` and
+    id: `{"</think>": 2.0, "#42": 1.5}`. The loss is divided by the sum of the weights; evaluations count 1."""
+
     @model_validator(mode="after")
     def _fits(self) -> Examples:
         if self.tokens_per_step is not None and self.sequences_per_step is not None:
@@ -73,6 +78,7 @@ class Examples(PreparedFiles):
         train = BudgetSource(
             store, sequences_per_step=self.sequences_per_step, tokens_per_step=per_step, part="train",
             shuffle=self.shuffle, share=engine.share, held_out=self.held_out,
+            critical=critical_of(self.critical, setting.tokenizer),
             **self._budget(store, setting),
         )  # fmt: skip
         return Opened(
