@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.tokenizer.tokenizer import FileTokenizer
+from llmtrainer.core.protocols import Tokenizer
 
 
 class Critical:
@@ -27,7 +27,7 @@ class Critical:
         return found if counts is None else found * counts.astype(np.float32)
 
 
-def critical_of(named: Mapping[str, float], tokenizer: FileTokenizer) -> Critical | None:
+def critical_of(named: Mapping[str, float], tokenizer: Tokenizer) -> Critical | None:
     """Tokens by name: that of a control token, a text of one token, or `#` and an id. UserError for what is none."""
     alphas: dict[int, float] = {}
     for name, alpha in named.items():
@@ -41,7 +41,7 @@ def critical_of(named: Mapping[str, float], tokenizer: FileTokenizer) -> Critica
     return Critical(alphas) if alphas else None
 
 
-def _id_of(name: str, tokenizer: FileTokenizer) -> int:
+def _id_of(name: str, tokenizer: Tokenizer) -> int:
     if name in tokenizer.control:
         return tokenizer.control[name]
     if name.startswith("#") and name[1:].isdecimal():

@@ -46,9 +46,19 @@ def detect(wanted: Known, found: Iterable[Record], *, bad_may_drop: bool = False
     if not first:
         return None
     chosen = wanted if wanted.kind != "auto" else _only(known, first)
-    example = placed(chosen, first[0])
-    how = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(first[0].value))}"
-    return Detected(chosen, f"format {chosen.kind} ({how}); {first[0].place}, becomes:\n{shown(example)}")
+    record, example = _shown_first(chosen, first, bad_may_drop)
+    how = "as named" if wanted.kind != "auto" else f"known by {', '.join(_keys(record.value))}"
+    return Detected(chosen, f"format {chosen.kind} ({how}); {record.place}, becomes:\n{shown(example)}")
+
+
+def _shown_first(format: RecordFormat, first: list[Record], bad_may_drop: bool) -> tuple[Record, Any]:
+    """The first record that can be shown, and its example; of none the fault of the first."""
+    for record in first if bad_may_drop else ():
+        try:
+            return record, placed(format, record)
+        except UserError:    # counted when its turn comes
+            continue
+    return first[0], placed(format, first[0])
 
 
 def conversations_in(
@@ -72,6 +82,8 @@ def conversations_in(
 
 def placed(format: RecordFormat, record: Record) -> Any:
     """What a record holds, in the format's own class; an error says where the record stands."""
+    if isinstance(record.value, UserError):
+        raise record.value
     try:
         return format.example(record.value)
     except UserError as error:

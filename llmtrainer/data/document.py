@@ -72,6 +72,9 @@ class Reading:
     """Whether a pickle may run the code in it, instead of being refused if it holds more than plain values."""
     raw_ids: Literal["uint16", "uint32"] = "uint16"
     """How a raw `.bin` stores a token id, little-endian."""
+    lenient: bool = False
+    """Whether a record that cannot be read is given as the UserError that says why, for who counts such, instead of
+    ending the reading. By formats that know where the next record begins."""
     whole: bool = False
     """Whether whole records are wanted, as a format of conversations reads them, and not the text in them."""
 

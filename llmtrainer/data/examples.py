@@ -111,8 +111,9 @@ def write_examples(
         dtype = dtype_for(tokenizer.vocabulary)
         writer = ShardWriter(aside, key=key, dtype=dtype, shard_tokens=shard_tokens, weighted=True)
         reading = Reading(
-            allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
-        )
+            allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True,
+            lenient=choices.bad_records == "drop",
+        )  # fmt: skip
         batches = _batches(files, states, _done(writer.notes, len(files)), reading)
         formats = [file.format for file in files]
         work = partial(_worker, make, formats, choices, tokenizer.vocabulary, tokenizer.end)

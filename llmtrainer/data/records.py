@@ -26,6 +26,7 @@ class Record:
     """What one line, row or item of a file holds."""
 
     value: Any
+    """A UserError where it cannot be read and whoever reads wants to know (`Reading.lenient`)."""
     file: AnyPath
     number: int
     """Which record of its file, from 1."""
@@ -77,10 +78,11 @@ def holding(files: Sequence[SourceFile], warn: Callable[[str], None]) -> list[So
 
 
 def first_value(file: SourceFile) -> Any:
-    """What the first record of a file is, a text where the file is one; None where there is none."""
+    """What the first record of a file is that can be read, a text where the file is one; None where there is none."""
     reader = _reader_of(file.path)
     with compression.opened(file.path, seeks=reader.seeks) as stream:
-        return next((value for value, _ in reader.records(stream, file.path, Reading(whole=True))), None)
+        found = reader.records(stream, file.path, Reading(whole=True, lenient=True))
+        return next((value for value, _ in found if not isinstance(value, UserError)), None)
 
 
 def _no_record(record: Record) -> UserError:

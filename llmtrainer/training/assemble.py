@@ -40,7 +40,7 @@ from llmtrainer.training.exactness import exact_facts
 from llmtrainer.training.feed import Feed, feed_of
 from llmtrainer.training.models import locate_model, model_folder
 from llmtrainer.training.parts import Parts
-from llmtrainer.training.policies import base_name, form_of, policy_of
+from llmtrainer.training.policies import base_facts_of, base_name, form_of, policy_of
 from llmtrainer.training.preflight import preflight
 from llmtrainer.training.recipe import Recipe
 from llmtrainer.training.resume import Resumption, continued
@@ -93,7 +93,7 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     began = resumption.folder if resumption else None
     policy, told = trained_policy(recipe, tokenizer, engine, DTYPES[precision], rows, resumption, warn)
-    average = average_of(recipe, policy, resumption, warn)
+    average, told = average_of(recipe, policy, resumption, warn), {**told, **base_facts_of(recipe, resumption)}
     # 5. Who gives it rows, and who says what is known of them.
     feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
     facts |= {**told, **feed.facts, **exact_facts(recipe, engine, precision, told, rows, resumption, warn)}

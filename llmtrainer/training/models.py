@@ -22,6 +22,7 @@ from llmtrainer.parallel.device import find_device
 from llmtrainer.tokenizer import tokenizer as tokenizers
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
 from llmtrainer.training.average import FOLDER
+from llmtrainer.training.base_weights import require_same_base
 from llmtrainer.training.hub import Located, locate
 
 Precision = Literal["auto", "bfloat16", "float16", "float32", "float64"]
@@ -143,6 +144,7 @@ def base_of(folder: Path) -> Path:
             "the adapter belongs to another adapter", where=told, why="one stands beside a model here",
             fix=f"merge that one first: llmtrainer merge {found} out=FOLDER",
         )
+    require_same_base(folder, found)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +19,11 @@ from llmtrainer.models.peft_format import is_adapter, read_config
 from llmtrainer.models.stored import AdapterAlone, Form, Policy, WholeModel, WithCritic
 from llmtrainer.models.weights import freeze
 from llmtrainer.tokenizer.tokenizer import padded_vocabulary
+from llmtrainer.training.base_weights import BASE_WEIGHTS, base_facts
 from llmtrainer.training.models import base_of, insert_adapter, locate_model, model_folder, tokenizer_class
 from llmtrainer.training.policy_heads import HEADS, add_head
 from llmtrainer.training.recipe import Recipe
+from llmtrainer.training.resume import Resumption
 
 _BESIDE_START = {"start_from", "freeze", "adapter", "apart", "neftune", "head"}
 """Fields of a family that are no shape, so that they may stand beside `start_from`."""
@@ -78,6 +81,15 @@ def base_name(recipe: Recipe, continued: Path | None) -> str | None:
     located = locate_model(recipe.model.start_from)
     # An origin that is a folder is known here; one that is not was fetched, and is named for everybody.
     return str(located.folder.resolve()) if Path(recipe.model.start_from).exists() else located.origin
+
+
+def base_facts_of(recipe: Recipe, resumption: Resumption | None) -> dict[str, Any]:
+    """What every checkpoint of an adapter says of its base's weights: what they were when the run began."""
+    if recipe.model.adapter is None or recipe.model.start_from is None:
+        return {}
+    if resumption is not None:
+        return {name: value for name, value in resumption.manifest.items() if name == BASE_WEIGHTS}
+    return base_facts(locate_model(recipe.model.start_from).folder)
 
 
 def _new(recipe: Recipe, rows: int, compute: torch.dtype, continued: Path | None) -> Policy:

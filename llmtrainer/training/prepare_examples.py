@@ -78,8 +78,9 @@ def look(wish: Wish) -> Found:
     """Look at the first records of every file. UserError where there are none, or a format is not to be told."""
     choices = wish.choices
     reading = Reading(
-        allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True
-    )
+        allow_truncated=choices.allow_truncated, warn=warn, allow_pickle=choices.allow_pickle, whole=True,
+        lenient=choices.bad_records == "drop",
+    )  # fmt: skip
     files: list[ExampleFile] = []
     told: dict[str, list[str]] = {}
     empty = []

@@ -15,12 +15,18 @@ import pytest
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Example, TokenRow
 from llmtrainer.data import examples as writing
+from llmtrainer.data.detect import detect
+from llmtrainer.data.document import Reading
 from llmtrainer.data.example_rows import Choices
 from llmtrainer.data.examples import ExampleFile, duplicates, fates_of, write_examples
 from llmtrainer.data.fates import Run, joined, totals
+from llmtrainer.data.format import Format
+from llmtrainer.data.formats.messages import Messages
 from llmtrainer.data.length import LengthPolicy
+from llmtrainer.data.open import find
 from llmtrainer.data.packed import FATES, Store
 from llmtrainer.data.plan import plan
+from llmtrainer.data.records import records
 from llmtrainer.data.shards import partial_of
 from tests.data.chats import ByteChat, chat_file, dialogue, make_chat
 from tests.data.worlds import END, ByteTokenizer, make_store
@@ -105,7 +111,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from llmtrainer.data import shards
+from llmtrainer.data.format import Format
+from llmtrainer.data.formats.messages import Messages
 from llmtrainer.data.length import LengthPolicy
+from llmtrainer.data.open import find
 from tests.data.chats import chat_file, dialogue
 from tests.data.test_examples import many, write
 folder, kept, count, last = Path(sys.argv[1]), shards._sync, 0, 0
@@ -201,6 +210,29 @@ def test_a_bad_record_stops_the_work_with_its_place_unless_it_may_be_dropped(tmp
             with pytest.raises(UserError, match=what) as error:
                 write(files, tmp_path / f"{place}-{workers}", workers=workers)
             assert str(error.value.where).startswith(f"{tmp_path}/{place}.jsonl, line 2, ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_line_that_is_no_json_is_a_bad_record_like_any_other(tmp_path: Path, workers: int) -> None:
+    chat_file(tmp_path / "a.jsonl", [MIXED[0], MIXED[0]])
+    first, second = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [\n{first}\n{{"x"\n{second}\n')
+    (tmp_path / "a.json").write_text(f'[{first}, {{"x"}}, {second}]')
+    for name, bad in (("a.jsonl", 2), ("a.json", 1)):
+        files = [ExampleFile(find(tmp_path / name)[0], Messages())]
+        with pytest.raises(UserError, match="a record is no JSON"):
+            write(files, tmp_path / f"stops-{name}", workers=workers)
+        store = write(files, tmp_path / f"drops-{name}", workers=workers, bad_records="drop", max_dropped_share=1.0)
+        assert fates_of(store).by_fate == {"kept": 2, "bad record": bad}
+
+
+def test_a_bad_record_that_is_the_first_is_dropped_too(tmp_path: Path) -> None:
+    chat_file(tmp_path / "a.jsonl", [MIXED[5], MIXED[0]])
+    found = list(records(find(tmp_path / "a.jsonl")[0], Reading(whole=True)))
+    told = detect(Format.model_validate("auto"), found, bad_may_drop=True)
+    assert told is not None and "line 2, becomes" in told.how
+    with pytest.raises(UserError, match="nobody is called `wizard`"):
+        detect(Format.model_validate("auto"), found)
 
 
 def test_a_file_without_anything_to_learn_is_refused_and_not_an_empty_store(tmp_path: Path) -> None:

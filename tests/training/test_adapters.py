@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from llmtrainer.apps.merge import Merge, merge
 from llmtrainer.base.errors import UserError
 from llmtrainer.models.families.llama import Llama
 from llmtrainer.models.weights import load_policy, save_weights, tensors
@@ -159,3 +160,31 @@ def test_noise_on_embeddings_changes_training_alone(recipe: Make, base: Path, tm
             losses.append(next(info.loss for info in trainer.steps()))
         assert torch.equal(before, load_policy(base).hidden(row_batch(ragged_documents([9]))))
     assert losses[0] != losses[1]
+
+
+def test_a_base_that_changed_behind_its_adapter_is_refused_and_a_copy_of_it_is_not(
+    recipe: Make, base: Path, tmp_path: Path
+) -> None:
+    settings = adapting(recipe, base, "lora", "duration=1 steps")
+    train(settings)
+    adapter = newest(settings)
+    merge(Merge(model=str(adapter), out=str(tmp_path / "before")))
+    weights = base / "model.safetensors"
+    kept = weights.read_bytes()
+    shutil.copytree(base, tmp_path / "copy")
+    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    longer = adapting(recipe, base, "lora", "duration=2 steps")
+    for again in (
+        lambda: merge(Merge(model=str(adapter), out=str(tmp_path / "after"))),
+        lambda: generate(Generation(model=str(adapter), prompt="a", max_new_tokens=1)), lambda: train(longer),
+    ):
+        with pytest.raises(UserError, match="has other weights than it was trained beside") as error:
+            again()
+        assert error.value.where == str(base)
+    config = adapter / "adapter_config.json"
+    moved = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "copy")}
+    config.write_text(json.dumps(moved))
+    merge(Merge(model=str(adapter), out=str(tmp_path / "after")))
+    config.write_text(json.dumps(moved | {"base_model_name_or_path": str(base)}))
+    weights.write_bytes(kept)
+    assert generate(Generation(model=str(adapter), prompt="a", max_new_tokens=1)).completions

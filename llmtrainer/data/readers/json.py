@@ -39,9 +39,13 @@ def _lines(stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[
             try:
                 yield _value(content, path, reading, byte, number), number
             except UserError as error:
-                if line.endswith(b"\n") or (isinstance(error.__cause__, UnicodeDecodeError) and _more(content)):
+                whole = line.endswith(b"\n") or (isinstance(error.__cause__, UnicodeDecodeError) and _more(content))
+                if whole and not reading.lenient:
                     raise
-                reading.broken_off("the last line breaks off", f"{path}, line {number:,}", error.why or error.what)
+                if whole:
+                    yield error, number
+                else:
+                    reading.broken_off("the last line breaks off", f"{path}, line {number:,}", error.why or error.what)
         byte += len(line)
 
 
@@ -85,7 +89,13 @@ class _Values:
             if end == self.at:
                 raise self._wrong("a record is missing")
             content, byte_at = self.buffer[self.at : end].rstrip(), self.byte + self.at
-            yield _value(content, self.path, self.reading, byte_at, line), line
+            try:
+                value = _value(content, self.path, self.reading, byte_at, line)
+            except UserError as error:
+                if not self.reading.lenient:
+                    raise
+                value = error
+            yield value, line
             self.line += self.buffer.count(b"\n", self.at, end)
             self.at = end
         if array and byte != b"]":
