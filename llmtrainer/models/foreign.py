@@ -74,6 +74,8 @@ class Foreign(nn.Module):
         """What the last pass asked of our attention."""
         self.keeps_keys = False
         """Whether reading on from kept keys was proved to be reading the whole."""
+        self.angles_change_at: int | None = None
+        """The position from which on a text is turned by other angles, all of it; None: there is none."""
         self.own_logits = False
         """Whether the class does more behind its head than a product, so that whole logits are needed."""
         model.get_input_embeddings().register_forward_hook(self._noisy)
@@ -172,6 +174,8 @@ class Foreign(nn.Module):
     def _read(self, batch: Batch, logits: bool) -> Tensor:
         if self.adapter is not None:
             self.adapter.require_one()      # gates are known to our own families alone
+        if self.angles_change_at is not None and bool((batch.position_BT >= self.angles_change_at).any()):
+            return self._read_alone(batch, logits)
         if not self.apart:
             return self._read_rows(with_few_shapes(batch, self.compute), logits)[:, : batch.tokens_BT.shape[1]]
         single, places = _apart(batch)
@@ -185,6 +189,17 @@ class Foreign(nn.Module):
         whole = found.new_zeros(batch.tokens_BT.numel(), found.shape[-1])
         real = single.document_BT.flatten() >= 0
         return whole.index_copy(0, places, found.flatten(0, 1)[real]).unflatten(0, batch.tokens_BT.shape)
+
+    def _read_alone(self, batch: Batch, logits: bool) -> Tensor:
+        """Every document in a pass of its own: the class turns all that it reads by the longest of them."""
+        found: Tensor | None = None
+        for row, start, stop in _spans(batch):
+            part = self._read_rows(_part(batch, row, start, stop), logits)[0]
+            found = part.new_zeros(*batch.tokens_BT.shape, part.shape[-1]) if found is None else found
+            index = torch.arange(start, stop, device=part.device) + row * batch.tokens_BT.shape[1]
+            found = found.flatten(0, 1).index_copy(0, index, part).unflatten(0, batch.tokens_BT.shape)
+        assert found is not None, "some position is beyond the change, so there is a document"
+        return found
 
     def _read_rows(self, batch: Batch, logits: bool) -> Tensor:
         path = paths.PATHS[self.path or paths.default_for(batch.tokens_BT.device, self.compute)]
@@ -313,19 +328,33 @@ def rows_of(documents: Sequence[Sequence[int]], device: torch.device) -> Batch:
     )  # fmt: skip
 
 
-def _apart(batch: Batch) -> tuple[Batch, Tensor]:
-    """Every document of every row as a row of its own, and the flat places [N] that its tokens came from."""
+def _spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    """(row, first, stop) of every document."""
     B, T = batch.tokens_BT.shape
-    documents: list[list[int]] = []
-    places: list[int] = []
     owner_BT = batch.document_BT.tolist()
     for row in range(B):
         start = 0
         for place in range(1, T + 1):
             if place == T or owner_BT[row][place] != owner_BT[row][start]:
                 if owner_BT[row][start] >= 0:
-                    documents.append(batch.tokens_BT[row, start:place].tolist())
-                    places += range(row * T + start, row * T + place)
+                    yield row, start, place
                 start = place
-    device = batch.tokens_BT.device
+
+
+def _part(batch: Batch, row: int, start: int, stop: int) -> Batch:
+    """A part of a row as a batch."""
+    cut = {
+        name: value[row : row + 1, start:stop] for name in _BY_PLACE if (value := getattr(batch, name)) is not None
+    }
+    return replace(batch, **cut, place_B=batch.place_B[row : row + 1], signals={})
+
+
+_BY_PLACE = ("tokens_BT", "targets_BT", "weights_BT", "document_BT", "position_BT", "sequence_BT", "place_BT")
+
+
+def _apart(batch: Batch) -> tuple[Batch, Tensor]:
+    """Every document of every row as a row of its own, and the flat places [N] that its tokens came from."""
+    T, device, spans = batch.tokens_BT.shape[1], batch.tokens_BT.device, list(_spans(batch))
+    documents = [batch.tokens_BT[row, start:stop].tolist() for row, start, stop in spans]
+    places = [place for row, start, stop in spans for place in range(row * T + start, row * T + stop)]
     return rows_of(documents, device), torch.tensor(places, device=device)

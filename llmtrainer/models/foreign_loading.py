@@ -72,6 +72,7 @@ def load_foreign(
                 module.__class__ = AdaptedLinear
                 module.adapter = None   # type: ignore[assignment]
     policy = Foreign(model, compute, apart=apart, frozen=frozen)
+    policy.angles_change_at = change_of_angles(config, where)
     with at_rest(policy):
         require_causal(policy, where)
         if not apart:
@@ -79,10 +80,40 @@ def load_foreign(
             with silent:
                 require_own_attention(policy, where)
         policy.own_logits = policy.worded and not is_product(policy)
-        policy.keeps_keys = policy.worded and not apart and keeps_keys(policy)
+        policy.keeps_keys = (
+            policy.worded and not apart and policy.angles_change_at is None and keeps_keys(policy)
+        )
     policy.requires_grad_(not frozen)
     policy.train()
     return policy
+
+
+def change_of_angles(config: Any, where: str) -> int | None:
+    """From which position on a text that is longer is turned by other angles (`longrope`, arXiv:2402.13753); None
+    where all texts are turned alike. UserError where angles depend on what was read before."""
+    text = config.get_text_config()
+    for told in _rotary(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)):
+        kind = told.get("rope_type", told.get("type"))
+        if kind == "dynamic":
+            raise UserError(
+                "angles of the kind `dynamic` are kept from one batch to the next by this class", where=where,
+                why="what a text is read as would depend on the longest text before it",
+                fix="a model of our own families (model.kind=llama), or rope_type `yarn` or `linear` in config.json",
+            )
+        if kind == "longrope":
+            first = told.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            return int(first or text.max_position_embeddings)
+    return None
+
+
+def _rotary(told: Any) -> list[Mapping[str, Any]]:
+    """What a config says of rotary angles: once, or for each kind of layer."""
+    if not isinstance(told, Mapping):
+        return []
+    inner = [value for value in told.values() if isinstance(value, Mapping)]
+    return inner or [told]
 
 
 def unpackable(model_class: Any, config: Any) -> str | None:

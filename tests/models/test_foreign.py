@@ -160,6 +160,36 @@ def test_a_head_that_reads_another_width_than_the_states_have_gives_the_logits_o
         assert (policy.logits(packed([ids]))[0] - theirs(folder, ids)).abs().max() < FOREIGN_FLOAT64["phi"]
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_short_document_beside_one_that_is_turned_by_other_angles_is_read_as_alone(
+    apart: bool, tmp_path: Path
+) -> None:
+    config = _of("Phi3Config", original_max_position_embeddings=12, rope_scaling=LONGROPE)
+    folder = folder_of(config, tmp_path)
+    policy = load_foreign(folder, torch.float64, apart=apart).eval()
+    documents = [ids[:-1] for ids in ragged_documents([20, 5, 13, 9])]
+    right = torch.cat([theirs(folder, ids) for ids in documents])
+    with torch.no_grad():
+        assert (policy.logits(packed(documents))[0] - right).abs().max() < FOREIGN_FLOAT64["phi"]
+        after = policy._after([ids for ids in documents])
+    ends = torch.tensor([len(ids) for ids in documents]).cumsum(0) - 1
+    assert (after - right[ends]).abs().max() < FOREIGN_FLOAT64["phi"]
+    assert not policy.keeps_keys
+
+
+def test_angles_that_follow_what_was_read_before_are_refused_by_name(tmp_path: Path) -> None:
+    folder = folder_of(_of("PhiConfig", rope_scaling={"rope_type": "dynamic", "factor": 2.0}), tmp_path)
+    for apart in (False, True):
+        with pytest.raises(UserError, match="`dynamic`"):
+            load_foreign(folder, apart=apart)
+
+
 def test_layers_that_attention_cannot_tell_apart_are_named(tmp_path: Path) -> None:
     folder = folder_of(_of("Qwen3NextConfig", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
                            shared_expert_intermediate_size=8, linear_num_value_heads=2, linear_num_key_heads=2,
