@@ -49,7 +49,7 @@ budgets: $(VENV)/test.stamp  ## length of files and functions; no torch on the g
 check: lint types contracts budgets  ## lint, types, contracts, budgets
 
 test: check  ## check, then the whole suite
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 invariance: $(VENV)/test.stamp  ## every objective under every re-arrangement, and seeded bugs; fifteen minutes
 	$(BIN)/python -m tests.invariants.table --write docs

@@ -38,6 +38,21 @@ def few_descriptors() -> Iterator[None]:
         gc.collect()
 
 
+LONGEST = (
+    "training/test_storm", "test_docs", "conformance/test_engines", "training/test_asynchronous",
+    "training/test_recipes", "training/test_ranks", "data/test_memory", "training/test_engines_in_runs",
+    "invariants/test_table", "training/test_exact_runs", "training/test_logp_cache", "models/test_lora",
+    "training/test_examples", "training/test_prepare", "data/test_encode", "training/test_teacher",
+)  # fmt: skip
+"""The files that take longest, the longest first: begun last, one of two processes would end alone with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    places = {root / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=100, help="processes killed while they save (make storm: 500)")
     parser.addoption("--corruptions", type=int, default=20, help="checkpoints damaged (make storm: 100)")

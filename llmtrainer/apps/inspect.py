@@ -211,9 +211,10 @@ def _of_documents(settings: Inspection) -> Iterator[Shown]:
     first = settings.step * settings.rows
     found = islice(_documents(settings, tokenizer), first, first + settings.rows)
     for count, (ids, weights) in enumerate(found):
-        row = Row(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int32), first + count)
+        counts = None if weights is None else np.array(weights, dtype=np.float32)
+        row = Row(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int32), first + count, counts)
         yield Shown(
-            tokens=ids, pieces=tokenizer.pieces(ids), weights=row.weights.tolist() if weights is None else weights,
+            tokens=ids, pieces=tokenizer.pieces(ids), weights=row.weights.tolist(),
             positions=row.positions.tolist(), document=row.document.tolist(),
         )
 

@@ -22,6 +22,10 @@ THOUGHT = ("thinking", "reasoning", "reasoning_content", "think")
 """Names of what an assistant thought before it spoke."""
 CALLED = ("tool_calls", "function_call")
 """Names of what it calls."""
+TOOLS = ("tools", "functions")
+"""Names of the list of what may be called."""
+BESIDE = ("system", *TOOLS)
+"""What may stand beside a list of messages and belongs to it."""
 MOST_WEIGHT = 1_000_000
 """Beyond it, float32 would lose every other token beside the one that weighs so much."""
 
@@ -126,9 +130,31 @@ def role(value: object, path: str) -> str:
     return ROLES[name]
 
 
-def tools(record: Mapping[str, Any], key: str = "tools") -> tuple[Mapping[str, Any], ...]:
-    """The functions that the assistant may call: a list of objects, or the JSON text of one. A bare function is put
-    into OpenAI's envelope."""
+def opened(messages: Sequence[Message], record: Mapping[str, Any]) -> tuple[Message, ...]:
+    """A conversation with the `system` text that stands beside it in front. UserError where it has another already."""
+    said = optional_text(record, "system")
+    first = messages[0] if messages and messages[0].role == "system" else None
+    if not said or (first is not None and first.content == said):
+        return tuple(messages)
+    if first is not None:
+        refused("a record has two system texts", "system", "the first message has another one", "keep one of them")
+    return (Message("system", said), *messages)
+
+
+def require_plain(record: Mapping[str, Any], kind: str) -> None:
+    """Refuse what texts that are joined without a template have no place for: it would be lost."""
+    if key := next((key for key in BESIDE if record.get(key)), None):
+        refused(
+            f"a record has `{key}`, and {kind} has no place for it", key,
+            "its texts are joined as they are, without a template",
+            "write the record as messages, {\"messages\": [...]}, or remove the key",
+        )
+
+
+def tools(record: Mapping[str, Any], key: str | None = None) -> tuple[Mapping[str, Any], ...]:
+    """The functions that the assistant may call, under `tools` or the older `functions`: a list of objects, or the JSON
+    text of one. A bare function is put into OpenAI's envelope."""
+    key = key or next((key for key in TOOLS if record.get(key)), TOOLS[0])
     value = record.get(key)
     if isinstance(value, str):
         value = parsed(value, key) if value.strip() else None

@@ -107,6 +107,19 @@ def test_the_held_out_part_has_other_documents_than_training(folder: Path) -> No
     assert not train & held_out
 
 
+@pytest.mark.parametrize("given", [{"template": "llama3"}, {"date": "2026-01-01"}, {"fields": ("body",)}])
+def test_what_the_recipe_says_itself_is_refused_beside_it(folder: Path, given: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="says itself how its data is read") as caught:
+        shown(folder, "recipe.yaml", **given)
+    assert f"overrides=[data.{next(iter(given))}=" in str(caught.value.fix)
+
+
+def test_the_first_token_of_a_row_is_learned_nowhere(folder: Path) -> None:
+    (folder / "empty.jsonl").write_text('{"prompt": "", "response": "abc"}\n')
+    (row,) = shown(folder, "empty.jsonl", tokenizer=str(folder / "tokenizer"), template="chatml")
+    assert row["weights"][0] == 0.0 and sum(row["weights"]) == len(row["weights"]) - 1
+
+
 def test_a_run_directory_shows_the_rows_of_its_recipe(folder: Path) -> None:
     run = folder / "a-run"
     run.mkdir()

@@ -139,6 +139,42 @@ def test_the_older_form_of_a_call_is_a_call() -> None:
     assert [item.role for item in made] == ["user", "assistant", "tool"]
 
 
+TOLD = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        (Messages(), {"messages": SPOKEN}), (Dialog(), {"dialog": SPOKEN}), (Dialog(), {"user": "a", "assistant": "b"}),
+        (PromptCompletion(), {"prompt": SPOKEN[:1], "completion": SPOKEN[1:]}),
+        (Instruction(), {"instruction": "a", "output": "b"}),
+        (Conversations(), {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+    ],
+)
+def test_a_system_text_and_tools_beside_a_conversation_belong_to_it(format: Format, record: dict[str, Any]) -> None:
+    plain = format.example(record)
+    for key in ("tools", "functions"):
+        made = format.example({**record, "system": "Be brief.", key: [{"name": "look"}]})
+        assert made.messages == (Message("system", "Be brief."), *plain.messages) and made.tools == (TOLD,)
+        assert "system" not in made.facts and key not in made.facts
+    assert format.example({**record, "system": "", "tools": None}).messages == plain.messages
+
+
+def test_a_second_system_text_and_one_beside_texts_without_a_template_are_refused() -> None:
+    first = {"role": "system", "content": "Be brief."}
+    with pytest.raises(UserError, match="two system texts"):
+        Messages().example({"messages": [first, *SPOKEN], "system": "Be long."})
+    assert len(Messages().example({"messages": [first, *SPOKEN], "system": "Be brief."}).messages) == 1 + len(SPOKEN)
+    for format, record in (
+        (PromptResponse(), {"prompt": "a", "response": "b"}), (PromptCompletion(), {"prompt": "a", "completion": "b"}),
+        (Dialog(), {"context": "a", "target": "b"}),
+    ):
+        for key in ("system", "tools"):
+            with pytest.raises(UserError, match=f"a record has `{key}`, and") as error:
+                format.example({**record, key: "x"})
+            assert error.value.where == f"key `{key}`"
+
+
 def test_reasoning_under_two_names_is_taken_where_it_is_one_and_refused_where_it_is_two() -> None:
     spoken = {**SPOKEN[1], "thinking": "Hm.", "reasoning_content": "Hm."}
     assert Messages().example({"messages": [spoken]}).messages[0].thinking == "Hm."

@@ -100,6 +100,15 @@ def store_of(recipe: Recipe) -> Store:
     return rows_of(recipe, folder, tokenizer, engine).train.store
 
 
+def test_a_setting_that_a_prepared_store_was_not_made_with_is_refused(recipe: Make) -> None:
+    store = f"data.train={store_of(recipe()).path}"
+    assert store_of(recipe(store, "data.sequence_length=100", "data.tokens_per_batch=200")).documents == 33
+    for setting in ("learn=everything", "too_long=cut", "gate=gate", "bad_records=drop"):
+        with pytest.raises(UserError, match=f"`data.{setting.partition('=')[0]}` is given") as caught:
+            store_of(recipe(store, f"data.{setting}"))
+        assert "prepare the conversations again" in str(caught.value.fix)
+
+
 def test_the_training_set_is_the_union_and_each_named_set_is_reported(
     recipe: Make, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,17 +6,18 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
+    BESIDE,
     Format,
     are_messages,
     identity,
     mapping,
     needed,
-    optional_text,
+    opened,
     others,
     spoken,
     tools,
     turn,
-)  # fmt: skip
+)
 
 
 class Conversations(Format):
@@ -39,9 +40,7 @@ class Conversations(Format):
         whole = mapping(record)
         found = spoken(needed(whole, self.conversations), self.conversations)
         messages = [turn(item, f"{self.conversations}.{place}") for place, item in enumerate(found)]
-        if system := optional_text(whole, "system"):
-            messages.insert(0, Message("system", system))
         return Example(
-            tuple(messages), tools(whole), name=identity(whole, "prompt_id", "id"),
-            facts=others(whole, self.conversations, "system", "tools", "prompt_id", "id"),
+            opened(messages, whole), tools(whole), name=identity(whole, "prompt_id", "id"),
+            facts=others(whole, self.conversations, *BESIDE, "prompt_id", "id"),
         )

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
+    BESIDE,
     Format,
     are_messages,
     identity,
@@ -13,10 +14,13 @@ from llmtrainer.data.format import (
     mapping,
     message,
     needed,
+    opened,
     others,
+    require_plain,
     spoken,
     text,
-)  # fmt: skip
+    tools,
+)
 
 
 class Dialog(Format):
@@ -36,12 +40,14 @@ class Dialog(Format):
     def example(self, record: object) -> Example:
         whole = mapping(record)
         name = identity(whole, "prompt_id", "id")
-        facts = others(whole, "dialog", "context", "target", "user", "assistant", "prompt_id", "id")
+        facts = others(whole, "dialog", "context", "target", "user", "assistant", *BESIDE, "prompt_id", "id")
         for read, learned, plain in (("context", "target", True), ("user", "assistant", False)):
             if read in whole or learned in whole:
                 asked, answered = (text(needed(whole, key), key) for key in (read, learned))
-                return Example((Message("user", asked), Message("assistant", answered)), (), plain, name, facts)
+                if plain:
+                    require_plain(whole, "a context with its target")
+                spoke = (Message("user", asked), Message("assistant", answered))
+                return Example(opened(spoke, whole), tools(whole), plain, name, facts)
         found = spoken(needed(whole, "dialog"), "dialog")
-        return Example(
-            tuple(message(item, f"dialog.{place}") for place, item in enumerate(found)), name=name, facts=facts
-        )
+        said = [message(item, f"dialog.{place}") for place, item in enumerate(found)]
+        return Example(opened(said, whole), tools(whole), name=name, facts=facts)

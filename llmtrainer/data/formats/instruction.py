@@ -6,17 +6,20 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
+    BESIDE,
     Format,
     identity,
     is_texts,
     items,
     mapping,
     needed,
+    opened,
     optional_text,
     others,
     refused,
     text,
-)  # fmt: skip
+    tools,
+)
 
 
 class Instruction(Format):
@@ -63,12 +66,10 @@ class Instruction(Format):
         about = optional_text(inner, self.input, path)
         answer = text(needed(inner, self.output, path), f"{path}{self.output}")
         messages = [*_history(whole), Message("user", f"{asked}{self.between}{about}" if about else asked)]
-        if system := optional_text(whole, "system"):
-            messages.insert(0, Message("system", system))
-        used = (self.instruction, self.input, self.output, "instances", "system", "history", "prompt_id", "id")
+        used = (self.instruction, self.input, self.output, "instances", "history", *BESIDE, "prompt_id", "id")
+        messages = [*messages, Message("assistant", answer)]
         return Example(
-            (*messages, Message("assistant", answer)), name=identity(whole, "prompt_id", "id"),
-            facts=others(whole, *used),
+            opened(messages, whole), tools(whole), name=identity(whole, "prompt_id", "id"), facts=others(whole, *used)
         )  # fmt: skip
 
 

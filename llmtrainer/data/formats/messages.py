@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
+    BESIDE,
     CALLED,
     Format,
     are_messages,
@@ -13,6 +14,7 @@ from llmtrainer.data.format import (
     mapping,
     message,
     needed,
+    opened,
     others,
     spoken,
     tools,
@@ -20,9 +22,9 @@ from llmtrainer.data.format import (
 
 
 class Messages(Format):
-    """`{"messages": [{"role", "content"}, ...], "tools": [...]}`. The content may be a list of parts; an assistant
-    may have `tool_calls` or the older `function_call` (arguments an object or its JSON text) and `thinking`,
-    `reasoning` or `reasoning_content`; `weight` (or `train`) says how much a message is learned."""
+    """`{"messages": [{"role", "content"}, ...], "system", "tools": [...]}`. The content may be a list of parts;
+    an assistant may have `tool_calls` or the older `function_call` (arguments an object or its JSON text) and
+    `thinking`, `reasoning` or `reasoning_content`; `weight` (or `train`) says how much a message is learned."""
 
     messages: str = "messages"
     """The key of the list."""
@@ -38,8 +40,8 @@ class Messages(Format):
     def example(self, record: object) -> Example:
         whole = mapping(record)
         found = spoken(needed(whole, self.messages), self.messages)
+        spoke = [message(item, f"{self.messages}.{place}") for place, item in enumerate(found)]
         return Example(
-            tuple(message(item, f"{self.messages}.{place}") for place, item in enumerate(found)),
-            tools(whole), name=identity(whole, "prompt_id", "id"),
-            facts=others(whole, self.messages, "tools", "prompt_id", "id"),
+            opened(spoke, whole), tools(whole), name=identity(whole, "prompt_id", "id"),
+            facts=others(whole, self.messages, *BESIDE, "prompt_id", "id"),
         )

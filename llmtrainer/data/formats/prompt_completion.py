@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
 from llmtrainer.data.format import (
+    BESIDE,
     Format,
     are_messages,
     identity,
@@ -14,11 +15,13 @@ from llmtrainer.data.format import (
     mapping,
     message,
     needed,
+    opened,
     others,
     refused,
+    require_plain,
     text,
     tools,
-)  # fmt: skip
+)
 
 
 class PromptCompletion(Format):
@@ -53,6 +56,7 @@ class PromptCompletion(Format):
             )
         messages: tuple[Message, ...]
         if plain:
+            require_plain(whole, "a prompt with its completion")
             messages = Message("user", prompt), Message("assistant", text(completion, self.completion))
         else:
             read = (message(item, f"{self.prompt}.{place}") for place, item in enumerate(items(prompt, self.prompt)))
@@ -60,8 +64,8 @@ class PromptCompletion(Format):
                 message(item, f"{self.completion}.{place}")
                 for place, item in enumerate(items(completion, self.completion))
             )
-            messages = (*(_unlearned(item) for item in read), *learned)
-        used = (self.prompt, self.completion, "tools", "prompt_id", "id")
+            messages = opened((*(_unlearned(item) for item in read), *learned), whole)
+        used = (self.prompt, self.completion, *BESIDE, "prompt_id", "id")
         return Example(
             messages, () if plain else tools(whole), plain, identity(whole, "prompt_id", "id"), others(whole, *used)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Example, Message
-from llmtrainer.data.format import Format, identity, is_texts, mapping, needed, others, text
+from llmtrainer.data.format import Format, identity, is_texts, mapping, needed, others, require_plain, text
 
 
 class PromptResponse(Format):
@@ -30,6 +30,7 @@ class PromptResponse(Format):
         whole = mapping(record)
         prompt = text(needed(whole, self.prompt), self.prompt)
         response = text(needed(whole, self.response), self.response)
+        require_plain(whole, "a prompt with its response")
         return Example(
             (Message("user", prompt), Message("assistant", response)), plain=True,
             name=identity(whole, "prompt_id", "id"), facts=others(whole, self.prompt, self.response, "prompt_id", "id"),
