@@ -40,6 +40,7 @@ CLOCK = "{{ strftime_now('%d') }}" + (
 )
 SHORT = "data.sequence_length=40 data.max_dropped_share=1.0"
 EXAMPLES: dict[str, tuple[str, str]] = {
+    "critical": ("", '{"<|im_end|>": 2.0}'),
     "train": ("", "FOLDER/b.jsonl"), "format": ("", "roles"), "template": ("", "role_end"),
     "date": ("data.template=FOLDER/clock.jinja data.date=2026-11-22", "2026-11-23"), "learn": ("", "everything"),
     "gate": ("", "gate"), "leave_out": ("data.train=FOLDER/thought.jsonl", "[thinking]"),
@@ -100,7 +101,10 @@ def read(make: Callable[..., Recipe], overrides: list[str]) -> Any:
         opened = rows_of(recipe, *tokenizer_of(recipe), engine_of(recipe)[0])
         store = opened.train.store
         rows = [(store.read(row).tolist(), _listed(store.weights(row))) for row in range(store.documents)]
-        steps = [batch.tokens_BT.tolist() for step in range(2) for batch in opened.train.batches(step)]
+        steps = [
+            (batch.tokens_BT.tolist(), batch.weights_BT.tolist())
+            for step in range(2) for batch in opened.train.batches(step)
+        ]
         measured = {name: rows.rows_per_step for name, rows in opened.measured().items()}
         opened.train.close()
         return rows, store.gate_names, steps, measured
