@@ -195,3 +195,9 @@ def test_what_cannot_be_shown_is_refused(folder: Path, source: str, settings: di
 def test_a_recipe_on_the_command_line_is_the_source_and_no_config_of_inspect() -> None:
     file, overrides, words = sorted_words(Inspection, ["recipe.yaml", "step=3", "--rows", "2"])
     assert load(Inspection, file, overrides, words) == Inspection(source="recipe.yaml", step=3, rows=2)
+
+
+def test_an_empty_file_is_called_what_it_is(folder: Path) -> None:
+    (folder / "nothing.jsonl").write_text("")
+    with pytest.raises(UserError, match="there is nothing in it to show"):
+        shown(folder, "nothing.jsonl", tokenizer=str(folder / "tokenizer"), template="chatml")

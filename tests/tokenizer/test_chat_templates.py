@@ -407,3 +407,8 @@ def test_an_instruction_with_its_input_is_prompted_as_alpaca_was_published(
     assert trained.decode(prompt) == (with_input if about else without)
     (row,) = chat.rows(example)
     assert list(row.tokens[: len(prompt)]) == prompt and learned(trained, row) == [f"3{trained.decode([trained.end])}"]
+
+
+def test_more_names_of_control_tokens_than_there_are_marks_are_refused(trained: FileTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names control tokens too often"):
+        chat(trained, chatml(), tmp_path).prompt((Message("user", CLOSE * 131_100),))

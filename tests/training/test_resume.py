@@ -241,3 +241,11 @@ def test_a_signal_ends_with_a_full_checkpoint_and_exit_code_3(
     folder = RunDir(tmp_path / "run").newest_checkpoint()
     assert folder.name == f"step-{told['step']:08d}" and checkpoint.verify(folder) is None
     assert read_events(tmp_path / "run/events.jsonl")[-1]["kind"] == "stop"
+
+
+@pytest.mark.parametrize(("name", "fix"), [("duplicate", "did you mean `duplicates`?"), ("nosuch", "optim.rule")])
+def test_a_name_that_is_neither_a_guard_nor_a_key_is_no_permission(recipe: Make, name: str, fix: str) -> None:
+    with pytest.raises(UserError, match=f"`allow` names `{name}`") as caught:
+        recipe(f"allow=[{name}]")
+    assert fix in str(caught.value.fix)
+    assert recipe("allow=[duplicates, optim, optim.rule, optim.rule.betas]").allow
