@@ -149,16 +149,12 @@ def inspect(settings: Inspection) -> Inspected:
     return Inspected(settings.source, settings.step, rows, settings.boundaries, colored)
 
 
-def _is_given(settings: Inspection, name: str) -> bool:
-    return getattr(settings, name) != type(settings).model_fields[name].get_default(call_default_factory=True)
-
-
 def _of_recipe(settings: Inspection, recipe: Recipe) -> Iterator[Shown]:
     if settings.tokenizer is not None:
         raise UserError(
             "the recipe has its own tokenizer", fix=f"overrides=[tokenizer.path={settings.tokenizer}] changes it"
         )
-    if given := [name for name in ("template", "format", "date", "leave_out", "fields") if _is_given(settings, name)]:
+    if given := [name for name in ("template", "format", "date", "leave_out", "fields") if name in settings.changed()]:
         raise UserError(
             f"the recipe says itself how its data is read, and `{given[0]}` is given besides",
             fix=f"leave {given[0]} out; overrides=[data.{given[0]}=...] changes the recipe's",

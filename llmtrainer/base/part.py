@@ -69,6 +69,14 @@ class Config(BaseModel):
         """What YAML and JSON can say, `kind` included; loads back equal. Not counted as reading."""
         return {name: _plain(value) for name, value in self.__dict__.items()}
 
+    def changed(self) -> list[str]:
+        """Names of the fields that were set to something else than their default. Not counted as reading."""
+        fields = type(self).model_fields
+        return [
+            name for name, value in self.__dict__.items()
+            if name in self.model_fields_set and value != fields[name].get_default(call_default_factory=True)
+        ]
+
     def __getattribute__(self, name: str) -> Any:
         if name[0] != "_" and name in type(self).__pydantic_fields__:
             private = _attribute(self, "__pydantic_private__")
@@ -176,11 +184,10 @@ def unread(config: Config, prefix: str = "") -> list[str]:
     `forget_reads`. The defaults do not count: a saved recipe spells them all out, and must run again."""
     reads = _private(config)["_reads"]
     found: list[str] = []
-    for name, value in config.__dict__.items():
-        field = type(config).model_fields[name]
-        if name in config.model_fields_set and value != field.get_default(call_default_factory=True):
-            below = [dotted for key, part in _parts(value) for dotted in unread(part, f"{prefix}{name}{key}.")]
-            found += below or ([] if name in reads else [prefix + name])
+    for name in config.changed():
+        parts = _parts(config.__dict__[name])
+        below = [dotted for key, part in parts for dotted in unread(part, f"{prefix}{name}{key}.")]
+        found += below or ([] if name in reads else [prefix + name])
     return found
 
 

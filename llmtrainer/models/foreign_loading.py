@@ -74,8 +74,9 @@ def load_foreign(
     policy = Foreign(model, compute, apart=apart, frozen=frozen)
     policy.angles_change_at = change_of_angles(config, where)
     with at_rest(policy):
-        require_causal(policy, where)
-        if not apart:
+        if apart:
+            require_causal(policy, where)
+        else:
             require_packing(policy, where)
             with silent:
                 require_own_attention(policy, where)

@@ -93,7 +93,7 @@ def assemble(
     # 4. The model, its optimizer, and their state.
     began = resumption.folder if resumption else None
     policy, told = trained_policy(recipe, tokenizer, engine, DTYPES[precision], rows, resumption, warn)
-    average, told = average_of(recipe, policy, resumption, warn), {**told, **base_facts_of(recipe, resumption)}
+    average = average_of(recipe, policy, resumption, warn)
     # 5. Who gives it rows, and who says what is known of them.
     feed = feed_of(recipe, rows, policy, tokenizer, engine, DTYPES[precision], resumption, record)
     facts |= {**told, **feed.facts, **exact_facts(recipe, engine, precision, told, rows, resumption, warn)}
@@ -151,7 +151,7 @@ def trained_policy(
         warn(text)
     if resumption is not None:
         resumption.load_state(engine)
-    return policy, dict(arranged.facts)
+    return policy, {**arranged.facts, **base_facts_of(recipe, resumption)}
 
 
 def _require_trackers(recipe: Recipe) -> None:

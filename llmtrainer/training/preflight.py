@@ -24,9 +24,10 @@ from llmtrainer.data.examples import fates_of
 from llmtrainer.data.packed import FATES, Store
 from llmtrainer.training.console import say
 from llmtrainer.training.preflight_comparisons import by_comparison, looked_at
+from llmtrainer.training.recipe import GUARDS
 
 FILE = "preflight.json"
-ALL = "preflight"
+ALL = GUARDS[0]
 """Under this name in `allow`, nothing is looked at."""
 MOST_CUT = 0.2
 """Share of the records that may be cut, split or dropped for their length, unless the recipe lets more be dropped."""
@@ -101,6 +102,7 @@ def preflight(
     if engine.sum({"bad": float(any(guard.name in fatal and not guard.ok for guard in guards))})["bad"] == 0:
         batch = None if "memory" in allow else largest() if largest else longest_batch(store, tokens_per_batch)
         guards.append(_memory(batch, objective, engine, annotators))
+    assert {guard.name for guard in guards} < set(GUARDS), "a guard that `allow` refuses to name"
     guards = [replace(guard, allowed=guard.name in allow) for guard in guards]
     if engine.rank == 0:
         _write(run, guards, figures, store, tokenizer)

@@ -114,8 +114,8 @@ class PreparedFiles(RecordFiles):
 
     def _require_choices(self, store: Store, choices: RowChoices) -> None:
         """Refuse settings that a prepared store was not made with: they would be ignored silently."""
-        fields = type(self).model_fields
-        given = [name for name in DECIDED if name in fields and getattr(self, name) != fields[name].default]
+        # Looked at without being read: what nothing else reads of them is still refused as ignored.
+        given = [name for name in DECIDED if name in self.changed()]
         # The length is what rows are held to below, wherever they were cut.
         made, wanted = (
             [item for item in facts if type(item) is not int] for facts in (store.manifest["choices"], choices.facts())

@@ -107,6 +107,8 @@ def test_a_setting_that_a_prepared_store_was_not_made_with_is_refused(recipe: Ma
         with pytest.raises(UserError, match=f"`data.{setting.partition('=')[0]}` is given") as caught:
             store_of(recipe(store, f"data.{setting}"))
         assert "prepare the conversations again" in str(caught.value.fix)
+    with pytest.raises(UserError, match=r"`data\.cut_end` was set and nothing read it"):
+        train(recipe(store, "data.cut_end=leave_out"))
 
 
 def test_the_training_set_is_the_union_and_each_named_set_is_reported(

@@ -40,12 +40,12 @@ def _lines(stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[
                 yield _value(content, path, reading, byte, number), number
             except UserError as error:
                 whole = line.endswith(b"\n") or (isinstance(error.__cause__, UnicodeDecodeError) and _more(content))
-                if whole and not reading.lenient:
-                    raise
-                if whole:
+                if not whole:
+                    reading.broken_off("the last line breaks off", f"{path}, line {number:,}", error.why or error.what)
+                elif reading.lenient:
                     yield error, number
                 else:
-                    reading.broken_off("the last line breaks off", f"{path}, line {number:,}", error.why or error.what)
+                    raise
         byte += len(line)
 
 
