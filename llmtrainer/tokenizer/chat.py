@@ -14,9 +14,9 @@ from typing import Any
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Example, Message, TokenRow
 from llmtrainer.tokenizer.composed import closed, is_alone, joined, opens_reasoning, own_of
-from llmtrainer.tokenizer.marks import fields_of
+from llmtrainer.tokenizer.marks import as_values, fields_of
 from llmtrainer.tokenizer.rendered import Rendered, behind_common, difference, parts_of
-from llmtrainer.tokenizer.renderer import CALL, QUESTION, Renderer
+from llmtrainer.tokenizer.renderer import CALL, QUESTION, Renderer, size_of
 from llmtrainer.tokenizer.shrink import smallest
 from llmtrainer.tokenizer.template import Chosen, choose, with_template
 from llmtrainer.tokenizer.tokenizer import FileTokenizer
@@ -32,12 +32,16 @@ class _Texts:
     def __init__(self, renderer: Renderer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
         self.messages, self.tools = messages, tools
         self._renderer = renderer
+        self._values = as_values(messages, form=renderer.form)
+        self._size = size_of(self._values, tools)
         self._known: dict[tuple[int, bool], str] = {}
 
     def upto(self, stop: int, *, prompt: bool = False) -> str:
         """The first `stop` messages; as a prompt, with the template's call for an answer."""
         if (stop, prompt) not in self._known:
-            self._known[stop, prompt] = self._renderer.text(self.messages[:stop], self.tools, prompt=prompt)
+            self._known[stop, prompt] = self._renderer.text_of(
+                self._values[:stop], self.tools, prompt=prompt, size=self._size
+            )
         return self._known[stop, prompt]
 
     def parts(self, place: int) -> bool:
@@ -158,7 +162,7 @@ class Chat:
                 rendered, learned = self._behind_prompt(texts, last)
                 learned = learned if open_turns else {}
             else:
-                rendered = self._ended(example.messages[:stop], example.tools)
+                rendered = self._ended(example.messages[:stop], example.tools, texts.upto(stop))
                 learned = self._learned(texts, stop, rendered, open_turns)
             if learned or not open_turns:
                 rows.append(self._encode(texts, stop, rendered, learned))
@@ -197,7 +201,7 @@ class Chat:
     def _behind_prompt(self, texts: _Texts, place: int) -> tuple[Rendered, dict[int, tuple[int, int]]]:
         """The prompt for an answer with the answer behind it, where the template parts the two; and what is learned."""
         messages, tools = texts.messages[: place + 1], texts.tools
-        prompt = self._renderer.render(messages[:-1], tools, prompt=True)
+        prompt = self._renderer.render(messages[:-1], tools, prompt=True, text=texts.upto(place, prompt=True))
         told = [message for message in messages if message.role != "system"]
         before = self._renderer.text(told[:-1], tools, prompt=True)
         # Some templates show the system's text only while they ask: with the answer, it is as if there were none.
@@ -207,7 +211,7 @@ class Chat:
             alone, last = self._ended(told, tools), len(told) - 1
             found: tuple[int, str] | None = (len(before), "")
         else:
-            alone, last = self._ended(messages, tools), place
+            alone, last = self._ended(messages, tools, texts.upto(place + 1)), place
             call = prompt.text.removeprefix(texts.upto(place))
             found = own_of(prompt.text, "" if call == prompt.text else call, alone, messages[-1], place)
         for field in fields_of(messages[-1]):
@@ -233,9 +237,11 @@ class Chat:
             f"they part here: {difference(alone, before)}", fix=fix,
         )
 
-    def _ended(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Rendered:
+    def _ended(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str | None = None
+    ) -> Rendered:
         """A conversation rendered; an answer at its end has one, even where the next turn's first token is it."""
-        rendered = self._renderer.render(messages, tools)
+        rendered = self._renderer.render(messages, tools, text=text)
         name = self._ends_by_next.get(bool(messages[-1].tool_calls)) if messages[-1].role == ASSISTANT else None
         return rendered if name is None else closed(rendered, name, self.tokenizer.control[name])
 

@@ -43,15 +43,23 @@ class Renderer:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False
     ) -> str:
         """What the template makes of a conversation; with `prompt`, with its call for an answer."""
-        return self._run(as_values(messages, form=self.form), list(tools), prompt, None)
+        return self.text_of(as_values(messages, form=self.form), tools, prompt=prompt)
+
+    def text_of(
+        self, values: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], *, prompt: bool,
+        size: int | None = None,
+    ) -> str:
+        """The same of messages as the template reads them. `size`: of the conversation that they begin, if known."""
+        return self._run(values, list(tools), prompt, None, size)
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, prompt: bool = False
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, prompt: bool = False,
+        text: str | None = None,
     ) -> Rendered:
-        """The conversation's text with proof of what the template wrote in it."""
+        """The conversation's text with proof of what the template wrote in it. `text`: that text, if it is known."""
         for message in messages:
             _require_role(message.role)
-        text = self.text(messages, tools, prompt=prompt)
+        text = self.text(messages, tools, prompt=prompt) if text is None else text
         taken = self._template_letters.union(*characters([as_values(messages, form=self.form), list(tools)]))
         marker = Marker(self._names, taken)
         values = as_values(messages, marker, self.form)
@@ -137,13 +145,16 @@ class Renderer:
         except UserError:    # a template that refuses this form, or both: then whoever asks is told
             return False
 
-    def _run(self, values: list[dict[str, Any]], tools: list[Any], prompt: bool, marker: Marker | None) -> str:
+    def _run(
+        self, values: list[dict[str, Any]], tools: list[Any], prompt: bool, marker: Marker | None,
+        size: int | None = None,
+    ) -> str:
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         given = {
             **self.roles, "messages": values, "tools": tools or None, "documents": None,
             "add_generation_prompt": prompt,
         }
-        size = sum(map(len, characters([values, tools])))
+        size = size_of(values, tools) if size is None else size
         return self._templates[name].render(given, size, None if marker is None else marker.of.__contains__)
 
     @cached_property
@@ -152,6 +163,11 @@ class Renderer:
         roles = {role: name for role, name in self.tokenizer.roles.items() if name in self.tokenizer.control}
         roles.setdefault("eos_token", names.get(self.tokenizer.end, ""))
         return roles
+
+
+def size_of(values: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of a conversation, to which a template's bounds are relative."""
+    return sum(map(len, characters([values, tools])))
 
 
 def _require_role(role: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -139,17 +140,24 @@ class _Environment(ImmutableSandboxedEnvironment):
     def joined(self, parts: Iterable[Any]) -> str:
         """All parts as one text, as long as it may be."""
         kept: list[str] = []
-        length = 0
+        length, longest = 0, self._state.longest
         for part in parts:
             kept.append(str(part))
             length += len(kept[-1])
-            self._bound(length)
+            if length > longest:
+                self._bound(length)
         self._charge(length)
         return "".join(kept)
 
     def concatenated(self, *parts: Any) -> str:
         """`a ~ b`."""
         return self.joined(parts)
+
+    def added(self, context: jinja2.runtime.Context, *items: Any) -> Any:
+        """`a + b + c`, of which each sum is a text or a list of its own."""
+        if all(type(item) is str for item in items):
+            return self.joined(items)
+        return functools.reduce(lambda left, right: self.call_binop(context, "+", left, right), items)
 
     def listed(self, *items: Any) -> list[Any]:
         """`[a, b]`."""
@@ -190,10 +198,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STRING_METHODS:
             return False
+        if isinstance(obj, jinja2.runtime.LoopContext):     # asked at every pass, and neither code nor a list
+            return not attr.startswith("_")
         return not isinstance(obj, int | float | bytes) and super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if text is self:    # what `_Making` and `_parse` call, of which nothing need be asked
+            return obj(*args, **{key: value for key, value in kwargs.items() if not key.startswith("_")})
         if isinstance(text, str):
             self._charge(len(text))
             # Jinja's own arguments, for functions that ask for its variables.
@@ -304,6 +316,14 @@ class _Making(jinja2.visitor.NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
         return self._called("concatenated", node, node.nodes)
+
+    def visit_Add(self, node: nodes.Add) -> nodes.Call:
+        items: list[nodes.Expr] = [node.right]
+        left = node.left
+        while isinstance(left, nodes.Add):
+            items.append(left.right)
+            left = left.left
+        return self._called("added", node, [nodes.ContextReference(), *reversed([*items, left])])
 
     def visit_List(self, node: nodes.List) -> nodes.Call:
         return self._called("listed", node, node.items)
