@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmtrainer.core.example import Message
-from llmtrainer.data.format import are_turns, needed, optional_text, refused, text, turns
+from llmtrainer.data.format import BESIDE, are_turns, needed, opened, refused, text, turns
 
 Turns = tuple[Message, ...]
 
@@ -42,8 +42,7 @@ def one_answer(
         key = first_key(record, ONE_ANSWER)
         answer = answer_of(needed(record, key), key)
         prompt, plain = prompt_of(
-            needed(record, "prompt"), "prompt", system_of(record),
-            as_messages=as_messages or not isinstance(record[key], str),
+            needed(record, "prompt"), "prompt", record, as_messages=as_messages or not isinstance(record[key], str)
         )
         return prompt, answer, plain, ("prompt", key)
     *before, last = turns(record[dialogue], dialogue)
@@ -51,10 +50,7 @@ def one_answer(
         refused(f"a conversation does not end with the answer that the {what} is of", dialogue)
     if not before:
         refused("a conversation has nothing that is answered", dialogue)
-    asked = tuple(before)
-    if (system := system_of(record)) and asked[0].role != "system":
-        asked = (Message("system", system), *asked)
-    return asked, (last,), False, (dialogue,)
+    return opened(before, record), (last,), False, (dialogue,)
 
 
 def first_key(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
@@ -69,13 +65,13 @@ def better_key(record: object, named: str | None) -> str:
     return next((key for key in BETTER if isinstance(record, Mapping) and key in record), BETTER[0])
 
 
-def prompt_of(value: object, path: str, system: str | None, *, as_messages: bool) -> tuple[Turns, bool]:
-    """(turns, whether they are read as they stand) of a prompt: a text, or messages under OpenAI's keys or
-    ShareGPT's."""
+def prompt_of(value: object, path: str, record: Mapping[str, Any], *, as_messages: bool) -> tuple[Turns, bool]:
+    """(turns, whether they are read as they stand) of a record's prompt: a text, or messages under OpenAI's keys or
+    ShareGPT's. The `system` beside it is its first turn; a text with that or with tools beside it is a message."""
     if isinstance(value, str):
-        plain = system is None and not as_messages
-        return _with_system((Message("user", value),), system), plain
-    return _with_system(turns(value, path), system), False
+        plain = not as_messages and not any(record.get(key) for key in BESIDE)
+        return opened((Message("user", value),), record), plain
+    return opened(turns(value, path), record), False
 
 
 def answer_of(value: object, path: str) -> Turns:
@@ -88,17 +84,6 @@ def answer_of(value: object, path: str) -> Turns:
     if not any(message.role == "assistant" for message in found):
         refused("an answer has no message of the assistant", path)
     return found
-
-
-def _with_system(messages: Turns, system: str | None) -> Turns:
-    if not system or messages[0].role == "system":
-        return messages
-    return (Message("system", system), *messages)
-
-
-def system_of(record: Mapping[str, Any]) -> str | None:
-    """What stands under `system`, if it says anything."""
-    return optional_text(record, "system") or None
 
 
 def margin_of(record: Mapping[str, Any]) -> float | None:

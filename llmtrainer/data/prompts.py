@@ -16,7 +16,21 @@ from llmtrainer.core.rollout import Prompt
 from llmtrainer.data.detect import short
 from llmtrainer.data.draws import Draws
 from llmtrainer.data.fates import Run, Totals, joined, totals
-from llmtrainer.data.format import are_turns, items, mapping, needed, optional_text, others, refused, text, tools, turns
+from llmtrainer.data.format import (
+    BESIDE,
+    are_turns,
+    items,
+    mapping,
+    needed,
+    opened,
+    optional_text,
+    others,
+    refused,
+    require_plain,
+    text,
+    tools,
+    turns,
+)
 from llmtrainer.data.plan import Part, is_held_out
 from llmtrainer.data.records import Record
 
@@ -77,7 +91,7 @@ def asked(value: object, choices: PromptChoices) -> Asked:
     record = mapping(value)
     key = choices.key or next((name for name in KEYS if name in record), KEYS[0])
     parts = [key] if key in record else key.split("+")
-    facts = others(record, *parts, "system", "tools")
+    facts = others(record, *parts, *BESIDE)
     found = [needed(record, part) for part in parts]
     if len(found) > 1 or isinstance(found[0], str):
         told = "\n".join(text(item, part) for item, part in zip(found, parts, strict=True))
@@ -88,6 +102,7 @@ def asked(value: object, choices: PromptChoices) -> Asked:
         return _of_text(told, record, choices, facts)
     given = found[0]
     if isinstance(given, list) and given and all(type(item) is int for item in given):
+        require_plain(record, "a list of token ids")
         return Asked((), True, tuple(given), facts)
     if not isinstance(given, Mapping):
         items(given, key)
@@ -104,7 +119,7 @@ def asked(value: object, choices: PromptChoices) -> Asked:
 
 def _of_text(told: str, record: Mapping[str, Any], choices: PromptChoices, facts: Mapping[str, Any]) -> Asked:
     message = (Message("user", told),)
-    if choices.as_messages or choices.system is not None or optional_text(record, "system"):
+    if choices.as_messages or choices.system is not None or any(record.get(key) for key in BESIDE):
         return Asked(_with_system(message, record, choices), False, None, facts, tools(record))
     return Asked(message, True, None, facts)
 
@@ -112,10 +127,10 @@ def _of_text(told: str, record: Mapping[str, Any], choices: PromptChoices, facts
 def _with_system(
     messages: tuple[Message, ...], record: Mapping[str, Any], choices: PromptChoices
 ) -> tuple[Message, ...]:
-    system = optional_text(record, "system") or choices.system
-    if system is None or messages[0].role == "system":
+    messages = opened(messages, record)
+    if choices.system is None or messages[0].role == "system":
         return messages
-    return (Message("system", system), *messages)
+    return (Message("system", choices.system), *messages)
 
 
 @dataclass(frozen=True)

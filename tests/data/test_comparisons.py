@@ -15,6 +15,7 @@ from llmtrainer.data.comparisons.conversations import Conversations
 from llmtrainer.data.comparisons.graded import Graded
 from llmtrainer.data.comparisons.human_assistant import HumanAssistant
 from llmtrainer.data.comparisons.ids import Ids
+from llmtrainer.data.comparisons.instruction import Instruction
 from llmtrainer.data.comparisons.liked import Liked
 from llmtrainer.data.comparisons.messages import Messages
 from llmtrainer.data.comparisons.ranked import Ranked
@@ -154,6 +155,56 @@ def test_a_comparison_is_read_under_all_the_keys_that_a_form_has(
 ) -> None:
     assert format.matches(record)
     assert format.example(record) == wanted
+
+
+LOOK = {"type": "function", "function": {"name": "look"}}
+DIALOGUES = {"chosen": "Human: 2 + 3?\n\nAssistant: 5", "rejected": "Human: 2 + 3?\n\nAssistant: 6"}
+WITHOUT_SYSTEM: list[tuple[ComparisonFormat, dict[str, Any]]] = [
+    (Texts(), {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}),
+    (Conversations(), {"conversations": [turn("human", "2 + 3?")], "chosen": "5", "rejected": "6"}),
+    (Messages(), {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [WRONG]}),
+    (Messages(), {"prompt": [ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WRONG]}),
+    (Messages(), {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, WRONG]}),
+    (Messages(), {"prompt": "2 + 3?", "chosen": ANSWERED, "rejected": WRONG}),
+    (Ranked(), {"prompt": "2 + 3?", "answers": ["5", "6"]}),
+    (Liked(), {"prompt": "2 + 3?", "completion": "5", "label": True}),
+    (Liked(), {"messages": [ASKED, ANSWERED], "label": True}),
+    (Graded(), {"prompt": "2 + 3?", "completion": "5", "grade": 1}),
+    (Segments(), {"prompt": "2 + 3?", "segments": [{"chosen": "5", "rejected": "6"}]}),
+    (HumanAssistant(), DIALOGUES),
+    (Instruction(), {"instruction": "2 + 3?", "chosen": "5", "rejected": "6"}),
+]
+
+
+@pytest.mark.parametrize(("format", "record"), WITHOUT_SYSTEM)
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_what_stands_beside_a_comparison_belongs_to_it_in_every_form(
+    format: ComparisonFormat, record: dict[str, Any], name: str
+) -> None:
+    found = format.example({**record, "system": "Be short.", name: [LOOK]})
+    assert (found.prompt, found.tools, found.plain, found.facts) == ((BE_SHORT, ASK), (LOOK,), False, {})
+    assert found.answers[0] == FIVE
+    assert not format.example({**record, name: [LOOK]}).plain
+
+
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        (Conversations(), {"conversations": [turn("system", "a"), turn("human", "b")], "chosen": "5", "rejected": "6"}),
+        (Messages(), {"prompt": [said("system", "a"), ASKED], "chosen": [ANSWERED], "rejected": [WRONG]}),
+        (Messages(), {key: [said("system", "a"), ASKED, ANSWERED] for key in ("chosen", "rejected")}),
+        (Liked(), {"messages": [said("system", "a"), ASKED, ANSWERED], "label": True}),
+        (Ids(), {"chosen": [1, 2], "rejected": [1, 3]}),
+        (Graded(), {"text": "5", "grade": 1}),
+    ],
+)  # fmt: skip
+def test_a_system_text_that_has_no_place_or_another_beside_it_is_refused(
+    format: ComparisonFormat, record: dict[str, Any]
+) -> None:
+    format.example(record)
+    with pytest.raises(UserError) as error:
+        format.example({**record, "system": "Be short."})
+    assert error.value.where == "key `system`"
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,21 @@ def test_a_prompt_is_found_under_any_usual_key_and_what_is_left_are_facts(
         ({"text": "2 + 3?"}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": 5}, "prompt"), (7, "."),
         ({"prompt": []}, "prompt"), ({"messages": [{"role": "assistant", "content": "5"}]}, "messages"),
         ({"prompt": [{"role": "nobody", "content": "5"}]}, "prompt.0.role"),
+        ({"prompt": [5, 6], "system": "Be short."}, "system"), ({"prompt": [5, 6], "tools": [{"name": "a"}]}, "tools"),
+        ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "system": "c"}, "system"),
     ],
 )  # fmt: skip
-def test_a_record_without_a_prompt_names_the_key(record: Any, key: str) -> None:
+def test_a_record_whose_prompt_is_missing_or_doubtful_names_the_key(record: Any, key: str) -> None:
     with pytest.raises(UserError) as error:
         asked(record, PromptChoices())
     assert error.value.where == f"key `{key}`"
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_beside_a_text_make_it_a_message_that_may_call_them(name: str) -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
+    found = asked({"prompt": "2 + 3?", name: [tool], "answer": 5}, PromptChoices())
+    assert (found.messages, found.plain, found.tools, found.facts) == ((USER,), False, (tool,), {"answer": 5})
 
 
 def test_messages_get_the_call_for_an_answer_and_texts_are_read_as_they_stand(tmp_path: Path) -> None:

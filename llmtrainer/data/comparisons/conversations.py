@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import MARGINS, NAMES, answer_of, margin_of, prompt_of, system_of
+from llmtrainer.data.compared import MARGINS, NAMES, answer_of, margin_of, prompt_of
 from llmtrainer.data.format import (
+    BESIDE,
     ComparisonFormat,
     are_messages,
     are_turns,
@@ -48,7 +49,7 @@ class Conversations(ComparisonFormat):
     def example(self, record: object) -> Comparison:
         whole = mapping(record)
         key = self.conversations
-        found, _ = prompt_of(list(spoken(needed(whole, key), key)), key, system_of(whole), as_messages=True)
+        found, _ = prompt_of(list(spoken(needed(whole, key), key)), key, whole, as_messages=True)
         prompt = tuple(message for message in found if not (self.skip_system and message.role == "system"))
         first = next((message for message in prompt if message.role != "system"), None)
         if first is None or first.role != "user":
@@ -62,5 +63,5 @@ class Conversations(ComparisonFormat):
         answers = tuple(answer_of(needed(whole, name), name) for name in ("chosen", "rejected"))
         return Comparison(
             prompt, answers, margin=margin_of(whole), tools=tools(whole), name=identity(whole, *NAMES),
-            facts=others(whole, key, "chosen", "rejected", "system", "tools", *MARGINS, *NAMES),
+            facts=others(whole, key, "chosen", "rejected", *BESIDE, *MARGINS, *NAMES),
         )

@@ -7,7 +7,17 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
 from llmtrainer.data.compared import NAMES, Turns, answer_of, first_key, has_one_answer, one_answer, told
-from llmtrainer.data.format import ComparisonFormat, identity, mapping, needed, others, refused, tools
+from llmtrainer.data.format import (
+    BESIDE,
+    ComparisonFormat,
+    identity,
+    mapping,
+    needed,
+    others,
+    refused,
+    require_plain,
+    tools,
+)
 
 GRADES = ("grade", "rating", "stars")
 _TEXT: tuple[str, ...] = ("text",)
@@ -46,12 +56,13 @@ class Graded(ComparisonFormat):
         prompt: Turns = (Message("user", ""),)
         plain, used = True, _TEXT
         if "text" in whole:
+            require_plain(whole, "a text alone")
             answer = answer_of(told(whole["text"], "text"), "text")
         else:
             prompt, answer, plain, used = one_answer(whole, as_messages=self.as_messages, what="grade")
         return Comparison(
             prompt, (answer,), grade=grade, tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, *used, key, "system", "tools", *NAMES),
+            facts=others(whole, *used, key, *BESIDE, *NAMES),
         )
 
     def _key(self, record: Mapping[str, Any]) -> str:

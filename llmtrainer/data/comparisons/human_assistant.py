@@ -7,7 +7,19 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
 from llmtrainer.data.compared import MARGINS, NAMES, Turns, margin_of
-from llmtrainer.data.format import ComparisonFormat, identity, is_texts, mapping, needed, others, refused, text
+from llmtrainer.data.format import (
+    BESIDE,
+    ComparisonFormat,
+    identity,
+    is_texts,
+    mapping,
+    needed,
+    opened,
+    others,
+    refused,
+    text,
+    tools,
+)
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -40,8 +52,8 @@ class HumanAssistant(ComparisonFormat):
         if alike == 0:
             refused("the two dialogues have no turn in common", "chosen", "what both begin with is the prompt")
         return Comparison(
-            one[:alike], (one[alike:], other[alike:]), margin=margin_of(whole), name=identity(whole, *NAMES),
-            facts=others(whole, "chosen", "rejected", *MARGINS, *NAMES),
+            opened(one[:alike], whole), (one[alike:], other[alike:]), margin=margin_of(whole), tools=tools(whole),
+            name=identity(whole, *NAMES), facts=others(whole, "chosen", "rejected", *BESIDE, *MARGINS, *NAMES),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison
 from llmtrainer.data.compared import MARGINS, NAMES, margin_of
-from llmtrainer.data.format import ComparisonFormat, identity, items, mapping, needed, others, refused
+from llmtrainer.data.format import ComparisonFormat, identity, items, mapping, needed, others, refused, require_plain
 
 _ENDINGS = ("", "_ids", "_input_ids")
 
@@ -28,6 +28,7 @@ class Ids(ComparisonFormat):
 
     def example(self, record: object) -> Comparison:
         whole = mapping(record)
+        require_plain(whole, "a list of token ids")
         keys = [_name(whole, key) for key in ("prompt", "chosen", "rejected")]
         chosen, rejected = (_ids(needed(whole, key), key) for key in keys[1:])
         prompt: tuple[int, ...] = ()

@@ -30,5 +30,5 @@ class Instruction(ComparisonFormat):
         asked = instruction.Instruction().example({**told, "output": chosen})
         return Comparison(
             asked.messages[:-1], (answer_of(chosen, "chosen"), answer_of(rejected, "rejected")),
-            margin=margin_of(whole), name=identity(whole, *NAMES), facts=asked.facts,
+            margin=margin_of(whole), tools=asked.tools, name=identity(whole, *NAMES), facts=asked.facts,
         )

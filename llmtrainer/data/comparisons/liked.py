@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
 from llmtrainer.data.compared import NAMES, first_key, has_one_answer, is_label, label, one_answer
-from llmtrainer.data.format import ComparisonFormat, identity, mapping, needed, others, tools
+from llmtrainer.data.format import BESIDE, ComparisonFormat, identity, mapping, needed, others, tools
 
 LABELS = ("label", "liked", "kto_tag")
 
@@ -36,5 +36,5 @@ class Liked(ComparisonFormat):
         prompt, answer, plain, used = one_answer(whole, as_messages=self.as_messages, what="label")
         return Comparison(
             prompt, (answer,), liked=liked, tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, *used, tag, "system", "tools", *NAMES),
+            facts=others(whole, *used, tag, *BESIDE, *NAMES),
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import MARGINS, NAMES, Turns, answer_of, better_key, margin_of, prompt_of, system_of
+from llmtrainer.data.compared import MARGINS, NAMES, Turns, answer_of, better_key, margin_of, prompt_of
 from llmtrainer.data.format import (
+    BESIDE,
     ComparisonFormat,
     are_turns,
     identity,
     mapping,
     needed,
+    opened,
     others,
     refused,
     tools,
@@ -53,22 +55,23 @@ class Messages(ComparisonFormat):
         whole = mapping(record)
         better = better_key(whole, self.better)
         given = [needed(whole, key) for key in (better, self.worse)]
-        system = system_of(whole)
         told = whole.get(self.prompt)
         if told is not None and not isinstance(told, str):
-            prompt, _ = prompt_of(told, self.prompt, system, as_messages=True)
+            prompt, _ = prompt_of(told, self.prompt, whole, as_messages=True)
             sides = [answer_of(item, key) for item, key in zip(given, (better, self.worse), strict=True)]
-            if all(side[: len(prompt)] == prompt and len(side) > len(prompt) for side in sides):
-                sides = [side[len(prompt) :] for side in sides]    # the prompt is told twice
+            for twice in (prompt, turns(told, self.prompt)):    # told twice, with the text of the system or without
+                if all(side[: len(twice)] == twice and len(side) > len(twice) for side in sides):
+                    sides = [side[len(twice) :] for side in sides]
+                    break
         else:
             for item, key in zip(given, (better, self.worse), strict=True):
                 if isinstance(item, str):
                     refused(f"`{key}` is text where messages are wanted", key)
             prompt, sides = _divided([turns(item, key) for item, key in zip(given, (better, self.worse), strict=True)])
             if not prompt and told:
-                prompt, _ = prompt_of(told, self.prompt, system, as_messages=True)
-            elif system and prompt and prompt[0].role != "system":
-                prompt = (Message("system", system), *prompt)
+                prompt, _ = prompt_of(told, self.prompt, whole, as_messages=True)
+            elif prompt:
+                prompt = opened(prompt, whole)
         if not prompt:
             refused("the two conversations have no turn in common", better, "what both begin with is the prompt")
         for side, key in zip(sides, (better, self.worse), strict=True):
@@ -76,7 +79,7 @@ class Messages(ComparisonFormat):
                 refused("an answer has no message of the assistant", key)
         return Comparison(
             prompt, tuple(sides), margin=margin_of(whole), tools=tools(whole), name=identity(whole, *NAMES),
-            facts=others(whole, self.prompt, better, self.worse, "system", "tools", *MARGINS, *NAMES),
+            facts=others(whole, self.prompt, better, self.worse, *BESIDE, *MARGINS, *NAMES),
         )
 
 

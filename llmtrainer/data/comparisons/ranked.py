@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import NAMES, Turns, answer_of, number, prompt_of, system_of
-from llmtrainer.data.format import ComparisonFormat, are_turns, identity, items, mapping, others, refused
+from llmtrainer.data.compared import NAMES, Turns, answer_of, number, prompt_of
+from llmtrainer.data.format import BESIDE, ComparisonFormat, are_turns, identity, items, mapping, others, refused, tools
 
 ANSWERS = ("answers", "responses", "completions")
 _TEXTS = ("text", "answer", "response", "completion", "content")
@@ -65,13 +65,13 @@ class Ranked(ComparisonFormat):
         told = whole.get(self.prompt)
         texts = not any(are_turns(item) for item in found)
         prompt, plain = prompt_of(
-            "" if told is None else told, self.prompt, system_of(whole), as_messages=self.as_messages or not texts
+            "" if told is None else told, self.prompt, whole, as_messages=self.as_messages or not texts
         )
         if told is None and not plain:
             refused(f"a record has no `{self.prompt}`", self.prompt, "messages answer something")
         return Comparison(
-            prompt, tuple(answers), scores=tuple(scores), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, key, self.prompt, "scores", "system", *NAMES),
+            prompt, tuple(answers), scores=tuple(scores), tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
+            facts=others(whole, key, self.prompt, "scores", *BESIDE, *NAMES),
         )
 
     def _key(self, record: Mapping[str, Any]) -> str:

@@ -6,8 +6,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import NAMES, answer_of, better_key, prompt_of, system_of
-from llmtrainer.data.format import ComparisonFormat, are_turns, identity, items, mapping, needed, others, refused, tools
+from llmtrainer.data.compared import NAMES, answer_of, better_key, prompt_of
+from llmtrainer.data.format import (
+    BESIDE,
+    ComparisonFormat,
+    are_turns,
+    identity,
+    items,
+    mapping,
+    needed,
+    others,
+    refused,
+    tools,
+)
 
 WORSE = "rejected"
 
@@ -58,11 +69,11 @@ class Segments(ComparisonFormat):
         if not answers:
             refused(f"`{key}` is empty", key, "one pair at least is compared")
         prompt, plain = prompt_of(
-            needed(whole, self.prompt), self.prompt, system_of(whole), as_messages=self.as_messages or not texts
+            needed(whole, self.prompt), self.prompt, whole, as_messages=self.as_messages or not texts
         )
         return Comparison(
             prompt, tuple(answers), paired=True, tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, key, self.prompt, "system", "tools", *NAMES),
+            facts=others(whole, key, self.prompt, *BESIDE, *NAMES),
         )
 
     def _key(self, record: Mapping[str, Any]) -> str:

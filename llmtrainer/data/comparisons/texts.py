@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmtrainer.core.example import Comparison, Message
-from llmtrainer.data.compared import MARGINS, NAMES, answer_of, better_key, margin_of, prompt_of, system_of
-from llmtrainer.data.format import ComparisonFormat, identity, is_texts, mapping, needed, others, text
+from llmtrainer.data.compared import MARGINS, NAMES, answer_of, better_key, margin_of, prompt_of
+from llmtrainer.data.format import BESIDE, ComparisonFormat, identity, is_texts, mapping, needed, others, text, tools
 
 
 class Texts(ComparisonFormat):
     """`{"prompt", "chosen", "rejected"}` or `{"prompt", "selected", "rejected"}`, all texts, with `margin`, or
     `score_chosen` and `score_rejected`, where there are any. They are joined as they stand, as a base model reads
-    them; with `as_messages`, or a `system` in the record, they are a user's message and two of the assistant."""
+    them; with `as_messages`, or a `system` or `tools` in the record, they are a user's message and two of the
+    assistant."""
 
     prompt: str = "prompt"
     """The key of what is read."""
@@ -41,9 +42,9 @@ class Texts(ComparisonFormat):
         whole = mapping(record)
         better = better_key(whole, self.better)
         asked = text(needed(whole, self.prompt), self.prompt)
-        prompt, plain = prompt_of(asked, self.prompt, system_of(whole), as_messages=self.as_messages)
+        prompt, plain = prompt_of(asked, self.prompt, whole, as_messages=self.as_messages)
         answers = tuple(answer_of(text(needed(whole, key), key), key) for key in (better, self.worse))
         return Comparison(
-            prompt, answers, margin=margin_of(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, self.prompt, better, self.worse, "system", *MARGINS, *NAMES),
+            prompt, answers, margin=margin_of(whole), tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
+            facts=others(whole, self.prompt, better, self.worse, *BESIDE, *MARGINS, *NAMES),
         )
