@@ -121,6 +121,12 @@ class Reading:
             self.warn(f"{what}: left out ({where}: {why})")
 
 
+def require_end(stream: BinaryIO, path: AnyPath, what: str, fix: str) -> None:
+    """Refuse what stands behind the one thing that a file of this kind holds: it would be left out."""
+    if stream.read(1):
+        raise UserError(f"something stands behind {what}", where=str(path), why="it would not be read", fix=fix)
+
+
 class Reader(Kind):
     """One file format: an open file becomes records, each with its line."""
 

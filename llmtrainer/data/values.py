@@ -41,6 +41,15 @@ def records_in(value: Any, path: AnyPath, reading: Reading) -> Iterator[tuple[An
         yield from _document(value, str(path), reading)
 
 
+def joined(values: list[Any]) -> list[Any]:
+    """Several values of one file as one list: lists of documents end to end, and whatever else is a document."""
+    found: list[Any] = []
+    for value in values:
+        many = isinstance(value, list | tuple) and not (value and all(type(item) is int for item in value))
+        found += value if many else [value]
+    return found
+
+
 def _whole(value: Any) -> list[Any]:
     """The records of a value: the items of a list, or of each list of a mapping of lists; else the value itself."""
     if isinstance(value, list | tuple):

@@ -32,6 +32,10 @@ MAY_CHANGE = (
 _NAMES = {
     "data_fingerprint": "data", "tokenizer_fingerprint": "tokenizer", "template_fingerprint": "chat template",
 }  # fmt: skip
+_WHY = {
+    "precision": "the weights and what the optimizer remembers would be numbers of another type",
+    "tokenizer_fingerprint": "the ids that it learned would be other texts",
+}
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,13 @@ def continued(
 def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str]) -> None:
     """Refuse to continue with another recipe, vocabulary, precision or other data than the run began with."""
     began = load(Recipe, old.folder / "recipe.yaml")
+    moved = [name for name, now in fingerprints.items() if old.manifest.get(name) != now]
     if changed := differences(began, recipe):
         told = "; ".join(f"{key} was {before!r} and is {after!r}" for key, (before, after) in changed.items())
         parts = sorted({key.rpartition(".")[0] or key for key in changed})
         fix = f"undo the change, or allow it by name: allow=[{', '.join(parts)}], or begin anew: run=runs/other"
-        if "optim.rule.kind" in changed:
-            # What one rule remembers is nothing that another can go on with, whoever allows it.
+        if "optim.rule.kind" in changed or moved:
+            # What one rule remembers is nothing that another can go on with, whoever allows it; nor are other data.
             fix = f"undo the change, or begin anew from these weights: run=runs/other model.start_from={old.folder}"
         raise UserError(
             f"the recipe differs from the one this run began with in {', '.join(f'`{key}`' for key in changed)}",
@@ -128,17 +133,15 @@ def require_same(old: Resumption, recipe: Recipe, fingerprints: Mapping[str, str
             why=told,
             fix=fix,
         )
-    for name, now in fingerprints.items():
-        if old.manifest.get(name) != now:
-            what = _NAMES.get(name, name)
-            raise UserError(
-                f"the {what} changed since this run's checkpoint was written",
-                where=str(old.folder),
-                why=f"{name} was {str(old.manifest.get(name))[:16]} and is {now[:16]}: the rows of the next step "
-                "would not be those of the run that began",
-                fix=f"restore the {what}, or begin anew from these weights: run=runs/other "
-                f"model.start_from={old.folder}",
-            )
+    for name in moved:
+        what = _NAMES.get(name, name)
+        why = _WHY.get(name, "the rows of the next step would not be those of the run that began")
+        raise UserError(
+            f"the {what} changed since this run's checkpoint was written",
+            where=str(old.folder),
+            why=f"{name} was {str(old.manifest.get(name))[:16]} and is {fingerprints[name][:16]}: {why}",
+            fix=f"restore the {what}, or begin anew from these weights: run=runs/other model.start_from={old.folder}",
+        )
 
 
 def differences(began: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:

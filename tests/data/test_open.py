@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -47,6 +48,14 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 def table() -> bytes:
     sink = io.BytesIO()
     parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4, 5], "text": TEXTS}), sink, row_group_size=2)
+    return sink.getvalue()
+
+
+def stream_of_table() -> bytes:
+    sink = io.BytesIO()
+    whole = pyarrow.table({"text": TEXTS})
+    with pyarrow.ipc.new_stream(sink, whole.schema) as stream:
+        stream.write_table(whole)
     return sink.getvalue()
 
 
@@ -146,6 +155,7 @@ BAD: list[tuple[str, bytes, str, str]] = [
     ("a.txt.gz", gzip.compress(b"fine\nnot\xe9 fine"), "no UTF-8", "line 2, byte 8"),
     ("a.parquet", b"PAR1 and nothing else", "table cannot be read", "a.parquet"),
     ("a.parquet", table()[:-30], "table cannot be read", "a.parquet"),
+    ("a.arrow", stream_of_table() * 2, "something stands behind the table", "a.arrow"),
     ("a.jsonl.gz", b"this is no gzip", "damaged", "a.jsonl.gz"),
     ("a.jsonl.zst", b"this is no zstd", "damaged", "a.jsonl.zst"),
     ("a.jsonl.xz", b"this is no xz at all", "damaged", "a.jsonl.xz"),

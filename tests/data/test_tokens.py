@@ -75,6 +75,8 @@ SOURCES: dict[str, tuple[str, bytes]] = {
     "pickle": ("a.pkl", pickle.dumps([np.array(A, dtype=np.uint16), B, tuple(C)])),
     "pickle, old": ("a.pickle", pickle.dumps({"input_ids": np.array(STREAM)}, protocol=2)),
     "pickle, ordered": ("a.pkl", pickle.dumps(OrderedDict(a=np.array(A), b=np.array(B), c=np.array(C)), protocol=5)),
+    "pickle, in pieces": ("a.pkl", b"".join(map(pickle.dumps, (A, [np.array(B), C])))),
+    "pickle, packed in pieces": ("a.pkl.gz", gzip.compress(b"".join(map(pickle.dumps, (A, B, C))))),
     "raw": ("a.bin", struct.pack(f"<{len(STREAM)}H", *STREAM)),
     "raw, packed": ("a.bin.gz", gzip.compress(struct.pack(f"<{len(STREAM)}H", *STREAM))),
 }
@@ -211,6 +213,9 @@ REFUSED = [
     ("a.npy", npy(np.asfortranarray(np.ones((2, 3), dtype=np.int64))), "column by column"),
     ("a.npy", npy(np.arange(9))[:-3], "breaks off"),
     ("a.npy", b"no array", "cannot be read"),
+    ("a.npy", npy(np.arange(9)) * 2, "something stands behind the array"),
+    ("a.npy.gz", gzip.compress(npy(np.arange(9)) + b"x"), "something stands behind the array"),
+    ("a.pt", pt(torch.tensor(A)) * 2, "bytes stand in front of the tensors"),
     ("a.pt", pt([torch.ones(3, dtype=torch.bfloat16)]), "type float64"),
     ("a.pt", pt(torch.tensor(A))[:-40], "not made of tensors"),
     ("a.pt", pt([[1, "x"]]), "a document is a list"),

@@ -232,7 +232,8 @@ class Proof:
                 if found < 0:
                     continue
                 tail = text[text.index(word) + len(word) :]
-                written = [tail, tail.rstrip(), json.dumps(tail)[1:-1], json.dumps(tail, ensure_ascii=False)[1:-1]]
+                written = [tail, tail.rstrip(), tail.replace("'", "\\'")]
+                written += [json.dumps(tail, ensure_ascii=ascii)[1:-1] for ascii in (True, False)]
                 shown = [one for one in written if whole.startswith(one, found + len(word))]
                 stop = max(stop, found + len(word) + max(map(len, shown), default=0))
         ends = [whole.index(name, stop) + len(name) for name in self.ends if name in whole[stop:]]

@@ -126,6 +126,14 @@ def test_what_allow_names_may_differ(recipe: Make) -> None:
     assert train(recipe("optim.schedule.peak=1e-4", "allow=[optim.schedule]")).step == 12
 
 
+def test_what_nobody_can_allow_is_not_offered_to_be_allowed(recipe: Make) -> None:
+    train_until(recipe(), 3)
+    for allowed, said in ((), "differs"), (("allow=[precision]",), "numbers of another type"):
+        with pytest.raises(UserError, match=said) as caught:
+            train(recipe("precision=float64", *allowed))
+        assert "model.start_from=" in str(caught.value.fix) and "allow=" not in str(caught.value.fix)
+
+
 def test_another_rule_is_answered_with_a_way_that_works(recipe: Make, tmp_path: Path) -> None:
     train_until(recipe(), 3)
     for allowed, said in ((), "differs"), (("allow=[optim.rule]",), "the optimizer's state"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, ClassVar
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data.document import AnyPath, Reader, Reading
+from llmtrainer.data.document import AnyPath, Reader, Reading, require_end
 
 ROWS = 64
 """Rows that become Python objects at a time."""
@@ -38,6 +38,8 @@ class Arrow(Reader):
                 for start in range(0, batch.num_rows, ROWS):
                     for record in batch.slice(start, ROWS).to_pylist():
                         yield record, None
+            if not is_file:
+                require_end(stream, path, "the table", "one table a file: pyarrow.concat_tables(tables)")
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
             raise UserError(
                 "the table cannot be read", where=str(path), why=str(error).splitlines()[0],

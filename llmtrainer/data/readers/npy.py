@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 import numpy as np
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.data.document import AnyPath, Reader, Reading
+from llmtrainer.data.document import AnyPath, Reader, Reading, require_end
 from llmtrainer.data.tokens import columns_of
 
 _BLOCK = 2**20
@@ -51,6 +51,7 @@ class Npy(Reader):
                 yield from ((str(text), None) for text in block)
             else:
                 yield from ((ids, None) for ids in columns_of(block, alone=True))
+        require_end(stream, path, "the array", "one array a file: numpy.save(FILE, numpy.concatenate(arrays))")
 
 
 def _header(stream: BinaryIO, path: AnyPath) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.data.document import AnyPath, Reader, Reading
-from llmtrainer.data.values import records_in
+from llmtrainer.data.values import joined, records_in
 
 HARMLESS = {
     "builtins": {"set", "frozenset", "bytearray", "complex", "list", "dict", "tuple", "int", "float", "str", "bytes"},
@@ -24,15 +24,19 @@ HARMLESS = {
 
 
 class Pkl(Reader):
-    """Lists and mappings of texts, records and arrays of ids. Loaded whole."""
+    """Lists and mappings of texts, records and arrays of ids. Loaded whole. What several dumps wrote into one file is
+    one list."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".pkl", ".pickle")
+    seeks: ClassVar[bool] = True
     holds: ClassVar[Literal["text", "tokens"]] = "tokens"
 
     def records(self, stream: BinaryIO, path: AnyPath, reading: Reading) -> Iterator[tuple[Any, int | None]]:
-        unpickler = pickle.Unpickler(stream) if reading.allow_pickle else _Plain(stream, path)
+        values: list[Any] = []
         try:
-            value = unpickler.load()
+            while not values or _goes_on(stream):
+                unpickler = pickle.Unpickler(stream) if reading.allow_pickle else _Plain(stream, path)
+                values.append(unpickler.load())
         except UserError:
             raise
         except Exception as error:    # what a damaged or a foreign pickle raises may be anything
@@ -40,7 +44,14 @@ class Pkl(Reader):
                 "the pickle cannot be read", where=str(path), why=f"{type(error).__name__}: {error}",
                 fix="fetch the file again, or save its texts as .jsonl",
             ) from error
-        return records_in(value, path, reading)
+        return records_in(values[0] if len(values) == 1 else joined(values), path, reading)
+
+
+def _goes_on(stream: BinaryIO) -> bool:
+    place = stream.tell()
+    more = bool(stream.read(1))
+    stream.seek(place)
+    return more
 
 
 class _Plain(pickle.Unpickler):

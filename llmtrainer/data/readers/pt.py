@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, ClassVar, Literal
 
@@ -23,6 +24,7 @@ class Pt(Reader):
         import torch
 
         try:
+            _require_alone(stream, path)
             value = torch.load(stream, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
             raise UserError(
@@ -31,3 +33,16 @@ class Pt(Reader):
                 fix="torch.save({'input_ids': [tensor, ...]}, FILE), or fetch the file again if it was cut",
             ) from error
         return records_in(value, path, reading)
+
+
+def _require_alone(stream: BinaryIO, path: AnyPath) -> None:
+    """What torch saves is an archive, and of two end to end only the last would be read."""
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            first = min((item.header_offset for item in archive.infolist()), default=0)
+        if first > 0:
+            raise UserError(
+                f"{first:,} bytes stand in front of the tensors", where=str(path), why="they would not be read",
+                fix="one torch.save a file: torch.save({'input_ids': [tensor, ...]}, FILE)",
+            )
+    stream.seek(0)
