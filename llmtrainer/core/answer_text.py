@@ -15,6 +15,13 @@ def final(text: str) -> str:
     return "" if "<think>" in behind else behind
 
 
+def answered(text: str) -> str:
+    """What follows the thinking; where it has an `<answer>`, what stands in the last of them."""
+    behind = final(text)
+    _, mark, inside = behind.rpartition("<answer>")
+    return inside.partition("</answer>")[0] if mark else behind
+
+
 def boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{}` or `\fbox{}`; None where there is none, or it is never closed."""
     starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]

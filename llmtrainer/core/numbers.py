@@ -18,6 +18,11 @@ _NUMBER = re.compile(
     rf"(?P<sign>[-+])?(?:(?P<whole>\d+)[ ]+(?=\d+[ ]?/[ ]?\d))?(?P<top>(?:{_PLAIN}){_SCIENCE})"
     rf"(?:[ ]?/[ ]?(?P<bottom>{_PLAIN}))?(?P<times>[\u4e07\u4ebf])?[ ]?(?P<percent>%)?"
 )
+_LENGTH = (
+    r"\s+m|\s*(?:mm|cm|dm|km|ft|in|yd|mi|inch(?:es)?|f(?:oo|ee)t|yards?|miles?|(?:centi|kilo|milli)?met(?:er|re)s?|units?"
+    r"|\u7c73|\u5398\u7c73)"
+)
+"""A unit whose square or cube is one too."""
 _FUNCTION = (
     r"\\(?:sqrt|neq?|not|[gl]eq?|[gl]eqslant|[gl]t|pm|mp|sin|cos|tan|log|ln|exp|min|max|lfloor|lceil|binom|cdot|times|div|"
     r"pi|infty|theta|alpha|beta|gamma|phi)(?![A-Za-z])"
@@ -25,13 +30,17 @@ _FUNCTION = (
 _BEFORE = re.compile(
     r"[A-Za-z0-9.^_/]\Z|\d:\Z|[A-Za-z0-9)]\s*\^\s*\{?\Z|\d\s*,\Z"
     rf"|{_FUNCTION}\s*(?:\[[^\]]*\]\s*)?[{{(]?\s*\Z|[\u00b1\u2213\u221a\u2260\u2264\u2265\u00d7\u03c0\u221e]\s*\(?\s*\Z|(?<![-=])[<>]\s*\Z"
+    r"|[<>!]=\s*\Z|[-+*/]\s*[({\[]+\s*\Z|[\d)]\s*\*\s*\Z|(?<![A-Za-z])[A-Za-z]\(\s*\Z"
+    r"|\\frac\s*\{[^{}]*(?:\}\s*\{[^{}]*)?\Z"
     r"|(?:\\infty|\u221e)\s*,\s*\Z|(?i:\bnot|\bnever|n't)\s+\Z|(?:\u4e0d\u662f|\u4e0d\u7b49\u4e8e|\u5e76\u975e)\s*\Z"
 )
 """What makes the number behind it a part of something else: a name, a power, a date, a time, a root, an inequality; or
 says that it is not this number."""
 _AFTER = re.compile(
     r"[.,:/^_]?\d|\s*\^|_|\s*/\s*[A-Za-z0-9]|\s*\*\s*10|\s*[x\u00d7]\s*10\s*\^|[eE]\d|!"
-    rf"|\s*{_FUNCTION}|\s*[\u03c0\u221a\u00b1\u221e]|[inkpqw](?![A-Za-z])|\s?[xyz](?![A-Za-z])|\s*,\s*[-+]?\s*(?:\\infty|\u221e)"
+    r"|\s*[-+*/]\s*[b-zB-HJ-Z](?![A-Za-z])|\s?\(\s*[a-z]\s*[-+*/^)]|\s*[<>]=?\s*[A-Za-z0-9\\](?![A-Za-z])|\s*pi\b"
+    r"|\s*(?i:hundred|thousand|million|billion|trillion|dozen)|\s*[\u5341\u767e\u5343]"
+    rf"|\s*{_FUNCTION}|\s*[\u03c0\u221a\u00b1\u221e]|[aeinkpqruw](?![A-Za-z])|\s?[xyz](?![A-Za-z])|\s*,\s*[-+]?\s*(?:\\infty|\u221e)"
 )
 _TIMES = {"\u4e07": 10_000, "\u4ebf": 100_000_000}
 
@@ -61,22 +70,29 @@ def cleaned(text: str) -> str:
     # Powers and indices, before they look like digits of the number in front.
     text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", r"^\g<0>", text)
     text = re.sub("[\u2080-\u2089]+", r"_\g<0>", text)
-    text = narrow(text).replace("\u2212", "-").replace("\u2013", "-").replace("\\%", "%")
+    # A half is 1/2 and behind a whole number a part of it, not more of its digits.
+    text = re.sub("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
+    text = narrow(text).replace("\u2044", "/").replace("\u2212", "-").replace("\u2013", "-").replace("\\%", "%")
     text = re.sub(r"\\[dt]?frac", r"\\frac", text)
     text = re.sub(r"(?<=\d)\s*\^\s*(?:\{\s*)?\\circ(?:\s*\})?|(?<=\d)\s*\u00b0", " ", text)
     text = re.sub(r"(?<=[-+])\\?\$(?=[\d.])", "", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?i)\b(?:minus|negative)\s+(?=\.?\d)|\u8d1f\s*(?=\.?\d)", "-", text)
+    text = re.sub(rf"(?<=\d)({_LENGTH})\s*\^\s*(?:\{{\s*[23]\s*\}}|[23](?!\d))", r"\1 ", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\!)(?=\d{3}(?!\d))", ",", text).replace(",\\!", ",")
     text = re.sub(r"(?<=\d),\s?\\,?(?=\d{3}(?!\d))", ",", text)
     # Behind a sign without a blank between, so that the sign stays the number's.
-    text = re.sub(r"()\\frac\s*\{?\s*(-?\d+)\s*\}?\s*\{\s*(-?\d+)\s*\}", _fraction, text)
+    text = re.sub(rf"()\\frac\s*\{{?\s*(-?(?:{_PLAIN}))\s*\}}?\s*\{{\s*(-?(?:{_PLAIN}))\s*\}}", _fraction, text)
     text = re.sub(r"()\\frac\s*(\d)\s*(\d)", _fraction, text)
     return re.sub(r"\$|\*\*|\\left|\\right|\\[,;:! ]|~|`", " ", text)
 
 
 def _fraction(match: re.Match[str]) -> str:
     signed = match.start() > 0 and match.string[match.start() - 1] in "-+"
-    return f"{'' if signed else ' '}{match[2]}/{match[3]} "
+    top, bottom = match[2], match[3]
+    if bottom.startswith("-"):
+        top, bottom = top[1:] if top.startswith("-") else f"-{top}", bottom[1:]
+    return f"{'' if signed else ' '}{top}/{bottom} "
 
 
 def only_number(region: str) -> Number | None:
@@ -102,7 +118,7 @@ def last_number(text: str) -> Number | None:
 
 
 def _number(match: re.Match[str], text: str) -> Number | None:
-    before, after = text[max(0, match.start() - 16) : match.start()], text[match.end() : match.end() + 8]
+    before, after = text[max(0, match.start() - 24) : match.start()], text[match.end() : match.end() + 16]
     sign = match["sign"]
     # `5-3`, `5 -3`, `x-3` and `3 - 2`: a sign behind a number or a name is an operation; in `is -3` it is none.
     if (sign and re.search(r"[A-Za-z0-9)\]+-]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before):

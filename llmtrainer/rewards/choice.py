@@ -9,7 +9,7 @@ from functools import cache
 from pydantic import Field
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.answer_text import NO_ANSWER, boxed, final, has_box, narrow
+from llmtrainer.core.answer_text import NO_ANSWER, answered, boxed, has_box, narrow
 from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
 
@@ -25,6 +25,7 @@ _CHOOSE = r"(?<![\u4e0d\u522b\u6ca1\u9519\u672a\u52ff\u5019\u4efb\u5355\u591a])\
 _SAID = (
     r"(?:answer|option|choice)s?\s*(?:is|are|:|=|would be|must be|should be)\s*(?:option|choice)?\s*:?\s*",
     r"\b(?:i|we)\s+(?:choose|pick|select)\s+(?:option\s+|choice\s+)?",
+    r"\b(?:wait|actually|correction)\b[,.:;! ]*(?:no\b[,.! ]*)?(?:it is|it's|it should be|i mean|make that)\s*",
 )
 _DENIED = re.compile(r"(?:not|never|n't|wrong|incorrect|\u4e0d|\u9519\u8bef\u7684?|\u5e76\u975e)\s*(?:the\s+)?\Z")
 _ASKED = re.compile(r"[)\]\"'*\s]*\?")
@@ -50,7 +51,7 @@ class Choice(Rule):
     def judge(self, answer: Answer) -> Verdict:
         right = self._right(answer)
         # Runs of blanks are one: a pattern tries each of them as the border between its parts.
-        text = re.sub(r"[^\S\n]+", " ", narrow(final(answer.text)))
+        text = re.sub(r"[^\S\n]+", " ", narrow(answered(answer.text)))
         chosen = self._chosen(re.sub(r"\s*\n\s*", "\n", text).strip())
         if len(chosen) > 1:
             return Verdict(0.0, SEVERAL)
@@ -103,7 +104,7 @@ class Choice(Rule):
 
 
 def _letter(letters: str) -> str:
-    return rf"[(\[\"'$*]{{0,3}}(?-i:([{letters}]))(?![A-Za-z0-9']|\.\d)"
+    return rf"[(\[\"'$*`\u3010 ]{{0,6}}(?-i:([{letters}]))(?![A-Za-z0-9']|\.\d)"
 
 
 @cache
@@ -116,9 +117,11 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
 @cache
 def _joined(letters: str) -> re.Pattern[str]:
     between = (
-        r"(?:[,/&+|;(]|(?i:\b(?:or|and|maybe|perhaps|possibly|also)\b)|\u6216\u8005?|\u548c|\u3001|\uff0c|\u4e5f\u8bb8|\u6216\u8bb8)"
+        r"(?:[,/&+|;(\u2013-]"
+        r"|(?i:\b(?:or|and|maybe|perhaps|possibly|also|as well as|plus|to|through|it's|it is)\b)"
+        r"|\u6216\u8005?|\u548c|\u3001|\uff0c|\u4e5f\u8bb8|\u6216\u8bb8)"
     )
-    named = rf"[)\]\"'$*.\s]*(?:{between}\s*)+(?:option\s+)?{_letter(letters)}"
+    named = rf"[)\]\"'$*`\u3011.\s]*(?:{between}\s*)+(?:option\s+)?{_letter(letters)}"
     # One letter after the other, with nothing but blanks between; not `A I think`, where a word begins.
     listed = rf"[ ]+(?-i:([{letters}]))(?=[ ]*(?:$|[\n,.;|/)]|[ ][{letters}](?![A-Za-z0-9'])))"
     return re.compile(f"{named}|{listed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Code(Rule):
@@ -127,7 +128,13 @@ class Code(Rule):
 
     def _tests(self, answer: Answer) -> Checks | list[tuple[str, str]]:
         """The tests of a record. UserError where there are none, or nobody knows what they are."""
-        given = fact(answer, self.tests, self.title)
+        given = _parsed(fact(answer, self.tests, self.title))
+        if isinstance(given, Mapping) and given.get("fn_name"):
+            raise UserError(
+                f"`{self.tests}` of a record calls a function by arguments", where=f"the record of {shown(answer)}",
+                why=f"`fn_name` is {str(given['fn_name'])[:60]!r}, and inputs are what a program reads",
+                fix="write its tests as assertions, [\"assert f(1, 2) == 3\"], or leave the record out",
+            )
         if isinstance(given, Mapping) and {"inputs", "outputs"} <= set(given):
             given = self._paired(answer, given["inputs"], given["outputs"])
         several = [given] if isinstance(given, str) else given
@@ -135,7 +142,9 @@ class Code(Rule):
             if all(isinstance(item, str) for item in several):
                 return self._of_functions(answer, tuple(several))
             if all(isinstance(item, Mapping) and {"input", "output"} <= set(item) for item in several):
-                return [(str(item["input"]), str(item["output"])) for item in several]
+                cases = [(_lined(item["input"]), _lined(item["output"])) for item in several]
+                if all(given is not None and wanted is not None for given, wanted in cases):
+                    return [(str(given), str(wanted)) for given, wanted in cases]
         raise UserError(
             f"`{self.tests}` of a record holds no tests", where=f"the record of {shown(answer)}",
             why=f"it is {str(given)[:60]!r}",
@@ -172,10 +181,30 @@ class Code(Rule):
         return Checks(tests, trusted, tuple(sorted(wanted)), check, entry if isinstance(entry, str) else None)
 
 
+def _parsed(given: Any) -> Any:
+    """Tests that stand in a record as the JSON text of a list or an object, as APPS has them; else as they are."""
+    if isinstance(given, str) and given.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(given)
+        except (ValueError, RecursionError):
+            return given
+    return given
+
+
+def _lined(value: Any) -> str | None:
+    """What a program reads or prints: a text, a number, or lines in a list. None for anything else."""
+    if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
 def code_in(text: str) -> str:
     """The program in an answer: its last fence labelled as Python, else its last one without a label, which may hold
     what a program prints; closed or not. Without fences all."""
-    fences = [(language.lower(), code) for language, code in _FENCE.findall(text)]
+    fences = [
+        (language.lower(), re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", code, flags=re.MULTILINE) if indent else code)
+        for indent, language, code in _FENCE.findall(text)
+    ]
     for languages in (("python", "python3", "py"), ("",)):
         known = [code for language, code in fences if language in languages]
         if known:

@@ -6,7 +6,7 @@ import unicodedata
 from typing import Literal
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.answer_text import NO_ANSWER, final, narrow
+from llmtrainer.core.answer_text import NO_ANSWER, answered, final, narrow
 from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
 
@@ -33,9 +33,10 @@ class Exact(Rule):
                 f"`{self.answer}` of a record is no text", where=f"the record of {shown(answer)}",
                 why=f"it is {str(given)[:60]!r}", fix="name the key that holds a text or a list of texts",
             )
-        text = final(answer.text)
+        text = answered(answer.text)
         if self.after is not None:
-            _, mark, text = text.rpartition(self.after)
+            _, mark, text = final(answer.text).rpartition(self.after)
+            text = text.partition("</answer>")[0]
             if not mark:
                 return Verdict(0.0, NO_ANSWER)
         said = self._plain(text)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from llmtrainer.base.errors import UserError
 from llmtrainer.core import equivalence
-from llmtrainer.core.answer_text import NO_ANSWER, boxed, final, has_box
+from llmtrainer.core.answer_text import NO_ANSWER, answered, boxed, has_box
 from llmtrainer.core.protocols import Reward
 from llmtrainer.core.reward import fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
@@ -92,7 +92,7 @@ class Maths(Reward):
 
     def _said(self, answer: Answer) -> str | None:
         """What an answer comes to, as a box or as the text that may hold it; None where there is nothing."""
-        text = final(answer.text)
+        text = answered(answer.text)
         if not has_box(text):
             return text[-LONGEST:] if self.where == "auto" and text.strip() and answer.finish != "length" else None
         inside = boxed(text)

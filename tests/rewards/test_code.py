@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from typing import Any
 
 import pytest
@@ -112,6 +113,8 @@ def test_inputs_and_outputs_are_compared_by_whoever_started_the_program() -> Non
     assert verdict(right + "\nraise SystemExit(1)", cases).reason == "died"
     assert verdict("if __name__ == '__main__':\n    print(sum(map(int, input().split())))", cases).value == 1.0
     assert verdict("while True: print('3')", cases).reason == "output"
+    assert verdict(right + "\nexit()", cases).value == 1.0
+    assert verdict(right + "\nquit(0)", cases).value == 1.0
 
 
 @pytest.mark.parametrize(("tests", "reason"), [
@@ -154,13 +157,38 @@ def test_whatever_an_answer_tells_of_an_exception_is_one_that_can_be_raised(told
     assert issubclass(getattr(builtins, name), BaseException) and type(error) is RuntimeError
 
 
+@pytest.mark.parametrize("tests", [
+    {"inputs": ["1 2\n", "5 5\n"], "outputs": ["3\n", "10\n"]}, [{"input": "1 2", "output": "3"}],
+    {"inputs": [["1 2"]], "outputs": [["3"]]}, [{"input": "1 2", "output": 3}],
+])
+def test_inputs_and_outputs_may_be_the_text_of_their_json_and_lists_of_lines(tests: Any) -> None:
+    right, wrong = "a, b = map(int, input().split())\nprint(a + b)", "print(0)"
+    for given in (tests, json.dumps(tests)):
+        assert verdict(right, given).value == 1.0
+        assert verdict(wrong, given) == Verdict(0.0, "wrong result")
+
+
+def test_assertions_may_be_the_text_of_a_list() -> None:
+    tests = json.dumps(["assert square(2) == 4", "assert square(3) == 9"])
+    assert verdict("def square(x): return x * x", tests).value == 1.0
+    assert verdict("def square(x): return 4", tests).value == 0.0
+
+
+def test_calls_by_arguments_are_refused_and_not_judged_as_what_a_program_reads() -> None:
+    tests = {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}
+    for given in (tests, json.dumps(tests)):
+        with pytest.raises(UserError, match="calls a function by arguments"):
+            verdict("def add(a, b): return a + b", given)
+
+
 def test_inputs_without_their_outputs_are_refused() -> None:
     with pytest.raises(UserError, match="2 inputs and 1 outputs"):
         verdict("print(3)", {"inputs": ["1 2", "5 6"], "outputs": ["3"]})
 
 
 @pytest.mark.parametrize("tests", [
-    [], [1], {"inputs": [1]}, 7, [{"input": "x"}], {"inputs": "12", "outputs": "34"}, {"inputs": None, "outputs": None},
+    [], [1], [{"input": "", "output": [3]}], [{"input": None, "output": "3"}], "[]",
+    {"inputs": [1]}, 7, [{"input": "x"}], {"inputs": "12", "outputs": "34"}, {"inputs": None, "outputs": None},
 ])
 def test_what_is_no_test_is_refused_before_anything_runs(tests: Any) -> None:
     with pytest.raises(UserError, match="holds no tests"):
@@ -192,6 +220,8 @@ def test_a_sandbox_that_breaks_costs_one_answer_and_never_counts_as_passed(monke
 
 def test_the_program_in_an_answer_is_its_last_fence_of_python() -> None:
     assert code_in("x = 1") == "x = 1"
+    listed = "1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n"
+    assert code_in(listed) == "def f(x):\n    return x\n"
     assert code_in("a\n```python\nx = 1\n```\nb\n```text\nout\n```\n") == "x = 1\n"
     assert code_in("```js\n1\n```") == ""
     assert code_in("```python\nx = 1\n```\nOutput:\n```\n1\n```\n") == "x = 1\n"
