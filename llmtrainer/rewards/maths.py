@@ -25,6 +25,13 @@ LONGEST = 2000
 STARTING = 30
 """Seconds that the libraries may take to load, beside those of the answers."""
 
+_WIDE = {0xFF01 + place: 0x21 + place for place in range(94)}
+"""Full-width letters, digits and signs as ASCII."""
+_BASE = re.compile(r"\d\s*_\s*\{?\s*\d")
+_DENIED = re.compile(
+    r"(?:(?i:\bnot|\bnever|n't)\s+(?:(?i:equal(?:\s+to)?)\s+)?|\u4e0d\u662f|\u4e0d\u7b49\u4e8e|\u5e76\u975e)\s*\$?[^\s$]+\$?[\s.\u3002]*\Z"
+)
+
 
 class Maths(Reward):
     r"""1 where an answer's last \boxed{} is equivalent to the record's, 0 where it is not: `\frac12`, `0.5` and `1/2`,
@@ -82,6 +89,7 @@ class Maths(Reward):
 
     def _right(self, answer: Answer) -> str:
         given = str(fact(answer, self.answer, self.title))
+        given = given.translate(_WIDE)
         right = boxed(given) if has_box(given) else given.strip().strip("$")
         if not right or len(right) > LONGEST:
             raise UserError(
@@ -92,7 +100,7 @@ class Maths(Reward):
 
     def _said(self, answer: Answer) -> str | None:
         """What an answer comes to, as a box or as the text that may hold it; None where there is nothing."""
-        text = answered(answer.text)
+        text = answered(answer.text).translate(_WIDE)
         if not has_box(text):
             return text[-LONGEST:] if self.where == "auto" and text.strip() and answer.finish != "length" else None
         inside = boxed(text)
@@ -105,6 +113,10 @@ class Maths(Reward):
         inside = boxed(said)
         if inside is not None and _plain(inside) == _plain(right):
             return Verdict(1.0)
+        if _BASE.search(right) or _BASE.search(said if inside is None else inside):
+            return Verdict(0.0)     # the library reads a number without its base
+        if inside is None and _DENIED.search(said):
+            return Verdict(0.0, NO_ANSWER)
         # The library takes the right side of any equation for the answer, that of `5=2` as well.
         if inside is not None and re.match(r"[^A-Za-z\\=<>]*=", inside) and "=" not in right:
             return Verdict(0.0, "no definition")
@@ -132,6 +144,7 @@ class Maths(Reward):
 
 def _plain(formula: str) -> str:
     """A formula without what changes only how it looks."""
+    formula = re.sub(r"_\{(\d+)\}", r"_\1", formula)
     formula = re.sub(r"\\left|\\right|\\displaystyle|\\[,;:! ]|\s|\$|\.\Z", "", formula)
     return re.sub(r"\\[dtc]frac", r"\\frac", formula)
 

@@ -117,6 +117,18 @@ WRONG = said("assistant", "6")
             Comparison((ASK,), (FIVE, SIX), scores=(9.0, 1.0), plain=True),
         ),
         (
+            Ranked(), {"prompt": "2 + 3?", "answers": ["6", "5"], "score": [1, 9]},
+            Comparison((ASK,), (FIVE, SIX), scores=(9.0, 1.0), plain=True),
+        ),
+        (
+            Ranked(), {"prompt": "2 + 3?", "answers": ["6", "5"], "ranks": [2, 1]},
+            Comparison((ASK,), (FIVE, SIX), plain=True),
+        ),
+        (
+            Ranked(), {"prompt": "2 + 3?", "answers": [{"text": "6", "rank": 2}, {"text": "5", "rank": 1}]},
+            Comparison((ASK,), (FIVE, SIX), plain=True),
+        ),
+        (
             Ranked(), {"prompt": [ASKED], "answers": [ANSWERED, [WRONG]]}, Comparison((ASK,), (FIVE, SIX)),
         ),
         (
@@ -223,6 +235,8 @@ def test_a_system_text_that_has_no_place_or_another_beside_it_is_refused(
             "chosen",
         ),
         (Messages(), {"chosen": [ANSWERED], "rejected": [WRONG]}, "chosen"),
+        (Messages(), {"prompt": [ASKED], "chosen": [ASKED, ANSWERED], "rejected": [WRONG]}, "prompt"),
+        (Ranked(), {"prompt": "a", "answers": ["b", "c"], "ranks": [1]}, "ranks"),
         (Messages(), {"chosen": [ASKED, ANSWERED], "rejected": [ASKED]}, "rejected"),
         (HumanAssistant(), {"chosen": "Human: a", "rejected": "Human: a\n\nAssistant: b"}, "chosen"),
         (HumanAssistant(), {"chosen": "Hello", "rejected": "Human: a\n\nAssistant: b"}, "chosen"),

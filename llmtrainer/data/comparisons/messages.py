@@ -60,9 +60,12 @@ class Messages(ComparisonFormat):
             prompt, _ = prompt_of(told, self.prompt, whole, as_messages=True)
             sides = [answer_of(item, key) for item, key in zip(given, (better, self.worse), strict=True)]
             for twice in (prompt, turns(told, self.prompt)):    # told twice, with the text of the system or without
-                if all(side[: len(twice)] == twice and len(side) > len(twice) for side in sides):
+                repeat = [side[: len(twice)] == twice and len(side) > len(twice) for side in sides]
+                if all(repeat):
                     sides = [side[len(twice) :] for side in sides]
                     break
+                if any(repeat):
+                    refused("one of the two answers begins with the prompt", self.prompt, "the other does not")
         else:
             for item, key in zip(given, (better, self.worse), strict=True):
                 if isinstance(item, str):

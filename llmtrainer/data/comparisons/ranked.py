@@ -12,12 +12,16 @@ from llmtrainer.data.format import BESIDE, ComparisonFormat, are_turns, identity
 ANSWERS = ("answers", "responses", "completions")
 _TEXTS = ("text", "answer", "response", "completion", "content")
 _SCORES = ("score", "rating", "overall_score", "reward")
+_SCORES_BESIDE = ("scores", "score", "ratings", "rewards")
+_RANKS = ("ranks", "rank")
+"""Names of lists beside the answers; `rank` is one inside an answer, too. The best answer has the lowest."""
 
 
 class Ranked(ComparisonFormat):
     """`{"prompt", "answers": [the best, the next, ...]}`, texts or messages; `{"answers": [{"text", "score"}, ...]}` in
-    any order, or `scores` beside them, of which the highest is the best; or a list of texts without a prompt. Of
-    answers with the same score the first counts. `responses` and `completions` are names for `answers` too."""
+    any order, or `scores` beside them, of which the highest is the best (`rank` and `ranks`: the lowest); or a list of
+    texts without a prompt. Of answers with the same score the first counts. `responses` and `completions` are names for
+    `answers` too."""
 
     prompt: str = "prompt"
     """The key of the prompt, a text or messages. A record may have none."""
@@ -58,10 +62,10 @@ class Ranked(ComparisonFormat):
         if len(found) < 2:
             refused(f"`{key}` has {len(found)} answers", key, "two at least are compared")
         answers = [_answer(item, f"{key}.{place}") for place, item in enumerate(found)]
-        scores = _scores(whole, found, key)
-        if scores:
-            order = sorted(range(len(answers)), key=lambda place: -scores[place])
-            answers, scores = [answers[place] for place in order], [scores[place] for place in order]
+        scores = _figures(whole, found, key, _SCORES_BESIDE, _SCORES)
+        if by := [-score for score in scores] or _figures(whole, found, key, _RANKS, ("rank",)):
+            order = sorted(range(len(answers)), key=lambda place: by[place])
+            answers, scores = [answers[place] for place in order], [scores[place] for place in order] if scores else []
         told = whole.get(self.prompt)
         texts = not any(are_turns(item) for item in found)
         prompt, plain = prompt_of(
@@ -71,7 +75,7 @@ class Ranked(ComparisonFormat):
             refused(f"a record has no `{self.prompt}`", self.prompt, "messages answer something")
         return Comparison(
             prompt, tuple(answers), scores=tuple(scores), tools=tools(whole), plain=plain, name=identity(whole, *NAMES),
-            facts=others(whole, key, self.prompt, "scores", *BESIDE, *NAMES),
+            facts=others(whole, key, self.prompt, *_SCORES_BESIDE, *_RANKS, *BESIDE, *NAMES),
         )
 
     def _key(self, record: Mapping[str, Any]) -> str:
@@ -90,20 +94,22 @@ def _answer(item: object, path: str) -> Turns:
     return answer_of(item, path)
 
 
-def _scores(record: Mapping[str, Any], found: Any, key: str) -> list[float]:
-    """What each answer scored, as given; empty where nobody says."""
-    if record.get("scores") is not None:
-        beside = items(record["scores"], "scores")
-        if len(beside) != len(found):
-            refused(f"there are {len(beside)} scores for {len(found)} answers", "scores")
-        return [number(item, f"scores.{place}") for place, item in enumerate(beside)]
-    names = [next((name for name in _SCORES if isinstance(item, Mapping) and name in item), None) for item in found]
+def _figures(
+    record: Mapping[str, Any], found: Any, key: str, beside: tuple[str, ...], inside: tuple[str, ...]
+) -> list[float]:
+    """A number for each answer, from a list beside them or inside each, as given; empty where nobody says."""
+    if (name := next((name for name in beside if record.get(name) is not None), None)) is not None:
+        told = items(record[name], name)
+        if len(told) != len(found):
+            refused(f"there are {len(told)} {name} for {len(found)} answers", name)
+        return [number(item, f"{name}.{place}") for place, item in enumerate(told)]
+    names = [next((name for name in inside if isinstance(item, Mapping) and name in item), None) for item in found]
     usual = next((name for name in names if name is not None), None)
     if usual is None:
         return []
     scores = []
     for place, (item, name) in enumerate(zip(found, names, strict=True)):
         if name is None:
-            refused("an answer has no score, and others have", f"{key}.{place}.{usual}")
+            refused(f"an answer has no {usual}, and others have", f"{key}.{place}.{usual}")
         scores.append(number(item[name], f"{key}.{place}.{name}"))
     return scores
