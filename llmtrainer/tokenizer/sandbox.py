@@ -14,6 +14,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_int, do_round
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -105,6 +106,9 @@ class _Namespace(jinja2.utils.Namespace):
         _require_open(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"    # of what it holds, in which another could hold it twice, no text is made
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -114,11 +118,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._day, self._where = day, where
         self._state = threading.local()
         self.begin(0, None)
-        self.filters = {name: self.filters[name] for name in FILTERS} | {
+        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS} | {
             "tojson": self._to_json, "join": self._join_filter, "indent": self._indent_filter,
             "replace": lambda text, old, new, count=-1: self._replace(str(text), str(old), str(new), count),
+            "string": self._string_filter, "round": self._round_filter, "int": self._int_filter,
         }
-        del self.globals["lipsum"]
+        self.finalize = self._weighed    # what becomes text behind our back, in `{{ value }}`
+        del self.globals["lipsum"], self.globals["cycler"]
         self.globals |= {
             "raise_exception": _raise, "strftime_now": self._now, "namespace": _Namespace,
             "dict": self.mapped,
@@ -183,9 +189,9 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(one, str | list | tuple) and isinstance(other, int):
                     self._charge(self._bound(self._weight(one) * max(other, 0)))
         elif operator == "%" and isinstance(left, str):
-            if re.search(r"%[^%A-Za-z]*(\d{4}|\*)", left):
+            if re.search(r"%[^%A-Za-z]*(\d{3}|[*(])", left):
                 raise SecurityError("it pads a text to a width")
-            self._charge(self._bound(len(left) + left.count("%") * self._weight(right)))
+            self._charge(self._bound(len(left) + left.count("%") * (99 + self._weight(right))))
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > 4_096:
@@ -245,6 +251,42 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._bound(weight)
         return weight
 
+    def _lines(self, value: Any, width: int, depth: int = 1) -> int:
+        """Characters that JSON in lines of their own begins with."""
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if not width or not inside:
+            return 0
+        self._bound(length := width * depth * (len(inside) + 1))
+        return length + sum(self._lines(item, width, depth + 1) for item in inside)
+
+    def _weighed(self, value: Any) -> Any:
+        """A value that is to become text, unless its text would be too long."""
+        if not isinstance(value, str):
+            self._charge(self._weight(value))
+        return value
+
+    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter of jinja2's, whose texts and lists count as work."""
+        @functools.wraps(function)      # with what says that it wants the environment
+        def run(*given: Any, **named: Any) -> Any:
+            self._charge(ITEM + sum(len(one) for one in given if isinstance(one, str | list | tuple)))
+            return function(*given, **named)
+
+        return run
+
+    def _string_filter(self, value: Any) -> str:
+        return str(self._weighed(value))
+
+    def _round_filter(self, value: Any, precision: int = 0, method: str = "common") -> Any:
+        if abs(precision) > 100:
+            raise SecurityError("it makes a number of more than 100 digits")
+        return do_round(value, precision, method)    # type: ignore[arg-type]
+
+    def _int_filter(self, value: Any, default: int = 0, base: int = 10) -> int:
+        if isinstance(value, str) and len(value) > 1_000:
+            raise SecurityError("it makes a number of more than 1,000 digits")
+        return do_int(value, default, base)
+
     def _bound(self, length: int) -> int:
         if length > self._state.longest:
             raise SecurityError(f"it makes a text of more than {self._state.longest:,} characters")
@@ -284,10 +326,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self, value: Any, ensure_ascii: bool = False, indent: int | None = None,
         separators: Sequence[str] | None = None, sort_keys: bool = False,
     ) -> str:
-        if isinstance(indent, int) and indent > 64:
-            raise SecurityError("it pads a text to a width")
+        width = len(indent) if isinstance(indent, str) else indent or 0
         pair = None if separators is None else (str(separators[0]), str(separators[1]))
-        self._charge(self._weight(value))
+        if width > 64 or (pair is not None and len(pair[0]) + len(pair[1]) > 64):
+            raise SecurityError("it pads a text to a width")
+        self._charge(self._bound(self._weight(value) + self._lines(value, width)))
         text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
         self._charge(self._bound(len(text)))
         marks = self._state.marks

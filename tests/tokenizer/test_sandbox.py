@@ -51,6 +51,16 @@ BOMBS = {
     "a format with a width by a method": "{{ '{:>1000000000}'.format(1) }}",
     "JSON with wide margins": "{{ [1] | tojson(indent=10 ** 8) }}",
     "a format with a width": "{{ '%1000000000d' % 1 }}",
+    "a width behind a name": "{{ '%(a)300000000s' % {'a': ''} }}",
+    "JSON with wide margins of text": "{{ ([1] * 2000) | tojson(indent='x' * 200000) }}",
+    "JSON of lists in lists, in lines": "{% set ns = namespace(s=[1]) %}{% for i in range(12) %}"
+    "{% set ns.s = [ns.s, ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson(indent=64) }}",
+    "rounding to a million digits": "{{ 1 | round(20000000, 'ceil') }}",
+    "a number of a million letters": "{{ ('f' * 2000000) | int(base=16) }}",
+    "doubling by varargs": "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% else %}{{ varargs }}"
+    "{% endif %}{% endmacro %}{{ m(40, 'xxxxxxxx') }}",
+    "the filters read a long text for ever": "{% set s = 'ab' * 2000000 %}{% for i in range(300) %}"
+    "{% set t = s | upper %}{% endfor %}",
     "a width from outside": "{{ '%*d' % (10 ** 9, 1) }}",
     "a range without end": "{{ range(10 ** 12) | list | length }}",
     "reading a long text for ever": "{% set s = 'x' * 4000000 %}{% for i in range(99999) %}{{ s.count('y') }}"
@@ -83,6 +93,11 @@ def test_a_template_reaches_nothing_but_what_it_is_given(expression: str) -> Non
     # A name that was only looked at is undefined; nothing can be done with it.
     with pytest.raises(UserError):
         render("{{ (" + expression + ").x }}", messages=[1, 2], values={"a": 1})
+
+
+def test_a_namespace_is_no_text_that_doubles() -> None:
+    doubled = "{% for i in range(40) %}{% set n.x = namespace(a=n.x, b=n.x) %}{% endfor %}"
+    assert render("{% set n = namespace(x='a') %}" + doubled + "{{ n.x }}{{ n.x | string }}") == "<Namespace>" * 2
 
 
 @pytest.mark.parametrize("source", ["{% include 'a' %}", "{% import 'a' as b %}", "{% extends 'a' %}"])
