@@ -154,8 +154,11 @@ def _delete_own_files(doomed: Path) -> None:
 
 
 def _listed(manifest: Path) -> list[str] | None:
-    """Names of the files that a manifest lists; None where there is none or it cannot be read."""
+    """Names of the files that a manifest lists; None where there is none, or it cannot be read, or one of its names
+    leads out of its folder: then nobody knows who wrote it."""
     try:
-        return list(json.loads(manifest.read_bytes())["files"])
+        names = list(json.loads(manifest.read_bytes())["files"])
+        below = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in names)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return names if below else None

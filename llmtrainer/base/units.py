@@ -96,7 +96,10 @@ class Duration(_Text):
                 f"`{text}` is no duration", why="a number alone does not say of what", fix=f"write {cls.example()}"
             )
         unit, factor = _SPELLINGS[match[3]]
-        return cls(float(re.sub("[_,]", "", match[1])) * _MULTIPLES[match[2]] * factor, unit)
+        value = float(re.sub("[_,]", "", match[1])) * _MULTIPLES[match[2]] * factor
+        if not math.isfinite(value):
+            raise UserError(f"`{text[:60]}` is no duration", why="it never ends", fix=f"write {cls.example()}")
+        return cls(value, unit)
 
     def __str__(self) -> str:
         return f"{_plain(self.value)} {self.unit}"

@@ -109,7 +109,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     not counted. UserError where a line is none."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -34,6 +34,8 @@ class Read:
     """Where each mark stands in `with_marks`. Rising."""
     cut: frozenset[Owner] = frozenset()
     """The fields of which a part was not rendered."""
+    said: tuple[tuple[int, int], ...] = ()
+    """From where to where each text or reasoning of a message was written, in characters of `text`."""
 
     def lacks(self, owner: Owner) -> bool:
         """Whether a field was not rendered, or not all of it."""
@@ -103,7 +105,20 @@ class Marker:
         text, seen = "".join(parts[::2]), frozenset(parts[1::2])
         spans = {owner: text[where[0] : where[-1]] for owner, where in found.items()}
         cut = frozenset(owner for owner, span in spans.items() if self._is_cut(owner, seen, span))
-        return Read(text, rendered, found, tuple(marks), cut)
+        return Read(text, rendered, found, tuple(marks), cut, tuple(self._said(parts[1::2], marks)))
+
+    def _said(self, seen: Sequence[str], marks: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """`marks`: where each of the marks `seen` stands among text and marks."""
+        ends = {
+            first: last for owner, texts in self._texts.items() if owner[1] in ("content", "thinking")
+            for first, last, _ in texts
+        }
+        begun: dict[str, int] = {}
+        for number, (mark, place) in enumerate(zip(seen, marks, strict=True)):
+            if mark in begun:
+                yield begun.pop(mark), place - number
+            if mark in ends:
+                begun[ends[mark]] = place - number
 
     def _is_cut(self, owner: Owner, seen: frozenset[str], written: str) -> bool:
         """Whether an end of a field is missing, or letters between its ends. `written`: what stands between the first

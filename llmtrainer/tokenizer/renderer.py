@@ -90,6 +90,11 @@ class Renderer:
             start, stop = read.place(match.start()), read.place(match.end())
             if len(match[0]) == 1 and any(first <= start and stop <= last for first, last in owned):
                 continue
+            if any(first <= start and stop <= last for first, last in read.said):
+                raise self.refusal(
+                    f"the template makes {match[0]} of what a message says",
+                    "it changes letters: nobody else wrote that control token",
+                )
             before, behind = greedy.get(match[0], (False, False))
             yield Control(
                 start, stop, self.tokenizer.control[match[0]],

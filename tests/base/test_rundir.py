@@ -52,6 +52,18 @@ def test_a_foreign_file_or_folder_is_never_deleted(tmp_path: Path) -> None:
     assert (run.checkpoints / "step-old").is_dir() and (run.checkpoints / "thesis.md").is_file()
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_manifest_that_names_files_outside_its_checkpoint_deletes_none(tmp_path: Path, absolute: bool) -> None:
+    run, victim = RunDir(tmp_path / "run"), tmp_path / "thesis.md"
+    victim.write_text("mine")
+    planted(run, 10, 20)
+    name = str(victim) if absolute else "../../../thesis.md"
+    (run.checkpoint(10) / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": {}, name: {}}}))
+    run.retain(newest=1, best={}, keep_best=0)
+    assert victim.read_text() == "mine" and steps(run) == [20]
+    assert (run.checkpoints / "step-00000010.kept" / "model.safetensors").is_file()
+
+
 def test_leftovers_of_a_crash_are_cleared_and_nothing_else(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     planted(run, 10, 20)

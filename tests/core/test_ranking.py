@@ -76,6 +76,14 @@ def test_a_line_that_a_crash_cut_is_asked_again_and_its_rest_is_removed(tmp_path
     assert len(read(path)) == 2 and path.read_bytes().startswith(whole) and path.read_bytes().count(b"\n") == 2
 
 
+def test_a_line_that_a_crash_cut_inside_a_character_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    append(path, {"prompt": "你好"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: whole.index("好".encode()) + 1])
+    assert read(path) == [{"prompt": "你好"}]
+
+
 def test_a_file_of_something_else_is_never_added_to(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello\nworld\n")
