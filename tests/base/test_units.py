@@ -27,7 +27,7 @@ def test_a_duration_is_a_number_with_a_unit(text: str, value: float, unit: str) 
     assert Duration.parse(text) == Duration(value, unit)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["2000", "steps", "2000 parsecs", "-3 steps", "", "two steps", "9" * 400 + " B tokens"])
+@pytest.mark.parametrize("text", ["2000", "steps", "2000 parsecs", "-3 steps", "", "two steps", "9" * 400 + " steps"])
 def test_a_bare_number_or_an_unknown_unit_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match="no duration") as caught:
         Duration.parse(text)

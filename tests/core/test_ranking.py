@@ -77,11 +77,12 @@ def test_a_line_that_a_crash_cut_is_asked_again_and_its_rest_is_removed(tmp_path
 
 
 def test_a_line_that_a_crash_cut_inside_a_character_is_not_counted(tmp_path: Path) -> None:
-    path = tmp_path / "replies.jsonl"
-    append(path, {"prompt": "你好"})
+    path = tmp_path / "ranked.jsonl"
+    record = {"prompt": "\u4f60\u597d", "grade": 1}
+    append(path, record)
     whole = path.read_bytes()
-    path.write_bytes(whole + whole[: whole.index("好".encode()) + 1])
-    assert read(path) == [{"prompt": "你好"}]
+    path.write_bytes(whole + whole[: whole.index("\u597d".encode()) + 1])
+    assert read(path) == [record]
 
 
 def test_a_file_of_something_else_is_never_added_to(tmp_path: Path) -> None:
