@@ -99,3 +99,19 @@ def test_the_pages_made_from_the_code_are_as_the_code_is() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert told.returncode == 0, told.stdout + told.stderr
+
+
+KINDS = {
+    "model": "models/families", "model.adapter": "models/adapters", "model.head": "models/heads",
+    "data": "training/datasets", "objective": "objectives", "optim.rule": "optim/rules",
+    "optim.schedule": "optim/schedules", "engine": "parallel/engines", "engine.hook": "parallel/hooks",
+    "log.trackers": "training/trackers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "recipes.zh-CN.md"])
+@pytest.mark.parametrize("part", KINDS)
+def test_the_table_of_kinds_names_every_file_of_its_folder(page: str, part: str) -> None:
+    told = re.search(rf"^\| `{part}` \| (.*) \|$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+    files = {path.stem for path in (ROOT / "llmtrainer" / KINDS[part]).glob("*.py")} - {"__init__"}
+    assert told is not None and set(re.findall(r"`(\w+)`", told[1])) == files
