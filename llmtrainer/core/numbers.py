@@ -39,8 +39,8 @@ says that it is not this number."""
 _AFTER = re.compile(
     r"[.,:/^_]?\d|\s*\^|_|\s*/\s*[A-Za-z0-9]|\s*\*\s*10|\s*[x\u00d7]\s*10\s*\^|[eE]\d|!"
     r"|\s*[-+*/]\s*[b-zB-HJ-Z](?![A-Za-z])|\s?\(\s*[a-z]\s*[-+*/^)]|\s*[<>]=?\s*[A-Za-z0-9\\](?![A-Za-z])|\s*pi\b"
-    r"|\s*(?i:hundred|thousand|million|billion|trillion|dozen)|\s*[\u5341\u767e\u5343]"
-    rf"|\s*{_FUNCTION}|\s*[\u03c0\u221a\u00b1\u221e]|[aeinkpqruw](?![A-Za-z])|\s?[xyz](?![A-Za-z])|\s*,\s*[-+]?\s*(?:\\infty|\u221e)"
+    r"|\s*(?i:hundred|thousand|million|billion|trillion)|\s*[\u5341\u767e\u5343]"
+    rf"|\s*{_FUNCTION}|\s*[\u03c0\u221a\u00b1\u221e]|[einkpqruw](?![A-Za-z])|\s?[xyz](?![A-Za-z])|\s*,\s*[-+]?\s*(?:\\infty|\u221e)"
 )
 _TIMES = {"\u4e07": 10_000, "\u4ebf": 100_000_000}
 
@@ -124,6 +124,8 @@ def _number(match: re.Match[str], text: str) -> Number | None:
     if (sign and re.search(r"[A-Za-z0-9)\]+-]\Z|[\d)\]]\s+\Z", before)) or re.search(r"[-+*/]\s+\Z", before):
         return None
     if len(match[0]) > LONGEST or (_BEFORE.search(before) and not sign) or _AFTER.match(after):
+        return None
+    if re.match(r"a(?![A-Za-z.])", after) and not match[0].endswith(" "):     # `42a`, and not `42 a month`
         return None
     value = _plain(match["top"])
     if match["bottom"]:

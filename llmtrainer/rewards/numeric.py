@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from llmtrainer.base.errors import UserError
-from llmtrainer.core.answer_text import NO_ANSWER, answered, boxed, has_box
+from llmtrainer.core.answer_text import NO_ANSWER, answered, boxed, final, has_box
 from llmtrainer.core.numbers import Number, chinese_number, cleaned, last_number, only_number
 from llmtrainer.core.reward import Rule, fact, shown
 from llmtrainer.core.rollout import Answer, Verdict
@@ -38,7 +38,10 @@ class Numeric(Rule):
 
     def judge(self, answer: Answer) -> Verdict:
         right = self._right(answer)
-        found = self._found(answered(answer.text), answer.finish == "length")
+        text = answered(answer.text)
+        found = self._found(text, answer.finish == "length")
+        if self.where == "auto" and text != final(answer.text) and not has_box(text) and not _HASHES.search(text):
+            found = found and only_number(text)     # what stands in <answer> states one number, as behind ####
         if found is None:
             return Verdict(0.0, NO_ANSWER)
         return Verdict(float(any(self._near(value, right.value) for value in _meant(found, right))))
