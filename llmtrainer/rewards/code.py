@@ -20,6 +20,7 @@ from llmtrainer.core.rollout import Answer, Verdict
 from llmtrainer.core.sandbox import Checks, Limits, Outcome, Sandbox
 
 _FENCE = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_CASE = ("input", "output")
 
 
 class Code(Rule):
@@ -141,10 +142,8 @@ class Code(Rule):
         if isinstance(several, list | tuple) and several:
             if all(isinstance(item, str) for item in several):
                 return self._of_functions(answer, tuple(several))
-            if all(isinstance(item, Mapping) and {"input", "output"} <= set(item) for item in several):
-                cases = [(_lined(item["input"]), _lined(item["output"])) for item in several]
-                if all(given is not None and wanted is not None for given, wanted in cases):
-                    return [(str(given), str(wanted)) for given, wanted in cases]
+            if all(isinstance(item, Mapping) and all(_is_text(item.get(key)) for key in _CASE) for item in several):
+                return [(_lined(item["input"]), _lined(item["output"])) for item in several]
         raise UserError(
             f"`{self.tests}` of a record holds no tests", where=f"the record of {shown(answer)}",
             why=f"it is {str(given)[:60]!r}",
@@ -191,11 +190,15 @@ def _parsed(given: Any) -> Any:
     return given
 
 
-def _lined(value: Any) -> str | None:
-    """What a program reads or prints: a text, a number, or lines in a list. None for anything else."""
-    if isinstance(value, list | tuple) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+def _is_text(value: Any) -> bool:
+    """Whether a value says what a program reads or prints: a text, a number, or lines in a list."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(line, str) for line in value)
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _lined(value: Any) -> str:
+    return "\n".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def code_in(text: str) -> str:

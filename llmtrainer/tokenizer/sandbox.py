@@ -326,7 +326,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self, value: Any, ensure_ascii: bool = False, indent: int | None = None,
         separators: Sequence[str] | None = None, sort_keys: bool = False,
     ) -> str:
-        width = len(indent) if isinstance(indent, str) else indent or 0
+        width = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
         pair = None if separators is None else (str(separators[0]), str(separators[1]))
         if width > 64 or (pair is not None and len(pair[0]) + len(pair[1]) > 64):
             raise SecurityError("it pads a text to a width")

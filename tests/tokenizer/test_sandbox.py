@@ -53,6 +53,8 @@ BOMBS = {
     "a format with a width": "{{ '%1000000000d' % 1 }}",
     "a width behind a name": "{{ '%(a)300000000s' % {'a': ''} }}",
     "JSON with wide margins of text": "{{ ([1] * 2000) | tojson(indent='x' * 200000) }}",
+    "work that margins below nothing pay for": "{% set x = ([1] * 100000) | tojson(indent=-1000000) %}"
+    "{% set s = 'ab' * 2000000 %}{% for i in range(300) %}{% set t = s | upper %}{% endfor %}",
     "JSON of lists in lists, in lines": "{% set ns = namespace(s=[1]) %}{% for i in range(12) %}"
     "{% set ns.s = [ns.s, ns.s, ns.s] %}{% endfor %}{{ ns.s | tojson(indent=64) }}",
     "rounding to a million digits": "{{ 1 | round(20000000, 'ceil') }}",
